@@ -1,0 +1,147 @@
+"""Build clae_fast._C with ninja: C++ for the CPU always, CUDA too where nvcc is found.
+
+Nothing here imports torch, and nothing in csrc/ includes it: one wheel serves every torch.
+
+    CLAE_FAST_BUILD=auto|cuda|cpu|none   auto takes CUDA when nvcc is there and says so in one line
+    CLAE_FAST_CUDA_ARCHS="80;90"         compute capabilities; PTX of the last one is always added
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path(__file__).parent.resolve() / "csrc"
+
+# *_simd.cpp is compiled once for every instruction set; csrc/isa.cpp chooses one at run time.
+ISAS = {
+    "x86_64": {
+        "portable": "",
+        "avx2": "-mavx2 -mfma",
+        "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512",
+    },
+}
+
+
+BUILD = os.environ.get("CLAE_FAST_BUILD", "auto")
+if BUILD not in ("auto", "cuda", "cpu", "none"):
+    sys.exit(f"CLAE_FAST_BUILD must be auto, cuda, cpu or none, got {BUILD!r}")
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to build with, None where CUDA is not wanted or, with auto, not there."""
+    if BUILD == "cpu":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None and BUILD == "cuda":
+        sys.exit("CLAE_FAST_BUILD=cuda, but nvcc was not found: put it on PATH or set CUDA_HOME")
+    if nvcc is None:
+        print("clae_fast: nvcc not found, building for the CPU only (Triton serves the GPU)")
+    return nvcc
+
+
+def cuda_archs() -> list[str]:
+    """Compute capabilities as nvcc writes them, e.g. ["80", "90"]."""
+    text = os.environ.get("CLAE_FAST_CUDA_ARCHS", "80;90")
+    archs = [arch.strip().replace(".", "") for arch in re.split(r"[;,]", text) if arch.strip()]
+    if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+        sys.exit(f'CLAE_FAST_CUDA_ARCHS must look like "80;90", got {text!r}')
+    return archs
+
+
+class NinjaBuildExt(build_ext):
+    """Writes one build.ninja for the extension and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link `ext` (all of csrc/) to where setuptools wants it."""
+        import ninja
+        import pybind11
+
+        nvcc = find_nvcc()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        objects_dir = Path(self.build_temp).resolve()
+        objects_dir.mkdir(parents=True, exist_ok=True)
+
+        isas = ISAS.get(platform.machine(), {"portable": ""})
+        macros = [f'-DCLAE_FAST_VERSION=\\"{self.distribution.get_version()}\\"']
+        macros += [f"-DCLAE_FAST_HAS_{isa.upper()}" for isa in isas]
+        macros += ["-DCLAE_FAST_CUDA"] if nvcc else []
+        includes = [f"-isystem {quote(path)}" for path in (python_include(), pybind11.get_include())]
+        compiler = os.environ.get("CXX", "g++")
+        cxxflags = (
+            "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math "
+            "-ffp-contract=fast -g0 -Wall -Wextra " + os.environ.get("CXXFLAGS", "")
+        )
+        lines = [
+            f"builddir = {ninja_path(objects_dir)}",
+            f"cxxflags = {cxxflags} {' '.join(macros)} {' '.join(includes)}",
+            "rule cxx",
+            f"  command = {compiler} $cxxflags $isa -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        objects = []
+        for source in sorted(CSRC.glob("*.cpp")):
+            variants = isas if source.stem.endswith("_simd") else {"": ""}
+            for isa, flags in variants.items():
+                obj = ninja_path(objects_dir / f"{source.stem}{isa and '.'}{isa}.o")
+                lines.append(f"build {obj}: cxx {ninja_path(source)}")
+                lines.append(f"  isa = {flags} {isa and f'-DCLAE_FAST_ISA={isa}'}")
+                objects.append(obj)
+        if nvcc:
+            archs = cuda_archs()
+            gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            lines += [
+                f"nvccflags = -O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(gencode)}",
+                "rule nvcc",
+                f"  command = {quote(nvcc)} $nvccflags -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+            for source in sorted(CSRC.glob("*.cu")):
+                obj = ninja_path(objects_dir / f"{source.stem}.cu.o")
+                lines.append(f"build {obj}: nvcc {ninja_path(source)}")
+                objects.append(obj)
+            # nvcc links its own static cudart; a g++ link succeeds and then fails at import
+            link = f"{quote(nvcc)} -shared --cudart=static -Xcompiler=-fopenmp $in -o $out"
+            link += " -Xlinker=--exclude-libs,ALL"
+        else:
+            link = f"{compiler} -shared -fopenmp $in -o $out -Wl,--exclude-libs,ALL"
+        lines += ["rule link", f"  command = {link}"]
+        lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
+        (objects_dir / "build.ninja").write_text("\n".join(lines) + "\n")
+        try:
+            subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", objects_dir], check=True)
+        except subprocess.CalledProcessError:
+            sys.exit("clae_fast: compiling csrc/ failed, see the compiler's message above")
+
+
+def python_include() -> str:
+    """The directory of Python.h."""
+    return sysconfig.get_path("include")
+
+
+def quote(path: str) -> str:
+    """`path` as one word of ninja's shell command."""
+    return f'"{path}"'
+
+
+def ninja_path(path: Path) -> str:
+    """`path` as ninja wants it in a build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+setup(
+    ext_modules=[] if BUILD == "none" else [Extension("clae_fast._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
