@@ -22,7 +22,8 @@ std::vector<std::string> supported_isas() {
 Isa parse_isa(const std::string& name) {
   const auto isas = supported_isas();
   if (std::find(isas.begin(), isas.end(), name) == isas.end()) {
-    throw std::invalid_argument("isa must be one that this processor and build support, got " + name);
+    throw std::invalid_argument("isa must be one that this processor and build support, got " +
+                                name);
   }
   if (name == "avx512") return Isa::avx512;
   return name == "avx2" ? Isa::avx2 : Isa::portable;

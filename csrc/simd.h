@@ -1,0 +1,59 @@
+// Vectors of the instruction set a *_simd.cpp is compiled for, by the compiler's vector extension.
+//
+// Everything here and in *_simd.cpp has internal linkage or lives in the instruction set's own
+// namespace, and no inline function of the standard library is used: the linker would merge its
+// copies and could keep one that this processor cannot run.
+#pragma once
+
+#include <cstdint>
+
+#define CLAE_FAST_INLINE inline __attribute__((always_inline))
+
+namespace clae_fast {
+namespace CLAE_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4), may_alias));
+typedef int32_t IVec __attribute__((vector_size(kWidth * 4), may_alias));
+
+CLAE_FAST_INLINE Vec splat(float x) { return x - Vec{}; }
+CLAE_FAST_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+CLAE_FAST_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+CLAE_FAST_INLINE float horizontal_sum(Vec v) {
+  float sum = 0.f;
+  for (int l = 0; l < kWidth; ++l) sum += v[l];
+  return sum;
+}
+
+// 2^y for y <= 127, relative error 1e-7; exactly 0 below -126 where `flush`. NaN stays NaN.
+template <bool flush>
+CLAE_FAST_INLINE Vec exp2(Vec y) {
+  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
+  const Vec magic = splat(12582912.f);
+  const Vec clamped = y < splat(-126.f) ? splat(-126.f) : y;
+  const Vec shifted = clamped + magic;
+  const Vec f = clamped - (shifted - magic);  // [-0.5, 0.5]
+  Vec p = 1.534581097e-04f * f + 1.339993090e-03f;
+  p = p * f + 9.618489072e-03f;
+  p = p * f + 5.550328642e-02f;
+  p = p * f + 2.402264625e-01f;
+  p = p * f + 6.931471825e-01f;
+  p = p * f + 1.000000000e+00f;
+  const Vec result = (Vec)((IVec)p + ((IVec)shifted << 23));
+  return flush ? (y < splat(-126.f) ? Vec{} : result) : result;
+}
+
+}  // namespace CLAE_FAST_ISA
+}  // namespace clae_fast
