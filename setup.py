@@ -9,6 +9,7 @@ Nothing here imports torch, and nothing in csrc/ includes it: one wheel serves e
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def find_compiler() -> str:
+    """The command of the C++ compiler, once it and Python's headers are known to be there."""
+    compiler = os.environ.get("CXX") or "g++"
+    otherwise = "or set CLAE_FAST_BUILD=none to do without compiled code"
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        sys.exit(f"clae_fast: {compiler} was not found: install g++, set CXX, {otherwise}")
+    if not Path(python_include(), "Python.h").is_file():
+        sys.exit(f"clae_fast: Python.h was not found: install python3-dev {otherwise}")
+    return compiler
+
+
 def cuda_archs() -> list[str]:
     """Compute capabilities as nvcc writes them, e.g. ["80", "90"]."""
     text = os.environ.get("CLAE_FAST_CUDA_ARCHS", "80;90")
@@ -75,8 +87,10 @@ class NinjaBuildExt(build_ext):
         macros = [f'-DCLAE_FAST_VERSION=\\"{self.distribution.get_version()}\\"']
         macros += [f"-DCLAE_FAST_HAS_{isa.upper()}" for isa in isas]
         macros += ["-DCLAE_FAST_CUDA"] if nvcc else []
-        includes = [f"-isystem {quote(path)}" for path in (python_include(), pybind11.get_include())]
-        compiler = os.environ.get("CXX", "g++")
+        includes = [
+            f"-isystem {quote(path)}" for path in (python_include(), pybind11.get_include())
+        ]
+        compiler = find_compiler()
         cxxflags = (
             "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math "
             "-ffp-contract=fast -g0 -Wall -Wextra " + os.environ.get("CXXFLAGS", "")
@@ -101,8 +115,9 @@ class NinjaBuildExt(build_ext):
             archs = cuda_archs()
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            nvccflags = f"-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(gencode)}"
             lines += [
-                f"nvccflags = -O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(gencode)}",
+                f"nvccflags = {nvccflags}",
                 "rule nvcc",
                 f"  command = {quote(nvcc)} $nvccflags -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
