@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
@@ -137,9 +138,21 @@ def test_regular_install_serves_the_checkouts_root(installed: Path, checkout: Pa
     assert ops.startswith("native, ")
 
 
-def test_build_none_gives_a_pure_wheel(checkout: Path, tmp_path: Path) -> None:
+def test_build_none_gives_a_pure_wheel_that_runs_the_reference(
+    checkout: Path, tmp_path: Path
+) -> None:
     wheel = build_wheel(checkout, tmp_path, "none")
     assert wheel.name == f"clae_fast-{VERSION}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import pkgutil; pkgutil.extend_path = lambda path, name: path\n"
+        "import torch; from clae_fast import _impl; print(_impl.describe(torch.device('cpu')))"
+    )
+    # neither the installed clae_fast nor an editable one's import hook (-S) is to lend its _C
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(torch.__file__).parents[1])])
+    ops = python("-S", "-c", code, cwd=tmp_path, PYTHONPATH=path)
+    assert ops.startswith("reference, ")
 
 
 def test_building_needs_no_torch() -> None:
