@@ -1,0 +1,71 @@
+"""Files that are whole or absent: atomic writes, and checkpoints that load without pickled code."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read; the message names the file."""
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Puts `data` in the place of `path` in one step.
+
+    A reader, or a process killed at any moment, finds the old content or the new, never a part.
+
+    Raises:
+        OSError: the disk is full or not writable; `path` is as it was.
+    """
+    new = path.with_name(path.name + ".tmp")
+    try:
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    # the rename itself must survive a power cut
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain Python values to `path`, atomically.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk; an older `path` is untouched.
+    """
+    # in memory first: a failed write inside torch.save loses its reason
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        write_atomically(path, buffer.getbuffer())
+    except OSError as error:
+        kept = "; the one before it is intact" if path.exists() else ""
+        raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}{kept}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads what `save` wrote, onto the CPU, without executing anything in the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"cannot read checkpoint {path}: it holds no dictionary")
+    return state

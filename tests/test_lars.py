@@ -1,0 +1,80 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from clae_fast.lars import LARS
+
+
+def parameter(*values, shape=None):
+    data = torch.tensor(values, dtype=torch.float64)
+    return nn.Parameter(data if shape is None else data.view(shape))
+
+
+def test_two_steps_equal_the_formula():
+    w = parameter(3.0, 4.0, shape=(1, 2))  # norm 5
+    optimizer = LARS([w], lr=0.5, momentum=0.9, weight_decay=0.1, trust_coefficient=0.01)
+    expected, velocity = w.detach().clone(), torch.zeros(1, 2, dtype=torch.float64)
+    for grad in ([[1.0, 2.0]], [[-2.0, 0.5]]):
+        w.grad = torch.tensor(grad, dtype=torch.float64)
+        optimizer.step()
+        g = w.grad + 0.1 * expected
+        velocity = 0.9 * velocity + 0.01 * expected.norm() / g.norm() * g
+        expected = expected - 0.5 * velocity
+        torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_1d_parameters_take_plain_momentum_steps():
+    ours, theirs = parameter(1.0, -2.0), parameter(1.0, -2.0)
+    optimizers = (
+        LARS([ours], lr=0.1, momentum=0.9, weight_decay=0.5),
+        torch.optim.SGD([theirs], lr=0.1, momentum=0.9),
+    )
+    for grad in ([1.0, 2.0], [0.5, -1.0]):
+        ours.grad = theirs.grad = torch.tensor(grad, dtype=torch.float64)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("weight", "grad"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_zero_norm_leaves_the_step_unscaled(weight, grad):
+    w = parameter(weight, shape=(1, 1))
+    w.grad = torch.full_like(w, grad)
+    LARS([w], lr=0.1).step()
+    assert w.item() == pytest.approx(weight - 0.1 * grad)
+
+
+def test_state_survives_a_checkpoint():
+    w = parameter(3.0, 4.0, shape=(1, 2))
+    optimizer = LARS([w], lr=0.5)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    twin = nn.Parameter(w.detach().clone())
+    other = LARS([twin], lr=0.1)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twin.grad = torch.ones_like(twin)
+    optimizer.step()
+    other.step()
+    assert torch.equal(w, twin)
+
+
+def test_closure_and_parameters_without_gradient():
+    w, unused = parameter(1.0, shape=(1, 1)), parameter(1.0, shape=(1, 1))
+    optimizer = LARS([w, unused], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 1.0
+    assert w.item() < 1.0
+    assert unused.item() == 1.0
+
+
+def test_negative_arguments_are_named():
+    with pytest.raises(ValueError, match="momentum must not be negative, got -1"):
+        LARS([parameter(1.0)], lr=0.1, momentum=-1)
