@@ -14,7 +14,7 @@ from torch import Tensor
 from clae_fast import __version__
 
 try:
-    from clae_fast import _C
+    import clae_fast._C as _C
 except ModuleNotFoundError as error:
     if error.name != "clae_fast._C":
         raise
@@ -30,6 +30,8 @@ else:
     _has_cuda = _C.cuda
 
 _isa = _isas[-1] if _isas else ""
+# of csrc/linf_step.h
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def has_cpu() -> bool:
@@ -92,6 +94,50 @@ def nt_xent(
         workspace.data_ptr(),
     )
     return loss, dz
+
+
+def linf_step(
+    x: Tensor,  # [N, C, ...]
+    grad: Tensor,  # as x
+    x0: Tensor | None,  # as x
+    bounds: tuple[float, float, float, float] | Tensor,  # [4, C]
+) -> Tensor:
+    """The step with bounds alpha, eps, lo, hi, in C++ or CUDA C++ as `x` is on CPU or GPU."""
+    out = torch.empty_like(x)
+    x, grad = _laid_out_as(x, out), _laid_out_as(grad, out)
+    x0 = x if x0 is None else _laid_out_as(x0, out)
+    if isinstance(bounds, Tensor):
+        bounds = bounds.contiguous()
+        scalars, per_channel, channels = (0.0, 0.0, 0.0, 0.0), bounds.data_ptr(), bounds.shape[1]
+        channel_stride = max(1, out.stride(1))
+    else:
+        scalars, per_channel, channels, channel_stride = bounds, 0, 1, 1
+    arguments = (
+        x.data_ptr(),
+        grad.data_ptr(),
+        x0.data_ptr(),
+        out.data_ptr(),
+        _DTYPES[x.dtype],
+        _DTYPES[grad.dtype],
+        x.numel(),
+        *scalars,
+        per_channel,
+        channels,
+        channel_stride,
+    )
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            _C.linf_step_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        _C.linf_step_cpu(_isa, *arguments, torch.get_num_threads())
+    return out
+
+
+def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` with the strides of `other`, itself where it has them."""
+    if tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
 
 
 def _fp32_rows(z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "linf_step.h"
 #include "nt_xent.h"
 
 namespace py = pybind11;
@@ -13,6 +14,33 @@ namespace {
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+clae_fast::LinfStepArgs linf_step_args(std::uintptr_t x,
+                                       std::uintptr_t grad,
+                                       std::uintptr_t x0,
+                                       std::uintptr_t out,
+                                       int x_dtype,
+                                       int grad_dtype,
+                                       int64_t size,
+                                       float alpha,
+                                       float eps,
+                                       float lo,
+                                       float hi,
+                                       std::uintptr_t per_channel,
+                                       int64_t channels,
+                                       int64_t channel_stride) {
+  return {pointer<void>(x),
+          pointer<void>(grad),
+          pointer<void>(x0),
+          pointer<void>(out),
+          clae_fast::DType(x_dtype),
+          clae_fast::DType(grad_dtype),
+          size,
+          {alpha, eps, lo, hi},
+          pointer<const float>(per_channel),
+          channels,
+          channel_stride};
 }
 
 }  // namespace
@@ -40,8 +68,33 @@ PYBIND11_MODULE(_C, m) {
                       std::uintptr_t loss, std::uintptr_t dz, std::uintptr_t workspace) {
     const auto chosen = clae_fast::parse_isa(isa);
     py::gil_scoped_release nogil;
-    clae_fast::nt_xent(chosen, {pointer<const float>(z0), pointer<const float>(z1), stride0, stride1,
-                                N, D, temperature, threads, pointer<float>(loss), pointer<float>(dz),
-                                pointer<unsigned char>(workspace)});
+    clae_fast::nt_xent(chosen, {pointer<const float>(z0), pointer<const float>(z1), stride0,
+                                stride1, N, D, temperature, threads, pointer<float>(loss),
+                                pointer<float>(dz), pointer<unsigned char>(workspace)});
   });
+
+  m.def("linf_step_cpu", [](const std::string& isa, std::uintptr_t x, std::uintptr_t grad,
+                            std::uintptr_t x0, std::uintptr_t out, int x_dtype, int grad_dtype,
+                            int64_t size, float alpha, float eps, float lo, float hi,
+                            std::uintptr_t per_channel, int64_t channels, int64_t channel_stride,
+                            int threads) {
+    const auto chosen = clae_fast::parse_isa(isa);
+    py::gil_scoped_release nogil;
+    clae_fast::linf_step_cpu(chosen,
+                             linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size, alpha, eps,
+                                            lo, hi, per_channel, channels, channel_stride),
+                             threads);
+  });
+
+#ifdef CLAE_FAST_CUDA
+  m.def("linf_step_cuda", [](std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,
+                             std::uintptr_t out, int x_dtype, int grad_dtype, int64_t size,
+                             float alpha, float eps, float lo, float hi, std::uintptr_t per_channel,
+                             int64_t channels, int64_t channel_stride, std::uintptr_t stream) {
+    py::gil_scoped_release nogil;
+    clae_fast::linf_step_cuda(linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size, alpha,
+                                             eps, lo, hi, per_channel, channels, channel_stride),
+                              pointer<void>(stream));
+  });
+#endif
 }

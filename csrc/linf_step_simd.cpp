@@ -1,0 +1,204 @@
+// Plain loops over selects and integers, which the compiler vectorises for each instruction set.
+// The numbers come out the same on all of them, and the same as in the reference.
+#include <cstdint>
+
+#include "linf_step.h"
+#include "simd.h"
+
+namespace clae_fast {
+namespace CLAE_FAST_ISA {
+namespace {
+
+CLAE_FAST_INLINE int32_t to_bits(float value) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+CLAE_FAST_INLINE float from_bits(int32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Whether rounding `value` towards `centre` moves it away from 0. Written without a choice, which
+// would keep the loop from being vectorised.
+CLAE_FAST_INLINE int32_t grows(float value, float centre) {
+  const bool negative = to_bits(value) < 0;
+  return (negative & (value > centre)) | (!negative & (value < centre));
+}
+
+// A dtype: `load` is exact, `store` rounds towards a centre that the dtype can represent.
+
+struct Fp32 {
+  using Storage = float;
+  static CLAE_FAST_INLINE float load(float value) { return value; }
+  static CLAE_FAST_INLINE float store(float value, float) { return value; }
+};
+
+struct Bf16 {
+  using Storage = uint16_t;
+  static CLAE_FAST_INLINE float load(uint16_t half) { return from_bits(int32_t(half) << 16); }
+  static CLAE_FAST_INLINE uint16_t store(float value, float centre) {
+    const int32_t bits = to_bits(value);
+    const int32_t inexact = (bits & 0xffff) != 0;
+    const int32_t half = (bits >> 16) + (inexact & grows(value, centre));
+    return uint16_t(value != value ? 0x7fc0 : half);
+  }
+};
+
+struct Fp16 {
+  using Storage = uint16_t;
+  static CLAE_FAST_INLINE float load(uint16_t half) {
+    const int32_t magnitude = half & 0x7fff;
+    const int32_t sign = (int32_t(half) & 0x8000) << 16;
+    // the exponents of fp32 are 112 above; those of inf and NaN are 224 above
+    const int32_t bias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;
+    const int32_t normal = (magnitude << 13) + bias;
+    const int32_t subnormal = to_bits(float(magnitude) * 0x1p-24f);
+    return from_bits((magnitude < 0x0400 ? subnormal : normal) | sign);
+  }
+  static CLAE_FAST_INLINE uint16_t store(float value, float centre) {
+    const int32_t magnitude = to_bits(value) & 0x7fffffff;
+    const int32_t sign = int32_t(uint32_t(to_bits(value)) >> 16) & 0x8000;
+    // below 2^-14 the spacing is 2^-24 throughout; a mask of all or no bits
+    const int32_t subnormal = -int32_t(magnitude < (113 << 23));
+    const float scaled = from_bits(magnitude & subnormal) * 0x1p24f;
+    const int32_t whole = int32_t(scaled);
+    int32_t half = (((magnitude >> 13) - (112 << 10)) & ~subnormal) | whole;
+    int32_t lost = (magnitude & 0x1fff & ~subnormal) | to_bits(scaled - float(whole));
+    // from 2^16 on the largest finite number, inf stays inf
+    const int32_t large = -int32_t(magnitude >= (143 << 23));
+    lost = (lost & ~large) | ((magnitude ^ (255 << 23)) & large);
+    half = (half & ~large) | ((0x7c00 - int32_t(lost != 0)) & large);
+    half += int32_t(lost != 0) & grows(value, centre);
+    return uint16_t(value != value ? 0x7e00 : half | sign);
+  }
+};
+
+// a + b rounded up (`up`) or down: the rounded sum, and one step further where it lies on the
+// wrong side. An inexact sum is never 0, and the error of an infinite one is NaN.
+template <bool up>
+CLAE_FAST_INLINE float directed_sum(float a, float b) {
+  const float sum = a + b;
+  const float b_part = sum - a;
+  const float error = (a - (sum - b_part)) + (b - b_part);
+  const int32_t bits = to_bits(sum);
+  const int32_t further = (bits < 0) == up ? bits - 1 : bits + 1;
+  return (up ? error > 0.f : error < 0.f) ? from_bits(further) : sum;
+}
+
+CLAE_FAST_INLINE float stepped(float x,
+                               float grad,
+                               float x0,
+                               float alpha,
+                               float eps,
+                               float lo,
+                               float hi) {
+  const float move = grad < 0.f ? -alpha : 0.f;
+  float y = x + (grad > 0.f ? alpha : move);
+  y = x0 != x0 ? x0 : y;
+  const float low = directed_sum<true>(x0, -eps);
+  const float high = directed_sum<false>(x0, eps);
+  y = y < low ? low : y;
+  y = y > high ? high : y;
+  y = y < lo ? lo : y;
+  return y > hi ? hi : y;
+}
+
+// Bounds of a run of elements: one of each where `each` is false, else one for every element.
+struct Run {
+  const float* alpha;
+  const float* eps;
+  const float* lo;
+  const float* hi;
+};
+
+template <class X, class G, bool each>
+void step_run(const typename X::Storage* __restrict__ x,
+              const typename G::Storage* __restrict__ grad,
+              const typename X::Storage* x0,
+              typename X::Storage* __restrict__ out,
+              int64_t size,
+              const Run& run) {
+  const float alpha = *run.alpha, eps = *run.eps, lo = *run.lo, hi = *run.hi;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const float centre = X::load(x0[i]);
+    const float y = stepped(X::load(x[i]), G::load(grad[i]), centre, each ? run.alpha[i] : alpha,
+                            each ? run.eps[i] : eps, each ? run.lo[i] : lo, each ? run.hi[i] : hi);
+    out[i] = X::store(y, centre);
+  }
+}
+
+// Elements of a run without channels, and the fewest worth another thread.
+constexpr int64_t kRun = 16384;
+// Channels that lie side by side are repeated to runs of about this many elements.
+constexpr int64_t kRepeated = 256;
+
+template <class X, class G>
+void step(const LinfStepArgs& args, int threads) {
+  const auto* x = static_cast<const typename X::Storage*>(args.x);
+  const auto* grad = static_cast<const typename G::Storage*>(args.grad);
+  const auto* x0 = static_cast<const typename X::Storage*>(args.x0);
+  auto* out = static_cast<typename X::Storage*>(args.out);
+  const float* table = args.per_channel;
+  const int64_t C = args.channels;
+
+  const bool each = table && args.channel_stride == 1;
+  const int64_t repeats = each && C < kRepeated ? kRepeated / C : 1;
+  float repeated[4 * kRepeated];
+  if (repeats > 1) {
+    for (int64_t i = 0; i < 4 * repeats * C; ++i) {
+      repeated[i] = table[i / (repeats * C) * C + i % C];
+    }
+    table = repeated;
+  }
+  const int64_t row = each ? repeats * C : C;  // of the table
+  const int64_t length = !table ? kRun : each ? row : args.channel_stride;
+  const int64_t runs = (args.size + length - 1) / length;
+
+#pragma omp parallel for num_threads(threads) schedule(static) if (args.size > kRun)
+  for (int64_t r = 0; r < runs; ++r) {
+    const int64_t begin = r * length;
+    const int64_t size = begin + length < args.size ? length : args.size - begin;
+    if (each) {
+      step_run<X, G, true>(x + begin, grad + begin, x0 + begin, out + begin, size,
+                           {table, table + row, table + 2 * row, table + 3 * row});
+    } else {
+      const LinfBounds& b = args.bounds;
+      const float* c = table ? table + r % C : nullptr;
+      step_run<X, G, false>(
+          x + begin, grad + begin, x0 + begin, out + begin, size,
+          c ? Run{c, c + C, c + 2 * C, c + 3 * C} : Run{&b.alpha, &b.eps, &b.lo, &b.hi});
+    }
+  }
+}
+
+template <class X>
+void step_for_grad(const LinfStepArgs& args, int threads) {
+  switch (args.grad_dtype) {
+    case DType::fp32:
+      return step<X, Fp32>(args, threads);
+    case DType::fp16:
+      return step<X, Fp16>(args, threads);
+    case DType::bf16:
+      return step<X, Bf16>(args, threads);
+  }
+}
+
+}  // namespace
+
+void linf_step(const LinfStepArgs& args, int threads) {
+  switch (args.x_dtype) {
+    case DType::fp32:
+      return step_for_grad<Fp32>(args, threads);
+    case DType::fp16:
+      return step_for_grad<Fp16>(args, threads);
+    case DType::bf16:
+      return step_for_grad<Bf16>(args, threads);
+  }
+}
+
+}  // namespace CLAE_FAST_ISA
+}  // namespace clae_fast
