@@ -1,0 +1,85 @@
+"""Checks of public arguments: a TypeError or ValueError that names the argument and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+
+
+def tensor(name: str, value: Tensor) -> None:
+    """Raises unless `value` is a tensor of fp16, bf16, fp32 or fp64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be of dtype fp16, bf16, fp32 or fp64, got {value.dtype}")
+
+
+def projections(name: str, z: Tensor) -> None:
+    """Raises unless `z` is a floating [N, D] with neither of them 0."""
+    tensor(name, z)
+    if z.ndim != 2 or 0 in z.shape:
+        raise ValueError(f"{name} must have shape [N, D] with N, D >= 1, got {list(z.shape)}")
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """Raises unless `value` has the shape, the device and, where asked, the dtype of `other`."""
+    tensor(name, value)
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {list(other.shape)}, "
+            f"got {list(value.shape)}"
+        )
+    same_place(name, value, other_name, other, dtype=dtype)
+
+
+def same_place(
+    name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True
+) -> None:
+    """Raises unless `value` has the device and, where asked, the dtype of `other`."""
+    if dtype and value.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def temperature(value: float) -> None:
+    """Raises unless `value` is a finite number above 0."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+
+
+def per_channel(name: str, value: object, x: Tensor, *, minimum: float = -math.inf) -> None:
+    """Raises unless `value` is None, a number, or a sequence or tensor of one for each channel."""
+    if value is None:
+        return
+    shape: list[int] | None = None
+    numbers: list[float] | tuple[float, ...] = ()
+    if isinstance(value, (int, float)):
+        numbers = (value,)
+    elif isinstance(value, (list, tuple)):
+        shape, numbers = [len(value)], value
+    elif isinstance(value, Tensor):
+        shape = list(value.shape)
+    else:
+        raise TypeError(
+            f"{name} must be a number, a list or tuple of numbers or a tensor, "
+            f"got {type(value).__name__}"
+        )
+    if shape is not None and (x.ndim < 2 or shape != [x.shape[1]]):
+        raise ValueError(
+            f"{name} must be a number or one for each channel in dimension 1 of x, of shape "
+            f"{list(x.shape)}, got shape {shape}"
+        )
+    for number in numbers:
+        if not number >= minimum:
+            raise ValueError(f"{name} must be a number >= {minimum}, got {value}")

@@ -1,0 +1,106 @@
+"""Which implementation of an op runs. Decided here and nowhere else.
+
+    "reference"  eager PyTorch, any dtype and device, differentiated by autograd: the specification
+    "torch"      the closed-form gradient in torch ops, without an n x n buffer
+    "native"     C++ on the CPU
+    "triton"     Triton on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1
+    "cuda"       CUDA C++
+    "auto"       what CLAE_FAST_IMPL names, else the first of an op's implementations that can run
+
+An explicit request, by argument or by CLAE_FAST_IMPL, never falls back to another implementation.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from clae_fast import _native
+
+_DEFAULT = os.environ.get("CLAE_FAST_IMPL", "auto")
+
+# the preferred one of a device comes first
+_IMPLS = {
+    "nt_xent": ("native", "triton"),
+    "tied_nt_xent": ("torch",),
+    "info_nce": ("torch",),
+    "uel": ("torch",),
+    "linf_step": ("native", "triton", "cuda"),
+}
+_DEVICES = {
+    "torch": ("cpu", "cuda"),
+    "native": ("cpu",),
+    "triton": ("cuda",),
+    "cuda": ("cuda",),
+}
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# what an implementation lacks on this machine, and how to get it
+_LACKS: dict[str, str] = {}
+if not _native.has_cpu():
+    _LACKS["native"] = "the compiled module: install clae_fast with CLAE_FAST_BUILD=auto"
+if find_spec("triton") is None:
+    _LACKS["triton"] = "triton: `pip install triton`"
+if not _native.has_cuda():
+    _LACKS["cuda"] = "CUDA C++ kernels: install clae_fast with CLAE_FAST_BUILD=cuda and nvcc"
+
+
+def resolve(op: str, impl: str, *tensors: Tensor) -> str:
+    """The implementation of `op` that runs for a request `impl` on `tensors`, never "auto".
+
+    Raises:
+        ValueError: `impl` is no implementation's name.
+        RuntimeError: It was asked for by name, and does not exist for this op, device or machine.
+        TypeError: It was asked for by name, and does not take these tensors' dtype.
+    """
+    if impl == "auto":
+        impl = _DEFAULT
+    if impl == "reference":
+        return impl
+    device = tensors[0].device.type
+    fp64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if impl == "auto":
+        return "reference" if fp64 else _preferred(op, device)
+    if impl not in _DEVICES:
+        names = ", ".join(("auto", "reference", *_DEVICES))
+        raise ValueError(f"impl must be one of {names}, got {impl!r}")
+    if impl not in _IMPLS[op]:
+        names = ", ".join(("reference", *_IMPLS[op]))
+        raise RuntimeError(f"{op} has no implementation {impl!r}, it has {names}")
+    if impl in _LACKS:
+        raise RuntimeError(f"impl={impl!r} needs {_LACKS[impl]}")
+    if impl not in available(op, device):
+        raise RuntimeError(f"impl={impl!r} does not run on {device} tensors")
+    if fp64:
+        raise TypeError(f"impl={impl!r} takes fp32, fp16 and bf16; fp64 needs impl='reference'")
+    return impl
+
+
+def available(op: str, device: str) -> list[str]:
+    """What can run `op` on tensors of a device type besides the reference, the preferred first."""
+    interpreted = ("triton",) if _INTERPRETED and device == "cpu" else ()
+    return [
+        impl
+        for impl in _IMPLS[op]
+        if (device in _DEVICES[impl] or impl in interpreted) and impl not in _LACKS
+    ]
+
+
+def describe(device: torch.device) -> str:
+    """What the contrastive loss runs with on `device`, as in "native, avx2, 2 threads"."""
+    impl = _preferred("nt_xent", device.type) if _DEFAULT == "auto" else _DEFAULT
+    if device.type == "cuda":
+        return f"{impl}, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    isa = f"{_native.isa()}, " if impl == "native" else ""
+    return f"{impl}, {isa}{threads} thread{'s' * (threads != 1)}"
+
+
+def _preferred(op: str, device: str) -> str:
+    """What "auto" means: never the interpreter."""
+    for impl in available(op, device):
+        if device in _DEVICES[impl]:
+            return impl
+    return "reference"

@@ -1,0 +1,31 @@
+"""What the closed-form gradients in torch ops share: unit rows, their backward, row blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# of F.normalize; a shorter row is divided by it instead of by its norm
+_EPS = 1e-12
+# elements of a block of the similarity matrix: 8 MiB in fp32, large enough for matmul's full rate
+_BLOCK_ELEMENTS = 1 << 21
+
+
+def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]
+    """The rows of `z` over max(norm, eps), and the norms, in fp32: [N, D], [N, 1]."""
+    z = z.float()
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return z / norm.clamp_min(_EPS), norm
+
+
+def unit_rows_backward(du: Tensor, u: Tensor, norm: Tensor) -> Tensor:
+    """The gradient dz = (du - u (u . du)) / norm, or du / eps of rows that were only scaled."""
+    radial = (u * du).sum(1, keepdim=True)
+    radial.masked_fill_(norm < _EPS, 0)
+    return torch.addcmul(du, u, radial, value=-1).div_(norm.clamp_min(_EPS))
+
+
+def row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Ranges of rows such that a block of rows x columns is small, however large the matrix."""
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -1,0 +1,89 @@
+"""The gradient of NT-Xent where both views are the same point, in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clae_fast import _check, _impl
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.reference.tied_nt_xent import tied_nt_xent as reference
+
+torch.library.define("clae_fast::tied_nt_xent", "(Tensor z, float temperature) -> Tensor")
+
+
+@torch.library.impl("clae_fast::tied_nt_xent", ("cpu", "cuda"))
+def _tied_nt_xent_impl(z: Tensor, temperature: float) -> Tensor:  # [N, D]
+    with torch.autocast(z.device.type, enabled=False):
+        u, norm = unit_rows(z)
+        N = len(u)
+        positive = u.square().sum(1, keepdim=True).div_(temperature)  # [N, 1]
+        du, p_neg = torch.zeros_like(u), torch.empty_like(positive)
+        for start, stop in row_blocks(N, N):
+            rows = slice(start, stop)
+            s = (u[rows] @ u.T).div_(temperature)
+            s.diagonal(start).fill_(-torch.inf)
+            shift = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+            exp = s.sub_(shift).exp_()
+            # every negative is there in both views
+            neg = exp.sum(1, keepdim=True).mul_(2)
+            weight = (neg + (positive[rows] - shift).exp()).reciprocal_()
+            p_neg[rows] = neg * weight
+            p = exp.mul_(weight)
+            du[rows].addmm_(p, u)
+            du.addmm_(p.T, u[rows])
+        du.addcmul_(p_neg, u, value=-1)
+        return unit_rows_backward(du.div_(N * temperature), u, norm)
+
+
+@torch.library.register_fake("clae_fast::tied_nt_xent")
+def _tied_nt_xent_fake(z: Tensor, temperature: float) -> Tensor:
+    return z.new_empty(z.shape, dtype=torch.float32)
+
+
+_tied_nt_xent = torch.ops.clae_fast.tied_nt_xent.default
+
+
+def tied_nt_xent(
+    z: Tensor,  # [N, D]
+    *,
+    temperature: float = 0.5,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Gradient of :func:`nt_xent` by its second view where both views are `z`.
+
+    Equal to d nt_xent(z.detach(), z_b) / d z_b at z_b = z, by its closed form on N rows instead of
+    2N and without autograd: with :math:`p_{jk}` the softmax of row j at the negative k,
+
+    .. math:: \frac{1}{N T \|z_j\|} (I - u_j u_j^\top) \sum_{k \ne j} (p_{jk} + p_{kj}) u_k.
+
+    It is what the released attack of CLAE follows: the adversary starts at the clean view, where
+    the positive has no gradient.
+
+    Args:
+        z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. A constant here.
+        temperature: T, above 0.
+        impl: "auto", "reference" or "torch".
+
+    Returns:
+        The gradient, [N, D], in fp32, in fp64 for fp64: it can be scaled before a cast to half
+        precision. NaN where an input is NaN, 0 for N = 1.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: A shape other than [N, D], N = 0, or a temperature that is not above 0.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Example:
+        >>> z = torch.randn(256, 128)
+        >>> dz = clae_fast.tied_nt_xent(z, temperature=0.5)
+
+    Source: derived from Ho & Vasconcelos, Contrastive Learning with Adversarial Examples, NeurIPS
+    2020, and its released code.
+    """
+    _check.projections("z", z)
+    _check.temperature(temperature)
+    z = z.detach()
+    if _impl.resolve("tied_nt_xent", impl, z) == "reference":
+        return reference(z, temperature=temperature)
+    return _tied_nt_xent(z, temperature)

@@ -1,0 +1,157 @@
+"""The instance softmax with a spreading term: loss and gradient in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from clae_fast import _check, _impl
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.reference.uel import uel as reference
+
+torch.library.define(
+    "clae_fast::uel",
+    "(Tensor z0, Tensor z1, float temperature, bool grad) -> (Tensor loss, Tensor dz)",
+)
+
+
+@torch.library.impl("clae_fast::uel", ("cpu", "cuda"))
+def _uel_impl(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """A gradient that is not wanted comes back with no elements.
+
+    With "top" the most similar negative of a row, p its softmax, q the softmax without top and
+    t = sum of p / (1 - p) over the negatives but top, the gradient of a row's loss by its logits is
+
+        top            p_top (2 - t)
+        the positive   -(1 - p_pos) - p_pos t - p_top q_pos
+        a negative k   p_k (2 - t + p_k / (1 - p_k)) - p_top q_k
+
+    in which p_top / (1 - p_top), unbounded, has been multiplied out.
+    """
+    with torch.autocast(z0.device.type, enabled=False):
+        u, norm = unit_rows(torch.cat([z0, z1]))
+        n, N = len(u), len(z0)
+        positive_of = torch.arange(n, device=u.device).roll(N)[:, None]
+        positive = (u[:N] * u[N:]).sum(1, keepdim=True).div_(temperature).repeat(2, 1)  # [2N, 1]
+        losses, dpositive = torch.empty_like(positive), torch.empty_like(positive)
+        du = torch.empty_like(u) if grad else u.new_empty(0)
+        for start, stop in row_blocks(n, n):
+            rows = slice(start, stop)
+            pos = positive[rows]
+            s = (u[rows] @ u.T).div_(temperature)
+            s.diagonal(start).fill_(-torch.inf)
+            s.scatter_(1, positive_of[rows], -torch.inf)
+            s_top, top = s.max(1, keepdim=True)
+            s.scatter_(1, top, -torch.inf)
+            shift = torch.maximum(s.amax(1, keepdim=True), pos)
+            exp = s.sub_(shift).exp_()
+            others, exp_pos = exp.sum(1, keepdim=True), (pos - shift).exp()
+            rest = others + exp_pos
+            lse_neg = torch.logaddexp(s_top, others.log() + shift)
+            top_logit = s_top - shift - rest.log()
+            p_top, p_rest = top_logit.sigmoid(), (-top_logit).sigmoid()
+            q = exp.div_(rest)
+            p = q * p_rest
+            spread = F.softplus(top_logit) - torch.log1p(-p).sum(1, keepdim=True)
+            losses[rows] = F.softplus(lse_neg - pos) + spread
+            if not grad:
+                continue
+            q_pos = exp_pos / rest
+            w = p / (1 - p)
+            t = w.sum(1, keepdim=True)
+            g = w.add_(2 - t).mul_(p).sub_(q.mul_(p_top))
+            g.scatter_(1, top, p_top * (2 - t))
+            torch.mm(g, u, out=du[rows])
+            dpositive[rows] = (lse_neg - pos).sigmoid() + q_pos * (p_rest * t + p_top)
+        if grad:
+            du.addcmul_(dpositive, u.roll(N, 0), value=-1)
+            du = unit_rows_backward(du.div_(n * temperature), u, norm)
+        return losses.mean(), du
+
+
+@torch.library.register_fake("clae_fast::uel")
+def _uel_fake(z0: Tensor, z1: Tensor, temperature: float, grad: bool) -> tuple[Tensor, Tensor]:
+    N, D = z0.shape
+    loss = z0.new_empty((), dtype=torch.float32)
+    return loss, z0.new_empty((2 * N, D) if grad else (0,), dtype=torch.float32)
+
+
+_uel = torch.ops.clae_fast.uel.default
+
+
+class _UEL(torch.autograd.Function):
+    """Computes the gradient with the loss and keeps nothing else: dz, [2N, D] in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
+        loss, dz = _uel(z0, z1, temperature, True)
+        ctx.save_for_backward(dz)
+        ctx.dtype = z0.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (dz,) = ctx.saved_tensors
+        dz0, dz1 = (
+            (half * dloss).to(ctx.dtype) if needed else None
+            for half, needed in zip(dz.chunk(2), ctx.needs_input_grad, strict=False)
+        )
+        return dz0, dz1, None
+
+
+def uel(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    *,
+    temperature: float = 0.1,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Instance softmax with a spreading term: the loss of UEL and of CLAE's "UEL" variant.
+
+    .. math:: -\frac{1}{2N} \sum_i \Big[ \log p_{i,\pi(i)}
+        + \sum_{j \ne i, \pi(i)} \log (1 - p_{ij}) \Big],
+        \quad p_{ij} = \frac{e^{s_{ij}}}{\sum_{k \ne i} e^{s_{ik}}}
+
+    over the 2N rows of both views, with s the cosine over the temperature and the positive π(i) of
+    a row in the other view. As released, a row's gradient comes from its own term only: the columns
+    are detached. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+
+    Args:
+        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        z1: Projections of the second view, row i belonging to row i of `z0`.
+        temperature: T, above 0.
+        impl: "auto", "reference" or "torch".
+
+    Returns:
+        The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for N = 1.
+
+    Raises:
+        TypeError: An argument of the wrong type, or views of different dtypes.
+        ValueError: A shape other than [N, D], N = 0, or a temperature that is not above 0.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Example:
+        >>> z0, z1 = torch.randn(2, 128, 128, requires_grad=True)
+        >>> clae_fast.uel(z0, z1, temperature=0.1).backward()
+
+    Source: Ye et al., Unsupervised Embedding Learning via Invariant and Spreading Instance Feature,
+    CVPR 2019.
+    """
+    _check.projections("z0", z0)
+    _check.like("z1", z1, "z0", z0)
+    _check.temperature(temperature)
+    if _impl.resolve("uel", impl, z0, z1) == "reference":
+        return reference(z0, z1, temperature=temperature)
+    if torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad):
+        return _UEL.apply(z0, z1, temperature)
+    return _uel(z0, z1, temperature, False)[0]

@@ -1,0 +1,13 @@
+"""The specification: every op in eager PyTorch, any dtype and device, differentiated by autograd.
+
+Nothing here is fast. Where an implementation differs from it by more than rounding, the
+implementation is wrong.
+"""
+
+from clae_fast.reference.info_nce import info_nce
+from clae_fast.reference.linf_step import linf_step
+from clae_fast.reference.nt_xent import nt_xent
+from clae_fast.reference.tied_nt_xent import tied_nt_xent
+from clae_fast.reference.uel import uel
+
+__all__ = ["info_nce", "linf_step", "nt_xent", "tied_nt_xent", "uel"]
