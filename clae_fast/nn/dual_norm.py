@@ -1,0 +1,45 @@
+"""Dual BatchNorm: clean and adversarial views with statistics and affine parameters each."""
+
+import copy
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def adversarial_twin(encoder: nn.Module, momentum: float = 0.01) -> nn.Module:
+    """A second module tree over the same weights, with BatchNorm layers of its own.
+
+    Every parameter and buffer of the twin is the encoder's own tensor, except those of BatchNorm
+    layers, which start as copies. So an optimiser over both trees has every weight once, and clean
+    and adversarial views never share statistics (Xie et al., AdvProp, CVPR 2020; CLAE uses it with
+    momentum 0.01). Works with any module whose BatchNorm layers derive from torch's: torchvision's,
+    timm's, SyncBatchNorm. Without a BatchNorm layer the twin shares everything.
+
+    Take the twin before the encoder is compiled or wrapped for distributed training.
+
+    Args:
+        encoder: The encoder; it is not changed.
+        momentum: Momentum of the twin's running statistics.
+
+    Returns:
+        The twin, of the encoder's class and in its mode.
+
+    Raises:
+        TypeError: If `encoder` is not a module.
+        ValueError: If `momentum` is outside [0, 1].
+    """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    own = {id(tensor) for norm in norms for tensor in (*norm.parameters(), *norm.buffers())}
+    tensors = (*encoder.parameters(), *encoder.buffers())
+    # a process group cannot be copied
+    groups = (norm.process_group for norm in norms if isinstance(norm, nn.SyncBatchNorm))
+    shared = {id(thing): thing for thing in (*tensors, *groups) if id(thing) not in own}
+    twin = copy.deepcopy(encoder, shared)
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = momentum
+    return twin

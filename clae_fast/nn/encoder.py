@@ -1,0 +1,91 @@
+"""Encoders: a backbone found by name, and a projection head."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from clae_fast.nn.resnet import narrow_resnet, resnet
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+def build_encoder(arch: str, image_size: int) -> tuple[nn.Module, int]:
+    """Builds a backbone, randomly initialised and without a classifier.
+
+    Args:
+        arch: "resnet18", "resnet34", "resnet50", "resnet101", "resnet152" (torchvision's, with the
+            CIFAR stem up to 64 pixels), "resnet-narrow" (three blocks, for images of 16x16 or so),
+            or "timm/NAME" for any model of timm.
+        image_size: Height and width of the images.
+
+    Returns:
+        The backbone, [N, 3, H, W] -> [N, features], and `features`.
+
+    Raises:
+        ValueError: If `arch` is unknown or `image_size` is not positive.
+        RuntimeError: If `arch` needs timm and it is not installed.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size must be positive, got {image_size}")
+    if arch in RESNETS:
+        return resnet(arch, image_size)
+    if arch == "resnet-narrow":
+        return narrow_resnet()
+    if arch.startswith("timm/"):
+        return _timm_model(arch.removeprefix("timm/"), image_size)
+    raise ValueError(f"arch must be {', '.join(RESNETS)}, resnet-narrow or timm/NAME, got {arch!r}")
+
+
+def _timm_model(name: str, image_size: int) -> tuple[nn.Module, int]:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise RuntimeError("timm is not installed: pip install 'clae_fast[timm]'") from error
+    if not timm.is_model(name):
+        raise ValueError(f"arch names a model that timm does not have: {name!r}")
+    # vision transformers have the image size in their shapes, the others take any
+    config = timm.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size
+    size: dict[str, Any] = {"img_size": image_size} if fixed else {}
+    network: Any = timm.create_model(name, num_classes=0, **size)
+    return network, getattr(network, "head_hidden_size", network.num_features)
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear, or linear - ReLU - linear, from features to the projection the loss is taken at.
+
+    Args:
+        in_dim: Length of the features.
+        hidden_dim: Length of the hidden layer; None leaves one linear layer.
+        out_dim: Length of the projection.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int | None, out_dim: int) -> None:
+        if hidden_dim is None:
+            super().__init__(nn.Linear(in_dim, out_dim))
+        else:
+            super().__init__(
+                nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
+            )
+
+
+class Encoder(nn.Module):
+    """A backbone and a projection head; the projections are raw, the losses normalise them.
+
+    Args:
+        backbone: [N, C, H, W] -> [N, F].
+        head: [N, F] -> [N, D].
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def features(self, x: Tensor) -> Tensor:
+        """What evaluation uses: h = backbone(x), [N, F]."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projections z = head(backbone(x)), [N, D]."""
+        return self.head(self.features(x))

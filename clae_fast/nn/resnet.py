@@ -1,0 +1,65 @@
+"""ResNets out of torchvision's parts, with a stem that fits the size of the image."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+SMALL_IMAGE = 64  # up to this size the ImageNet stem, stride 4, leaves too little
+
+
+def resnet(arch: str, image_size: int) -> tuple[nn.Module, int]:
+    """A ResNet of torchvision without its classifier (He et al., CVPR 2016).
+
+    Images of at most 64 pixels get the CIFAR stem: a 3x3 convolution of stride 1 and no pooling, in
+    place of 7x7, stride 2 and max pooling.
+
+    Args:
+        arch: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
+        image_size: Height and width of the images.
+
+    Returns:
+        The network and the length of its features.
+    """
+    from torchvision import models
+
+    network = models.get_model(arch, weights=None)
+    features = network.fc.in_features
+    network.fc = nn.Identity()
+    if image_size <= SMALL_IMAGE:
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network, features
+
+
+def narrow_resnet(width: int = 16) -> tuple[nn.Module, int]:
+    """A ResNet of 8 layers for images of 16x16 or so: three basic blocks behind a CIFAR stem.
+
+    Args:
+        width: Channels of the first block; each later block doubles them and halves the image.
+
+    Returns:
+        The network and the length of its features, 4 * width.
+    """
+    from torchvision.models.resnet import BasicBlock, conv1x1
+
+    def down(channels: int) -> nn.Module:
+        shortcut = nn.Sequential(conv1x1(channels, 2 * channels, 2), nn.BatchNorm2d(2 * channels))
+        return BasicBlock(channels, 2 * channels, stride=2, downsample=shortcut)
+
+    network = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, width, 3, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(width),
+            relu=nn.ReLU(inplace=True),
+            layer1=BasicBlock(width, width),
+            layer2=down(width),
+            layer3=down(2 * width),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+        )
+    )
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network, 4 * width
