@@ -1,0 +1,193 @@
+"""What adversarial views do to accuracy: attack none, pair and self, a few seeds each.
+
+    python -m benchmarks.accuracy                                    # digits, 3 seeds, minutes
+    python -m benchmarks.accuracy --seeds 5 --dataset parquet --data-dir DIR --epochs 20
+
+Flags other than the ones below go to `python -m clae_fast.train`, which trains and evaluates every
+run. Beside them stand the same encoder untrained and a probe on raw pixels. Each accuracy is the
+mean over the seeds with its 95 % interval (Student's t), on the whole test set after the last
+epoch. A seed decides weights, order and augmentation, so the runs of one seed are paired:
+`over none` is the mean of the differences within seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import _cli, timing
+from clae_fast import data, train
+from clae_fast.config import Config
+from clae_fast.evaluate import extract_features, knn_accuracy, linear_accuracy
+from clae_fast.trainer import Trainer
+
+ATTACKS = ("none", "pair", "self")
+OURS = ("--attack", "--seed", "--out", "--resume", "--print-config")
+
+
+class TrainError(Exception):
+    """`python -m clae_fast.train` ended with an error, which it has printed."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, flags = _parse(argv)
+    try:
+        config = Config.from_dict(json.loads(_train([*flags, "--print-config"])))
+        scores = _measure(args, flags, config)
+    except TrainError as error:
+        return error.status
+    rows = [_row(name, values, scores["none"]) for name, values in scores.items()]
+    machine = timing.machine()
+    print(timing.header(machine))
+    print("\n" + _markdown(rows))
+    if args.json:
+        settings = config.to_dict()
+        for name in ("attack", "seed"):
+            del settings[name]
+        result = {"machine": machine, "seeds": args.seeds, "config": settings, "rows": rows}
+        _cli.write_json(args.json, result)
+    return 0
+
+
+def _parse(argv: list[str] | None) -> tuple[Any, list[str]]:
+    parser = _cli.Parser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__.splitlines()[0],
+        epilog="Other flags go to python -m clae_fast.train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--seeds", type=_cli.positive_int, default=3, help="how many; they are 0, 1, ..."
+    )
+    parser.add_argument(
+        "--runs", type=Path, metavar="DIR", help="keep the run folders in this new folder"
+    )
+    parser.add_argument(
+        "--json", type=_cli.json_path, metavar="FILE", help="write the results there too"
+    )
+    args, flags = parser.parse_known_args(argv)
+    for flag in flags:
+        if flag.split("=")[0] in OURS:
+            parser.error(f"argument {flag}: this benchmark sets it itself")
+    if args.runs and args.runs.exists():
+        parser.error(f"argument --runs: {str(args.runs)!r} exists")
+    return args, flags
+
+
+def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[dict[str, float]]]:
+    """Accuracies {"knn", "linear"} of every row's runs, a dict a seed."""
+    scores: dict[str, list[dict[str, float]]] = {"raw pixels": [], "untrained": []}
+    scores |= {attack: [] for attack in ATTACKS}
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = args.runs or Path(temporary)
+        for seed in range(args.seeds):
+            for attack in ATTACKS:
+                out = runs / f"{attack}-{seed}"
+                _train([*flags, "--attack", attack, "--seed", str(seed), "--out", str(out)])
+                results = json.loads((out / "results.json").read_text())
+                scores[attack].append({name: results[name] for name in ("knn", "linear")})
+                print(f"attack {attack}, seed {seed}: {scores[attack][-1]}", flush=True)
+            fresh = Trainer(dataclasses.replace(config, seed=seed, attack="none"))
+            scores["untrained"].append(_probe(fresh, _features))
+            if seed == 0:
+                scores["raw pixels"].append(_probe(fresh, _pixels))
+    return scores
+
+
+def _train(flags: Sequence[str]) -> str:
+    """Run the command and return what it prints; its progress and errors go to stderr."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        status = train.main(flags)
+    if status:
+        raise TrainError(status)
+    return printed.getvalue()
+
+
+def _probe(trainer: Trainer, features: Callable[[Trainer, data.Split], Tensor]) -> dict[str, float]:
+    splits = (trainer.train, trainer.test)
+    x_train, x_test = (features(trainer, split) for split in splits)
+    y_train, y_test = (split.labels.to(x_train.device) for split in splits)
+    sets = (x_train, y_train, x_test, y_test)
+    return {"knn": knn_accuracy(*sets), "linear": linear_accuracy(*sets)}
+
+
+def _features(trainer: Trainer, split: data.Split) -> Tensor:
+    return extract_features(trainer.method.encoder, split, trainer.config, trainer.device)
+
+
+def _pixels(trainer: Trainer, split: data.Split) -> Tensor:
+    """The images as an encoder is given them, flattened to [N, 3 * H * W]."""
+    transform = data.eval_transform(trainer.config.image_size)
+    workers = trainer.config.workers
+    loader = data.image_loader(split, transform, batch_size=256, workers=workers)
+    return torch.cat([x.flatten(1) for x in loader])
+
+
+def _row(
+    name: str, runs: list[dict[str, float]], none: list[dict[str, float]]
+) -> dict[str, str | int | float | None]:
+    row: dict[str, str | int | float | None] = {"encoder": name, "n": len(runs)}
+    for metric in ("knn", "linear"):
+        values = [run[metric] for run in runs]
+        row[metric], row[f"{metric}_ci95"] = mean_and_interval(values)
+        if name in ATTACKS and name != "none":
+            gains = [run[metric] - base[metric] for run, base in zip(runs, none, strict=True)]
+            row[f"{metric}_over_none"], row[f"{metric}_over_none_ci95"] = mean_and_interval(gains)
+    return row
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and half the width of its 95 % interval; None for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    from scipy import stats
+
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
+
+
+def _markdown(rows: Iterable[dict[str, Any]]) -> str:
+    lines = [
+        "| encoder | n | kNN, % | linear, % | kNN over none | linear over none |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            _with_interval(row.get(metric), row.get(f"{metric}_ci95"), sign)
+            for metric, sign in (
+                ("knn", ""),
+                ("linear", ""),
+                ("knn_over_none", "+"),
+                ("linear_over_none", "+"),
+            )
+        ]
+        lines.append(f"| {row['encoder']} | {row['n']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_interval(mean: float | None, half_width: float | None, sign: str) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:{sign}.1f}" + ("" if half_width is None else f" ± {half_width:.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
