@@ -41,7 +41,7 @@ class Config:
         (0.5, 0.5, 0.5), "mean that the encoder subtracts from pixels in 0..1"
     )
     std: tuple[float, float, float] = _option((0.5, 0.5, 0.5), "and what it then divides by")
-    workers: int = _option(0, "loader processes; 0 loads in the main process")
+    workers: int = _option(0, "loader processes, at most one a core; 0 loads in the main process")
 
     method: str = _option("simclr", "contrastive method", choices=("simclr", "plain", "uel"))
     temperature: float = _option(0.5, "temperature of the softmax")
@@ -172,7 +172,6 @@ _CLAE: dict[str, Any] = {
     "grey_prob": 0.2,
     "warmup_epochs": 0,
     "decay_1d": True,
-    "workers": 4,
 }
 _CLAE_SIMCLR: dict[str, Any] = _CLAE | {
     "method": "simclr",

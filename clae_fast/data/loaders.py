@@ -1,5 +1,6 @@
 """Loaders: the batches of a whole training run, and of one pass for evaluation."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,15 +52,20 @@ class BatchSchedule(Sampler[list[tuple[int, int]]]):
 def view_loader(
     views: TwoViews, batches: BatchSchedule, *, workers: int, pin_memory: bool
 ) -> DataLoader:
-    """Loads the scheduled batches as pairs of views, [N, 3, H, W] each."""
+    """Loads the scheduled batches as pairs of views, [N, 3, H, W] each, with `workers` or fewer."""
     return DataLoader(
         views,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=min(workers, _cores()),
         pin_memory=pin_memory,
         # the loader's own seed, unused here, must not move the global generator on a resume
         generator=torch.Generator(),
     )
+
+
+def _cores() -> int:
+    """Cores that this process may use; more loader processes than that get in each other's way."""
+    return len(os.sched_getaffinity(0))
 
 
 class _Images(Dataset):
@@ -77,10 +83,10 @@ class _Images(Dataset):
 def image_loader(
     split: Split, transform: v2.Compose, *, batch_size: int, workers: int
 ) -> DataLoader:
-    """Loads every image of a split once, in order, in batches [N, 3, H, W]."""
+    """Loads every image of a split once, in order, as [N, 3, H, W], with `workers` or fewer."""
     return DataLoader(
         _Images(split, transform),
         batch_size=batch_size,
-        num_workers=workers,
+        num_workers=min(workers, _cores()),
         generator=torch.Generator(),
     )

@@ -1,0 +1,157 @@
+"""Evaluation of a run: `python -m clae_fast.evaluate RUN`.
+
+The encoder of the last checkpoint, its main BatchNorm in eval mode, gives features h of both splits
+once; a weighted kNN vote and a linear probe are taken on them, over the whole test set.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from clae_fast import _cli, checkpoint, data
+from clae_fast.config import Config
+from clae_fast.nn import Encoder
+from clae_fast.run_folder import RunFolder
+from clae_fast.trainer import build_method, pick_device
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int | None = None,
+    sigma: float = 0.1,
+) -> float:
+    r"""Accuracy of a weighted vote among the k nearest training images.
+
+    A neighbour at cosine similarity c votes for its class with weight :math:`e^{c / \sigma}`
+    (Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", 2018).
+
+    Args:
+        train_features: voters.  # [M, F]
+        train_labels: their classes, from 0.  # [M]
+        test_features: images to classify.  # [N, F]
+        test_labels: their classes.  # [N]
+        k: neighbours that vote; 200 by default, but at most one in 50 of the training images.
+        sigma: temperature of the weights.
+
+    Returns:
+        Per cent of the test images whose class wins.
+    """
+    bank = nn.functional.normalize(train_features, dim=1)  # [M, F]
+    classes = int(train_labels.max()) + 1
+    k = k or max(1, min(200, len(bank) // 50))
+    correct = 0
+    for features, labels in zip(test_features.split(1024), test_labels.split(1024), strict=True):
+        similarity = nn.functional.normalize(features, dim=1) @ bank.T  # [B, M]
+        nearest, rows = similarity.topk(min(k, len(bank)), dim=1)  # [B, k]
+        votes = features.new_zeros(len(features), classes)  # [B, C]
+        # relative to the nearest one, which changes no ranking and cannot overflow
+        weights = ((nearest - nearest[:, :1]) / sigma).exp()
+        votes.scatter_add_(1, train_labels[rows], weights)
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return 100 * correct / len(test_labels)
+
+
+def linear_accuracy(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> float:
+    """Accuracy of a logistic regression on standardised features, without augmentation.
+
+    Args:
+        train_features: features to fit on.  # [M, F]
+        train_labels: their classes.  # [M]
+        test_features: features to classify.  # [N, F]
+        test_labels: their classes.  # [N]
+
+    Returns:
+        Per cent of the test images that are classified right.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
+    probe.fit(train_features.cpu().numpy(), train_labels.cpu().numpy())
+    return 100 * float(probe.score(test_features.cpu().numpy(), test_labels.cpu().numpy()))
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: Encoder, split: data.Split, config: Config, device: torch.device
+) -> Tensor:
+    """Features h of every image of a split, in order; leaves `encoder` in eval mode.
+
+    Returns:
+        The features.  # [N, F]
+    """
+    encoder.eval()
+    loader = data.image_loader(
+        split,
+        data.eval_transform(config.image_size),
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
+    return torch.cat([encoder.features(x.to(device)) for x in loader])
+
+
+def evaluate(folder: RunFolder) -> dict[str, float]:
+    """Evaluates the last checkpoint of a run and writes its results.json.
+
+    Returns:
+        "knn" and "linear", accuracies in per cent, and the optimiser "step" they belong to.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        DataError: the data set cannot be used.
+    """
+    config = folder.config
+    device = pick_device(config.device)
+    state = checkpoint.load(folder.checkpoint)
+    method = build_method(config)
+    method.load_state_dict(state["method"])
+    encoder = cast(Encoder, method.encoder.to(device))
+    train, test = data.load(config.dataset, data_dir=config.data_dir, limit=config.limit)
+    features = [extract_features(encoder, split, config, device) for split in (train, test)]
+    sets = (features[0], train.labels.to(device), features[1], test.labels.to(device))
+    results = {
+        "knn": knn_accuracy(*sets),
+        "linear": linear_accuracy(*sets),
+        "step": state["step"],
+    }
+    folder.write_json("results.json", results)
+    return results
+
+
+def report(results: dict[str, float]) -> str:
+    """The accuracies, a line each."""
+    return f"knn accuracy: {results['knn']:.1f} %\nlinear accuracy: {results['linear']:.1f} %"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 1 failed, 2 bad input, 130 interrupted.
+
+    Args:
+        argv: arguments; those of the process by default.
+    """
+    return _cli.run(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = _cli.Parser(
+        prog="python -m clae_fast.evaluate",
+        description="Weighted kNN and a linear probe on a run's features.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    print(report(evaluate(RunFolder.open(parser.parse_args(argv).run))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

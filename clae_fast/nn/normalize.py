@@ -1,0 +1,28 @@
+"""Normalisation as the encoder's first layer, so that views, and attacks on them, are in pixels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel.
+
+    Args:
+        mean: One number per channel.
+        std: One positive number per channel.
+    """
+
+    mean: Tensor  # [C, 1, 1]
+    std: Tensor  # [C, 1, 1]
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        # constants of the configuration, not learned state: kept out of checkpoints
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises a batch [N, C, H, W]."""
+        return (x - self.mean) / self.std

@@ -1,0 +1,163 @@
+"""The folder of a run: its configuration, versions, metrics and checkpoint.
+
+config.json           every setting
+versions.json         what it ran with and where
+metrics.jsonl         one line a log point; a pure function of the configuration on a CPU
+events.out.tfevents.* the same and images per second, for TensorBoard
+checkpoints/last.pt   state after the last epoch, or after the last --checkpoint-every steps
+results.json          accuracies of the finished run
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import clae_fast
+from clae_fast.checkpoint import write_atomically
+from clae_fast.config import Config
+
+
+class RunFolderError(Exception):
+    """A folder that cannot be a new run, or holds none; the message names it."""
+
+
+class RunFolder:
+    """A run on disk.
+
+    Attributes:
+        path: the folder.
+        config: its settings.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> "RunFolder":
+        """Makes the folder of a new run.
+
+        Raises:
+            RunFolderError: `path` exists.
+            OSError: it cannot be written.
+        """
+        require_free(path)
+        (path / "checkpoints").mkdir(parents=True)
+        folder = cls(path, config)
+        folder.write_json("versions.json", versions())
+        folder.write_json("config.json", config.to_dict())
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Opens an existing run.
+
+        Raises:
+            RunFolderError: there is no run in `path`, or not one of this version.
+        """
+        try:
+            settings = json.loads((path / "config.json").read_text())
+            if not isinstance(settings, dict):
+                raise ValueError("not a JSON object")
+            return cls(path, Config.from_dict(settings))
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{path} is no run folder: it has no config.json") from error
+        except (ValueError, TypeError) as error:
+            raise RunFolderError(f"{path / 'config.json'}: {error}") from error
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state of training is kept."""
+        return self.path / "checkpoints" / "last.pt"
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Writes `values` to the file `name`, atomically."""
+        write_atomically(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def require_free(path: Path) -> None:
+    """Raises RunFolderError where `path` exists: a run never overwrites another."""
+    if path.exists():
+        raise RunFolderError(f"{path} exists: choose another --out, or continue it with --resume")
+
+
+class MetricsLog:
+    """Writes log points to metrics.jsonl and TensorBoard.
+
+    Args:
+        folder: the run.
+        step: steps already done.
+        size: bytes of metrics.jsonl that belong to them; what follows is dropped.
+    """
+
+    def __init__(self, folder: RunFolder, *, step: int, size: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = open(folder.path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by __exit__
+        self._file.truncate(size)
+        self._events = SummaryWriter(str(folder.path), purge_step=step)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # on a full disk closing fails too, after the error that says so
+        with contextlib.suppress(*([OSError] if error else [])):
+            self._file.close()
+            self._events.close()
+
+    def write(self, step: int, values: dict[str, float], images_per_second: float) -> None:
+        """Adds a log point; the rate, which no rerun repeats, goes to TensorBoard alone."""
+        self._file.write((json.dumps({"step": step} | values) + "\n").encode())
+        self._file.flush()
+        for name, value in (values | {"images_per_second": images_per_second}).items():
+            self._events.add_scalar(name, value, step)
+
+    def sync(self) -> int:
+        """Makes the lines so far durable and returns their size in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what decides a run's numbers, and the machine."""
+    found: dict[str, Any] = {"clae_fast": clae_fast.__version__, "commit": _commit()}
+    for package in ("torch", "torchvision", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return found | {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of the checkout that runs, "-dirty" if it was changed; None elsewhere."""
+    checkout = Path(clae_fast.__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

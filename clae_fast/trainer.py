@@ -1,0 +1,295 @@
+"""The training loop: epochs, log points, checkpoints and resume. It knows no method's formula."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from clae_fast import checkpoint, data
+from clae_fast.attack import LinfAttack
+from clae_fast.config import Config
+from clae_fast.lars import LARS
+from clae_fast.methods import METHODS, Method
+from clae_fast.nn import Encoder, ProjectionHead, build_encoder
+from clae_fast.nn.normalize import Normalize
+from clae_fast.run_folder import MetricsLog, RunFolder
+from clae_fast.step import StepResult, method_step
+
+
+class NonFiniteError(Exception):
+    """Training diverged: the loss or a weight is infinite or not a number."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        ValueError: no such device, here or at all.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def build_method(config: Config) -> Method:
+    """The method and its encoders, freshly initialised from torch's global generator.
+
+    Raises:
+        ValueError: an unknown architecture.
+        RuntimeError: it needs a package that is not installed.
+    """
+    backbone, features = build_encoder(config.arch, config.image_size)
+    normalized = nn.Sequential(Normalize(config.mean, config.std), backbone)
+    head = ProjectionHead(features, config.hidden_dim or None, config.proj_dim)
+    method = METHODS[config.method]
+    return method(
+        Encoder(normalized, head),
+        temperature=config.temperature,
+        adversarial=config.attack != "none",
+    )
+
+
+def build_attack(config: Config) -> LinfAttack:
+    """The attack, in pixels of 0..1: views are normalised inside the encoder."""
+    if config.eps_space == "pixel":
+        return LinfAttack(eps=config.eps, step_size=config.step_size, lo=0.0, hi=1.0)
+    step_size = config.eps if config.step_size is None else config.step_size
+    return LinfAttack(
+        eps=tuple(config.eps * std for std in config.std),
+        step_size=tuple(step_size * std for std in config.std),
+    )
+
+
+def build_optimizer(config: Config, module: nn.Module) -> Optimizer:
+    """The optimiser of all parameters of `module`."""
+    parameters = list(module.parameters())
+    exempt = [p for p in parameters if p.ndim <= 1 and not config.decay_1d]
+    decayed = [p for p in parameters if p.ndim > 1 or config.decay_1d]
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if exempt:
+        groups.append({"params": exempt, "weight_decay": 0.0})
+    if config.optimizer == "sgd":
+        return SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    if config.optimizer == "lars":
+        return LARS(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    adam = Adam if config.optimizer == "adam" else AdamW
+    return adam(groups, config.lr, weight_decay=config.weight_decay)
+
+
+def lr_factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate at a step, relative to `config.lr`: linear warm-up, then the schedule."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = config.epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "cosine":
+            return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
+        if config.schedule == "step":
+            passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+            return (1.0, *config.factors)[passed]
+        return 1.0
+
+    return factor
+
+
+class Trainer:
+    """A run: data, method, optimiser and the place in the schedule.
+
+    Building one seeds torch's global generator with `config.seed`.
+
+    Args:
+        config: the settings.
+
+    Attributes:
+        device: where it trains.
+        train: the training images.
+        test: the test images, untouched by training.
+        method: encoders and loss.
+        step: optimiser steps done.
+
+    Raises:
+        DataError: the data set cannot be used.
+        ValueError: settings that do not fit the data or this machine.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.train, self.test = data.load(
+            config.dataset,
+            data_dir=config.data_dir,
+            limit=config.limit,
+            download=config.download,
+        )
+        torch.manual_seed(config.seed)
+        self.method = build_method(config).to(self.device)
+        self.attack = build_attack(config)
+        self.optimizer = build_optimizer(config, self.method)
+        self.step = 0
+        self._steps_per_epoch = self._batches().steps_per_epoch
+        self._lr_factor = lr_factor(config, self._steps_per_epoch)
+        self._scheduler = LambdaLR(self.optimizer, self._lr_factor)
+        self._metrics_size = 0
+
+    def restore(self, folder: RunFolder) -> None:
+        """Takes up the state of a run's checkpoint, if it got as far as the first.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        if not folder.checkpoint.exists():
+            return
+        state = checkpoint.load(folder.checkpoint)
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self.step = state["step"]
+        self._metrics_size = state["metrics_size"]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def fit(self, folder: RunFolder) -> None:
+        """Trains to the last epoch, writing into `folder`.
+
+        Raises:
+            NonFiniteError: training diverged; the checkpoint before it remains.
+            CheckpointError: a checkpoint cannot be written; the one before it remains.
+            DataError: an image is damaged.
+        """
+        config = self.config
+        loader = data.view_loader(
+            self._views(),
+            self._batches(),
+            workers=config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.method.train()
+        done, size = self.step * config.batch_size, len(loader) * config.batch_size
+        with (
+            MetricsLog(folder, step=self.step, size=self._metrics_size) as log,
+            tqdm(total=done + size, initial=done, unit="img", dynamic_ncols=True) as bar,
+        ):
+            if self.step == 0:
+                self._save(folder, log)
+            window = _Window()
+            for views in loader:
+                window.add(self._train_step(views))
+                self.step += 1
+                bar.update(config.batch_size)
+                save = self._saves_at(self.step)
+                if save or self.step % config.log_every == 0:
+                    self._log(folder, log, window, bar)
+                    window = _Window()
+                if save:
+                    self._save(folder, log)
+
+    def _train_step(self, views: list[Tensor]) -> StepResult:
+        self.optimizer.zero_grad()
+        result = method_step(
+            self.method,
+            [view.to(self.device, non_blocking=True) for view in views],
+            kind=self.config.attack,
+            attack=self.attack,
+            adv_weight=self.config.adv_weight,
+        )
+        self.optimizer.step()
+        self._scheduler.step()
+        self.method.after_step()
+        return result
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.config.checkpoint_every
+        return step % self._steps_per_epoch == 0 or (every is not None and step % every == 0)
+
+    def _log(self, folder: RunFolder, log: MetricsLog, window: "_Window", bar: tqdm) -> None:
+        losses = window.means()
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise self._diverged(f"{name} is {value}", folder)
+        bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
+        epoch = self.step / self._steps_per_epoch
+        rate = window.steps * self.config.batch_size / window.seconds()
+        lr = self.config.lr * self._lr_factor(self.step - 1)
+        log.write(self.step, {"epoch": epoch, **losses, "lr": lr}, rate)
+
+    def _save(self, folder: RunFolder, log: MetricsLog) -> None:
+        # the loss of the last step was taken before it moved the weights
+        if not all(bool(p.isfinite().all()) for p in self.method.parameters()):
+            raise self._diverged("a weight is not finite", folder)
+        cuda = self.device.type == "cuda"
+        state = {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "metrics_size": log.sync(),
+        }
+        checkpoint.save(folder.checkpoint, state)
+
+    def _diverged(self, what: str, folder: RunFolder) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what} at step {self.step}, training diverged: try a smaller lr or eps; "
+            f"{folder.checkpoint} is from before"
+        )
+
+    def _views(self) -> data.TwoViews:
+        config = self.config
+        transform = data.augmentation(
+            config.image_size,
+            crop_min_scale=config.crop_min_scale,
+            flip=config.flip,
+            color_jitter=config.color_jitter,
+            color_jitter_prob=config.color_jitter_prob,
+            grey_prob=config.grey_prob,
+        )
+        return data.TwoViews(self.train, transform, seed=config.seed)
+
+    def _batches(self) -> data.BatchSchedule:
+        config = self.config
+        return data.BatchSchedule(
+            len(self.train),
+            config.batch_size,
+            epochs=config.epochs,
+            seed=config.seed,
+            start=self.step,
+        )
+
+
+class _Window:
+    """Losses since the last log point, summed on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: dict[str, Tensor] = {}
+        self._start = time.perf_counter()
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        for name, value in (("loss", result.loss), ("adv_loss", result.adv_loss)):
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self.steps for name, total in self._sums.items()}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start

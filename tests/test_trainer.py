@@ -1,0 +1,318 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from clae_fast import checkpoint
+from clae_fast.config import Config, resolve
+from clae_fast.lars import LARS
+from clae_fast.run_folder import RunFolder, RunFolderError, versions
+from clae_fast.trainer import (
+    NonFiniteError,
+    Trainer,
+    build_attack,
+    build_method,
+    build_optimizer,
+    lr_factor,
+    pick_device,
+)
+
+# two epochs of four steps on 32 images of 8x8
+TINY = {"limit": 32, "image_size": 8, "batch_size": 8, "epochs": 2, "log_every": 3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(**settings):
+    return resolve({"device": "cpu", **TINY, **settings})
+
+
+def fit(path, config):
+    trainer = Trainer(config)
+    folder = RunFolder.create(path, config)
+    trainer.fit(folder)
+    return folder
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Weights, optimiser, schedule, generators and metrics, to the last bit."""
+    states = [checkpoint.load(folder.checkpoint) for folder in (a, b)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert (a.path / "metrics.jsonl").read_bytes() == (b.path / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("runs") / "run", tiny())
+
+
+class TestFit:
+    def test_run_folder_is_complete(self, folder):
+        names = {path.name.partition(".tfevents")[0] for path in folder.path.iterdir()}
+        assert names == {
+            "config.json",
+            "versions.json",
+            "metrics.jsonl",
+            "events.out",
+            "checkpoints",
+        }
+        assert RunFolder.open(folder.path).config == folder.config
+        assert [path.name for path in folder.checkpoint.parent.iterdir()] == ["last.pt"]
+
+    def test_log_points_and_learning_rates(self, folder):
+        lines = metrics(folder)
+        assert [line["step"] for line in lines] == [3, 4, 6, 8]  # every third, and epoch ends
+        assert [line["epoch"] for line in lines] == [0.75, 1, 1.5, 2]
+        assert all(math.isfinite(line["loss"]) and line["adv_loss"] > 0 for line in lines)
+        factor = lr_factor(folder.config, 4)
+        expected = [folder.config.lr * factor(line["step"] - 1) for line in lines]
+        assert [line["lr"] for line in lines] == expected
+
+    def test_tensorboard_has_the_same_numbers(self, folder):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder.path)).Reload()
+        for name in ("loss", "adv_loss", "lr"):
+            points = [(event.step, event.value) for event in events.Scalars(name)]
+            assert points == [
+                (line["step"], pytest.approx(line[name], rel=1e-6)) for line in metrics(folder)
+            ]
+        assert all(event.value > 0 for event in events.Scalars("images_per_second"))
+
+    def test_a_second_run_is_identical(self, folder, tmp_path):
+        assert_same_run(folder, fit(tmp_path / "again", tiny()))
+
+    def test_weights_moved_and_both_branches_saw_data(self, folder):
+        config = folder.config
+        torch.manual_seed(config.seed)
+        before = build_method(config).state_dict()
+        after = checkpoint.load(folder.checkpoint)["method"]
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {name for name, _ in build_method(config).named_parameters()} <= moved
+        for branch in ("encoder", "adv_encoder"):
+            assert any(n.startswith(branch + ".") and n.endswith("running_mean") for n in moved)
+
+
+@pytest.mark.parametrize("method", ["simclr", "plain", "uel"])
+@pytest.mark.parametrize("attack", ["none", "self"])
+def test_methods_and_attacks_train(tmp_path, method, attack):
+    config = tiny(method=method, attack=attack, epochs=1, limit=16)
+    (line,) = metrics(fit(tmp_path / "run", config))
+    assert math.isfinite(line["loss"])
+    assert ("adv_loss" in line) == (attack != "none")
+
+
+class StopError(Exception):
+    """Stands for anything that ends a process."""
+
+
+def stop_before(monkeypatch, step):
+    original = Trainer._train_step
+
+    def train_step(self, views):
+        if self.step == step:
+            raise StopError
+        return original(self, views)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+
+
+class TestResume:
+    @pytest.mark.parametrize("stopped", [0, 2, 3, 4, 7])
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, tmp_path, monkeypatch, stopped):
+        config = tiny(checkpoint_every=3, workers=stopped % 2, optimizer="sgd", lr=0.1)
+        whole = fit(tmp_path / "whole", config)
+        with monkeypatch.context() as patch:
+            stop_before(patch, stopped)
+            with pytest.raises(StopError):
+                fit(tmp_path / "stopped", config)
+        # what came after the checkpoint is dropped
+        with open(tmp_path / "stopped" / "metrics.jsonl", "a") as file:
+            file.write('{"step": 99, "lo')
+        folder = RunFolder.open(tmp_path / "stopped")
+        trainer = Trainer(folder.config)
+        torch.manual_seed(12345)
+        trainer.restore(folder)
+        assert trainer.step == {0: 0, 2: 0, 3: 3, 4: 4, 7: 6}[stopped]
+        trainer.fit(folder)
+        assert_same_run(whole, folder)
+
+    def test_random_layers_resume_too(self, tmp_path, monkeypatch):
+        def build(config):
+            method = build_method(config)
+            method.encoder.head.insert(0, nn.Dropout(0.5))
+            return method
+
+        monkeypatch.setattr("clae_fast.trainer.build_method", build)
+        config = tiny(attack="none", checkpoint_every=1)
+        whole = fit(tmp_path / "whole", config)
+        with monkeypatch.context() as patch:
+            stop_before(patch, 5)
+            with pytest.raises(StopError):
+                fit(tmp_path / "stopped", config)
+        folder = RunFolder.open(tmp_path / "stopped")
+        trainer = Trainer(config)
+        trainer.restore(folder)
+        trainer.fit(folder)
+        assert_same_run(whole, folder)
+
+    def test_a_finished_run_stays_as_it_is(self, tmp_path):
+        folder = fit(tmp_path / "run", tiny(epochs=1))
+        before = folder.checkpoint.read_bytes(), (folder.path / "metrics.jsonl").read_bytes()
+        trainer = Trainer(folder.config)
+        trainer.restore(folder)
+        trainer.fit(folder)
+        after = folder.checkpoint.read_bytes(), (folder.path / "metrics.jsonl").read_bytes()
+        assert before == after
+
+
+class TestDivergence:
+    def test_a_non_finite_loss_stops_at_the_next_log_point(self, tmp_path):
+        config = tiny(optimizer="sgd", lr=1e38, warmup_epochs=0, log_every=2)
+        with pytest.raises(NonFiniteError, match=r"loss is (nan|inf) at step 2, training diverged"):
+            fit(tmp_path / "run", config)
+        state = checkpoint.load(RunFolder.open(tmp_path / "run").checkpoint)
+        assert state["step"] == 0
+        assert all(value.isfinite().all() for value in state["method"].values())
+
+    def test_non_finite_weights_are_not_checkpointed(self, tmp_path, monkeypatch):
+        original = Trainer._train_step
+
+        def train_step(self, views):
+            result = original(self, views)
+            if self.step == 7:
+                next(self.method.parameters()).data.fill_(math.nan)
+            return result
+
+        monkeypatch.setattr(Trainer, "_train_step", train_step)
+        with pytest.raises(NonFiniteError, match="a weight is not finite at step 8"):
+            fit(tmp_path / "run", tiny())
+        assert checkpoint.load(RunFolder.open(tmp_path / "run").checkpoint)["step"] == 4
+
+
+class TestAttack:
+    def test_pixels_are_clamped(self):
+        attack = build_attack(Config(eps=0.1, step_size=0.2))
+        assert (attack.eps, attack.step_size, attack.lo, attack.hi) == (0.1, 0.2, 0.0, 1.0)
+
+    def test_normalized_units_become_pixels_without_a_clamp(self):
+        config = resolve({}, "clae-plain-cifar10")
+        attack = build_attack(config)
+        assert attack.eps == attack.step_size == tuple(0.03 * std for std in config.std)
+        assert (attack.lo, attack.hi) == (None, None)
+        longer = build_attack(resolve({"step_size": 0.06}, "clae-plain-cifar10"))
+        assert longer.step_size == tuple(0.06 * std for std in config.std)
+
+    def test_the_encoder_normalises_first(self):
+        config = tiny(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
+        x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        encoder = build_method(config).encoder.eval()
+        normalize, backbone = encoder.backbone
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+        torch.testing.assert_close(normalize(x), (x - mean) / std)
+        torch.testing.assert_close(encoder.features(x), backbone((x - mean) / std))
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("adam", torch.optim.Adam),
+            ("adamw", torch.optim.AdamW),
+            ("sgd", torch.optim.SGD),
+            ("lars", LARS),
+        ],
+    )
+    def test_settings_arrive_and_1d_parameters_may_be_exempt(self, name, kind):
+        module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        config = tiny(optimizer=name, lr=0.5, weight_decay=0.1, momentum=0.8)
+        optimizer = build_optimizer(config, module)
+        assert type(optimizer) is kind
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.5, 0.1, 4)
+        assert group.get("momentum", 0.8) == 0.8
+        config = tiny(optimizer=name, weight_decay=0.1, decay_1d=False)
+        groups = build_optimizer(config, module).param_groups
+        assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (3, 0.0)]
+
+    def test_shared_weights_are_optimised_once(self):
+        method = build_method(tiny())
+        (group,) = build_optimizer(tiny(), method).param_groups
+        assert len({id(p) for p in group["params"]}) == len(group["params"])
+        shared = set(method.encoder.parameters()) & set(method.adv_encoder.parameters())
+        assert shared < set(group["params"])
+
+
+class TestSchedule:
+    def factors(self, steps, **settings):
+        factor = lr_factor(Config(**settings), steps_per_epoch=2)
+        return [factor(step) for step in range(steps)]
+
+    def test_cosine_after_warm_up(self):
+        found = self.factors(8, schedule="cosine", epochs=4, warmup_epochs=2)
+        cosine = [(1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
+        assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, *cosine])
+
+    def test_steps_are_relative_to_the_first_rate(self):
+        found = self.factors(
+            8, schedule="step", epochs=4, warmup_epochs=0, milestones=(1, 3), factors=(0.1, 0.05)
+        )
+        assert found == [1, 1, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]
+
+    def test_constant_and_warm_up_to_the_end(self):
+        assert self.factors(3, schedule="constant", epochs=2, warmup_epochs=0) == [1, 1, 1]
+        assert self.factors(3, schedule="cosine", epochs=1, warmup_epochs=1) == [0.5, 1.0, 1.0]
+
+
+class TestDevice:
+    def test_auto_finds_what_there_is(self):
+        expected = "cuda" if torch.cuda.is_available() else "cpu"
+        assert pick_device("auto").type == expected
+        assert pick_device("cpu") == torch.device("cpu")
+
+    @pytest.mark.parametrize("name", ["tpu", "meta", "cuda:x", ""])
+    def test_unknown_devices_are_refused(self, name):
+        with pytest.raises(ValueError, match=f"device must be cpu, cuda.*got {name!r}"):
+            pick_device(name)
+
+    def test_a_gpu_that_is_not_there_is_refused(self):
+        with pytest.raises(ValueError, match="device is 'cuda:99', but torch sees"):
+            pick_device("cuda:99")
+
+
+class TestRunFolder:
+    def test_an_existing_folder_is_never_taken(self, tmp_path):
+        with pytest.raises(RunFolderError, match="exists: choose another --out"):
+            RunFolder.create(tmp_path, tiny())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_is_no_run_is_named(self, tmp_path):
+        with pytest.raises(RunFolderError, match=r"is no run folder: it has no config\.json"):
+            RunFolder.open(tmp_path)
+        for content in ("{", "[]", '{"lr": "fast"}', '{"rate": 1}'):
+            (tmp_path / "config.json").write_text(content)
+            with pytest.raises(RunFolderError, match=r"config\.json: "):
+                RunFolder.open(tmp_path)
+
+    def test_versions_name_software_and_machine(self):
+        found = versions()
+        assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+        assert {"clae_fast", "commit", "torchvision", "triton", "numpy", "python"} < set(found)
+        assert {"machine", "cpus", "threads", "gpu"} < set(found)
+
+
+def test_a_batch_larger_than_the_data_is_named():
+    with pytest.raises(ValueError, match="batch_size must be at most the 8 images, got 9"):
+        Trainer(tiny(limit=8, batch_size=9))
