@@ -6,3 +6,19 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
+
+from clae_fast import attack, nn
+from clae_fast.ops import info_nce, linf_step, nt_xent, tied_nt_xent, uel
+from clae_fast.step import pair_step
+
+__all__ = [
+    "__version__",
+    "attack",
+    "info_nce",
+    "linf_step",
+    "nn",
+    "nt_xent",
+    "pair_step",
+    "tied_nt_xent",
+    "uel",
+]
