@@ -67,9 +67,13 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     result = {"command": " ".join([program, *sys.argv[1:]]), **result}
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be written: {error.strerror}")
     print(f"wrote {path}")
 
 

@@ -155,7 +155,7 @@ def released_nt_xent(n: int, temperature: float) -> Loss:
         z = torch.cat((F.normalize(z0), F.normalize(z1)))
         similarity = F.cosine_similarity(z.unsqueeze(1), z.unsqueeze(0), dim=2) / temperature
         positives = torch.cat((similarity.diagonal(half), similarity.diagonal(-half)))
-        negatives = similarity[negative.to(z.device)].view(n, -1)
+        negatives = similarity[negative].view(n, -1)
         logits = torch.cat((positives.unsqueeze(1), negatives), dim=1)
         labels = torch.zeros(n, dtype=torch.long, device=z.device)
         return F.cross_entropy(logits, labels, reduction="sum") / n

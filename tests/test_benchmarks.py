@@ -424,5 +424,8 @@ def test_json_is_whole_or_absent(tmp_path):
     path = tmp_path / "result.json"
     with pytest.raises(ValueError, match="JSON"):
         _cli.write_json(path, {"ms": float("nan")})
-    assert not path.exists()
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=r"error: .* cannot be written: No such file"):
+        _cli.write_json(tmp_path / "gone" / "result.json", {"ms": 1.0})
+    _cli.write_json(path, {"ms": 1.0})
+    assert json.loads(path.read_text())["ms"] == 1.0
