@@ -59,9 +59,7 @@ def temperature(value: float) -> None:
 
 
 def per_channel(name: str, value: object, x: Tensor, *, minimum: float = -math.inf) -> None:
-    """Raises unless `value` is None, a number, or a sequence or tensor of one for each channel."""
-    if value is None:
-        return
+    """Raises unless `value` is a number, or a list, tuple or tensor of one for each channel."""
     shape: list[int] | None = None
     numbers: list[float] | tuple[float, ...] = ()
     if isinstance(value, (int, float)):

@@ -111,9 +111,10 @@ def linf_step(
     _check.like("grad", grad, "x", x, dtype=False)
     if x0 is not None:
         _check.like("x0", x0, "x", x)
-    for name, value in (("alpha", alpha), ("lo", lo), ("hi", hi)):
-        _check.per_channel(name, value, x)
-    _check.per_channel("eps", eps, x, minimum=0.0)
+    _check.per_channel("alpha", alpha, x)
+    for name, value, minimum in (("eps", eps, 0.0), ("lo", lo, -math.inf), ("hi", hi, -math.inf)):
+        if value is not None:
+            _check.per_channel(name, value, x, minimum=minimum)
     if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and lo > hi:
         raise ValueError(f"lo must be at most hi, got {lo} and {hi}")
     x, grad, x0 = x.detach(), grad.detach(), None if x0 is None else x0.detach()

@@ -1,0 +1,128 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clae_fast import _impl, _native, ops
+
+OPS = sorted(ops.__all__)
+CPU = torch.ones(4, 3)
+META = torch.ones(4, 3, device="meta")
+
+
+class OnGPU:
+    """All of a tensor that `resolve` looks at; no GPU need be there."""
+
+    device = torch.device("cuda")
+    dtype = torch.float32
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_an_implementation_everywhere(op):
+    for tensor in (CPU, OnGPU, META):
+        assert _impl.resolve(op, "auto", tensor) in ("reference", *_impl._IMPLS[op])
+    assert _impl.resolve(op, "reference", CPU) == "reference"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fp64_and_unknown_devices_are_the_reference(op):
+    assert _impl.resolve(op, "auto", CPU.double()) == "reference"
+    assert _impl.resolve(op, "auto", META) == "reference"
+
+
+@pytest.mark.skipif(not _native.has_cpu(), reason="built with CLAE_FAST_BUILD=none")
+@pytest.mark.parametrize("op", ["nt_xent", "linf_step"])
+def test_auto_is_native_on_the_cpu(op):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert _impl.resolve(op, "auto", CPU.to(dtype)) == "native"
+
+
+def test_auto_is_the_reference_without_the_compiled_module(monkeypatch):
+    monkeypatch.setitem(_impl._LACKS, "native", "the compiled module")
+    assert _impl.resolve("nt_xent", "auto", CPU) == "reference"
+    assert _impl.describe(CPU.device).startswith("reference, ")
+
+
+@pytest.mark.parametrize("op", ["nt_xent", "linf_step"])
+def test_auto_on_a_gpu(op, monkeypatch):
+    monkeypatch.setattr(_impl, "_LACKS", {})
+    assert _impl.resolve(op, "auto", OnGPU) == "triton"
+    monkeypatch.setattr(_impl, "_LACKS", {"triton": "triton", "cuda": "nvcc"})
+    assert _impl.resolve(op, "auto", OnGPU) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("op", "impl", "tensor", "error", "message"),
+    [
+        ("nt_xent", "fastest", CPU, ValueError, "impl must be one of auto, reference, torch"),
+        ("nt_xent", "cuda", OnGPU, RuntimeError, "nt_xent has no implementation 'cuda', it has"),
+        ("uel", "native", CPU, RuntimeError, "uel has no implementation 'native', it has"),
+        ("nt_xent", "native", OnGPU, RuntimeError, "does not run on cuda tensors"),
+        ("linf_step", "cuda", CPU, RuntimeError, "does not run on cpu tensors"),
+        ("nt_xent", "native", CPU.double(), TypeError, "fp64 needs impl='reference'"),
+        ("info_nce", "torch", CPU.double(), TypeError, "fp64 needs impl='reference'"),
+    ],
+)
+def test_a_request_never_falls_back(op, impl, tensor, error, message, monkeypatch):
+    monkeypatch.setattr(_impl, "_LACKS", {})
+    with pytest.raises(error, match=message):
+        _impl.resolve(op, impl, tensor)
+
+
+@pytest.mark.parametrize("impl", ["native", "triton", "cuda"])
+def test_what_is_missing_is_named_with_its_remedy(impl, monkeypatch):
+    monkeypatch.setattr(_impl, "_LACKS", {impl: "something: install it"})
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' needs something: install it"):
+        _impl.resolve("linf_step", impl, CPU)
+
+
+def test_triton_runs_on_the_cpu_only_when_interpreted(monkeypatch):
+    monkeypatch.setattr(_impl, "_LACKS", {})
+    monkeypatch.setattr(_impl, "_INTERPRETED", True)
+    assert _impl.resolve("nt_xent", "triton", CPU) == "triton"
+    assert _impl.resolve("nt_xent", "auto", CPU) == "native"
+    monkeypatch.setattr(_impl, "_INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="does not run on cpu tensors"):
+        _impl.resolve("nt_xent", "triton", CPU)
+
+
+@pytest.mark.skipif(not _native.has_cpu(), reason="built with CLAE_FAST_BUILD=none")
+def test_describe(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert _impl.describe(CPU.device) == f"native, {_native.isas()[-1]}, 1 thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with _native.force_isa("portable"):
+        assert _impl.describe(CPU.device) == "native, portable, 2 threads"
+
+
+def test_environment_variable_replaces_auto():
+    code = """
+import torch
+from clae_fast import _impl
+z = torch.ones(2, 3)
+assert _impl.resolve("nt_xent", "auto", z) == "reference"
+assert _impl.describe(z.device).startswith("reference, ")
+assert _impl.resolve("uel", "torch", z) == "torch"
+"""
+    result = run(code, CLAE_FAST_IMPL="reference")
+    assert result.returncode == 0, result.stderr
+
+
+def test_environment_variable_never_falls_back():
+    code = "import torch, clae_fast; clae_fast.uel(torch.ones(2, 3), torch.ones(2, 3))"
+    result = run(code, CLAE_FAST_IMPL="native")
+    assert "uel has no implementation 'native'" in result.stderr
+    result = run(code, CLAE_FAST_IMPL="fastest")
+    assert "impl must be one of auto" in result.stderr
