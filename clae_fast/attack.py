@@ -146,7 +146,8 @@ class LinfAttack:
                 f"{name} must be fp32 or fp16, got bf16: near 1 its spacing exceeds eps"
             )
         for length in ("eps", "step_size", "lo", "hi"):
-            _check.per_channel(length, getattr(self, length), x)
+            if getattr(self, length) is not None:
+                _check.per_channel(length, getattr(self, length), x)
 
     def twin(self, x: Tensor) -> tuple[Tensor, Twin]:
         """`linf_twin` with this attack's lengths."""

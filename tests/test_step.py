@@ -267,7 +267,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
         def pack(tensor: Tensor) -> Holder:
             storage = tensor.untyped_storage()
-            holder, key = Holder(tensor), storage.data_ptr()
+            holder, key = Holder(tensor.detach()), storage.data_ptr()
             if key not in skipped:
                 if self.holders.setdefault(key, 0) == 0:
                     self.live += storage.nbytes()
