@@ -30,8 +30,10 @@ def run(command: Callable[[], None]) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{''.join(f'; {arg}' for arg in interrupt.args)}", file=sys.stderr)
         return INTERRUPTED
-    except (NonFiniteError, CheckpointError, OSError) as error:
+    except (NonFiniteError, CheckpointError) as error:
         return _fail(error, FAILED)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
     except DataError as error:
         # a loader process sends its traceback along, and the message last
         return _fail(str(error).rpartition("DataError: ")[2], BAD_INPUT)

@@ -101,7 +101,8 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, *, step: int, size: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = open(folder.path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by __exit__
+        path = str(folder.path / "metrics.jsonl")
+        self._file = open(path, "ab")  # noqa: SIM115 - closed by __exit__
         self._file.truncate(size)
         self._events = SummaryWriter(str(folder.path), purge_step=step)
 
@@ -120,9 +121,16 @@ class MetricsLog:
             self._events.close()
 
     def write(self, step: int, values: dict[str, float], images_per_second: float) -> None:
-        """Adds a log point; the rate, which no rerun repeats, goes to TensorBoard alone."""
-        self._file.write((json.dumps({"step": step} | values) + "\n").encode())
-        self._file.flush()
+        """Adds a log point; the rate, which no rerun repeats, goes to TensorBoard alone.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk.
+        """
+        try:
+            self._file.write((json.dumps({"step": step} | values) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         for name, value in (values | {"images_per_second": images_per_second}).items():
             self._events.add_scalar(name, value, step)
 

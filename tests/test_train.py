@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from clae_fast import _impl, checkpoint, train
+from clae_fast import _impl, checkpoint, run_folder, train
 from clae_fast.trainer import Trainer
 
 # two epochs of four steps on 32 digits of 8x8
@@ -223,6 +223,15 @@ class TestFailure:
         assert checkpoint.load(last)["step"] == 3
         assert train.main(["--resume", str(run)]) == 0
         assert_same_run(finished[0], run)
+
+    def test_a_full_disk_names_the_file(self, tmp_path, monkeypatch, capsys):
+        class FullFile(io.FileIO):
+            def write(self, _):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(run_folder, "open", FullFile, raising=False)
+        line = fails(capsys, [*TINY, "--out", tmp_path / "run"], code=1)
+        assert line == f"error: {tmp_path}/run/metrics.jsonl: No space left on device"
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_truncated_image_names_file_and_row(self, tmp_path, capsys, workers):
