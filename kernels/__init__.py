@@ -1,0 +1,1 @@
+"""Triton kernels and the launchers that allocate for them, one module an op."""
