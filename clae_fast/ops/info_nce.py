@@ -90,10 +90,9 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        danchor, dkeys = (
-            (d * dloss).to(ctx.dtype) if needed else None
-            for d, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        )
+        danchor, dkeys = ctx.saved_tensors
+        danchor = (danchor * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dkeys = (dkeys * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return danchor, dkeys, None
 
 

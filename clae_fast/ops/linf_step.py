@@ -134,15 +134,18 @@ def _table(
     x: Tensor, alpha: PerChannel, eps: PerChannel, lo: PerChannel, hi: PerChannel
 ) -> Tensor:  # [4, C]
     """The bounds of every channel in fp32 beside `x`, eps rounded towards 0."""
+    bounds = (alpha, eps, lo, hi)
+    # on the CPU where that leaves a single copy to the GPU
+    device = x.device if any(isinstance(value, Tensor) for value in bounds) else "cpu"
     alpha, eps, lo, hi = (
         value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        for value in (alpha, eps, lo, hi)
+        for value in bounds
     )
     rounded = eps.float()
     if eps.dtype == torch.float64:
         rounded = torch.where(rounded > eps, rounded.nextafter(torch.zeros_like(rounded)), rounded)
-    rows = [row.to(x.device, torch.float32).expand(x.shape[1]) for row in (alpha, rounded, lo, hi)]
-    return torch.stack(rows)
+    rows = [row.to(device, torch.float32).expand(x.shape[1]) for row in (alpha, rounded, lo, hi)]
+    return torch.stack(rows).to(x.device)
 
 
 def _fp32_towards_zero(value: float) -> float:

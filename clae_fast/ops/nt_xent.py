@@ -79,10 +79,9 @@ class _NTXent(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (dz,) = ctx.saved_tensors
         # scaled before the cast: a scaled loss is what keeps fp16 gradients from underflowing
-        dz0, dz1 = (
-            (half * dloss).to(ctx.dtype) if needed else None
-            for half, needed in zip(dz.chunk(2), ctx.needs_input_grad, strict=False)
-        )
+        N = len(dz) // 2
+        dz0 = (dz[:N] * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dz1 = (dz[N:] * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return dz0, dz1, None, None
 
 

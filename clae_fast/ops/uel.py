@@ -102,10 +102,9 @@ class _UEL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (dz,) = ctx.saved_tensors
-        dz0, dz1 = (
-            (half * dloss).to(ctx.dtype) if needed else None
-            for half, needed in zip(dz.chunk(2), ctx.needs_input_grad, strict=False)
-        )
+        N = len(dz) // 2
+        dz0 = (dz[:N] * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dz1 = (dz[N:] * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return dz0, dz1, None
 
 
