@@ -16,7 +16,7 @@ from clae_fast import _cli, checkpoint, data
 from clae_fast.config import Config
 from clae_fast.nn import Encoder
 from clae_fast.run_folder import RunFolder
-from clae_fast.trainer import build_method, pick_device
+from clae_fast.trainer import build_method, pick_device, to_device
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def extract_features(
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    return torch.cat([encoder.features(x.to(device)) for x in loader])
+    return torch.cat([encoder.features(to_device(x, device)) for x in loader])
 
 
 def evaluate(folder: RunFolder) -> dict[str, float]:
@@ -115,9 +115,9 @@ def evaluate(folder: RunFolder) -> dict[str, float]:
     config = folder.config
     device = pick_device(config.device)
     state = checkpoint.load(folder.checkpoint)
-    method = build_method(config)
+    method = build_method(config, device)
     method.load_state_dict(state["method"])
-    encoder = cast(Encoder, method.encoder.to(device))
+    encoder = cast(Encoder, method.encoder)
     train, test = data.load(config.dataset, data_dir=config.data_dir, limit=config.limit)
     features = [extract_features(encoder, split, config, device) for split in (train, test)]
     sets = (features[0], train.labels.to(device), features[1], test.labels.to(device))

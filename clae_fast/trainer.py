@@ -45,8 +45,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_method(config: Config) -> Method:
-    """The method and its encoders, freshly initialised from torch's global generator.
+def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
+    """The method and its encoders on `device`, initialised from torch's global generator.
+
+    Weights are channels_last, the layout that convolutions are fastest in on CPU and GPU.
 
     Raises:
         ValueError: an unknown architecture.
@@ -55,12 +57,14 @@ def build_method(config: Config) -> Method:
     backbone, features = build_encoder(config.arch, config.image_size)
     normalized = nn.Sequential(Normalize(config.mean, config.std), backbone)
     head = ProjectionHead(features, config.hidden_dim or None, config.proj_dim)
+    encoder = Encoder(normalized, head).to(device, memory_format=torch.channels_last)
     method = METHODS[config.method]
-    return method(
-        Encoder(normalized, head),
-        temperature=config.temperature,
-        adversarial=config.attack != "none",
-    )
+    return method(encoder, temperature=config.temperature, adversarial=config.attack != "none")
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A batch on `device`, channels_last like the weights.  # [N, C, H, W]."""
+    return x.to(device, non_blocking=True, memory_format=torch.channels_last)
 
 
 def build_attack(config: Config) -> LinfAttack:
@@ -138,7 +142,7 @@ class Trainer:
             download=config.download,
         )
         torch.manual_seed(config.seed)
-        self.method = build_method(config).to(self.device)
+        self.method = build_method(config, self.device)
         self.attack = build_attack(config)
         self.optimizer = build_optimizer(config, self.method)
         self.step = 0
@@ -204,7 +208,7 @@ class Trainer:
         self.optimizer.zero_grad()
         result = method_step(
             self.method,
-            [view.to(self.device, non_blocking=True) for view in views],
+            [to_device(view, self.device) for view in views],
             kind=self.config.attack,
             attack=self.attack,
             adv_weight=self.config.adv_weight,

@@ -71,6 +71,17 @@ class TestFit:
         assert RunFolder.open(folder.path).config == folder.config
         assert [path.name for path in folder.checkpoint.parent.iterdir()] == ["last.pt"]
 
+    def test_weights_and_views_are_channels_last(self):
+        seen = []
+        trainer = Trainer(tiny())
+        convolution = trainer.method.adv_encoder.backbone[1].conv1
+        convolution.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        trainer._train_step([torch.rand(4, 3, 8, 8) for _ in range(2)])
+        (x_adv,) = seen
+        for tensor in (x_adv, convolution.weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+            assert not tensor.is_contiguous()
+
     def test_log_points_and_learning_rates(self, folder):
         lines = metrics(folder)
         assert [line["step"] for line in lines] == [3, 4, 6, 8]  # every third, and epoch ends
@@ -150,8 +161,8 @@ class TestResume:
         assert_same_run(whole, folder)
 
     def test_random_layers_resume_too(self, tmp_path, monkeypatch):
-        def build(config):
-            method = build_method(config)
+        def build(config, device):
+            method = build_method(config, device)
             method.encoder.head.insert(0, nn.Dropout(0.5))
             return method
 
