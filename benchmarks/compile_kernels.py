@@ -47,11 +47,13 @@ DIMENSIONS = (16, 32, 64, 128, 256, 512, 1024, 1023)
 
 
 class Launch(NamedTuple):
-    """What a launcher asked for."""
+    """A kernel as it is specialised for what a launcher gave it."""
 
     case: str
     kernel: JITFunction
-    arguments: dict[str, Any]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[object]]]
     options: dict[str, int]  # num_warps, num_stages
 
 
@@ -106,30 +108,38 @@ class _Recorder:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        signature = inspect.signature(self.kernel.fn)
-        options = {name: kwargs.pop(name) for name in list(kwargs.keys() - signature.parameters)}
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-        self.found.append(Launch(self.case, self.kernel, arguments, options))
+        parameters = inspect.signature(self.kernel.fn)
+        options = {key: kwargs.pop(key) for key in list(kwargs.keys() - parameters.parameters)}
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[list[object]]] = {}
+        # as Triton does at a launch: on None, on 1 and on multiples of 16
+        for position, (name, value) in enumerate(
+            parameters.bind(*args, **kwargs).arguments.items()
+        ):
+            is_int = isinstance(value, int)
+            if (
+                self.kernel.params[position].is_constexpr
+                or value is None
+                or (is_int and value == 1)
+            ):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = mangle_type(value)
+            if isinstance(value, Tensor) or (is_int and value % 16 == 0):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        launch = Launch(self.case, self.kernel, signature, constants, attributes, options)
+        # not every kernel depends on what tells this case from the ones before
+        if all(launch[1:] != other[1:] for other in self.found):
+            self.found.append(launch)
 
 
 def compile_launch(index: int, target: int) -> Usage | str:
     """Usage of the kernel of launches()[index] for a compute capability, or why it has none."""
-    launch = launches()[index]
-    signature, constants, attributes = {}, {}, {}
-    # specialised as Triton does at a launch: on None, on 1 and on multiples of 16
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        is_int = isinstance(value, int)
-        if parameter.is_constexpr or value is None or (is_int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if isinstance(value, Tensor) or (is_int and value % 16 == 0):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    _, kernel, signature, constants, attributes, options = launches()[index]
+    source = ASTSource(kernel, signature, constants, attributes)
     try:
-        compiled = triton.compile(source, GPUTarget("cuda", target, 32), launch.options)
+        compiled = triton.compile(source, GPUTarget("cuda", target, 32), options)
     except Exception as error:  # whatever the compiler raises is the result
         return f"{type(error).__name__}: {error}"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
