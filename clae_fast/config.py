@@ -47,7 +47,7 @@ class Config:
     temperature: float = _option(0.5, "temperature of the softmax")
     attack: str = _option("pair", "who is attacked", choices=("none", "pair", "self"))
     adv_weight: float = _option(1.0, "weight of the adversarial loss")
-    eps: float = _option(0.03, "radius of the attack")
+    eps: float = _option(0.06, "radius of the attack")
     step_size: float | None = _option(None, "step of the attack; eps by default")
     eps_space: str = _option(
         "pixel",
@@ -60,7 +60,7 @@ class Config:
     proj_dim: int = _option(64, "length of the projection")
 
     optimizer: str = _option("adam", "optimiser", choices=("adam", "adamw", "sgd", "lars"))
-    lr: float = _option(2e-3, "learning rate after warm-up")
+    lr: float = _option(3e-3, "learning rate after warm-up")
     momentum: float = _option(0.9, "momentum of sgd and lars")
     weight_decay: float = _option(0.0, "weight decay")
     decay_1d: bool = _option(True, "apply weight decay to biases and BatchNorm too")
@@ -69,7 +69,7 @@ class Config:
     milestones: tuple[int, ...] = _option((), "epochs at which the step schedule changes")
     factors: tuple[float, ...] = _option((), "the rate from each milestone on, relative to lr")
     epochs: int = _option(30, "passes over the training set")
-    batch_size: int = _option(256, "images in a batch")
+    batch_size: int = _option(128, "images in a batch")
 
     seed: int = _option(0, "seed of weights, order and augmentation")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
@@ -157,6 +157,7 @@ IMAGE_DEFAULTS: dict[str, Any] = {
     "weight_decay": 1e-6,
     "decay_1d": False,
     "epochs": 100,
+    "batch_size": 256,
 }
 
 # the settings that CLAE's scripts run with (Ho and Vasconcelos, NeurIPS 2020): the self attack, its

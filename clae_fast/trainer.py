@@ -57,7 +57,7 @@ def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
     backbone, features = build_encoder(config.arch, config.image_size)
     normalized = nn.Sequential(Normalize(config.mean, config.std), backbone)
     head = ProjectionHead(features, config.hidden_dim or None, config.proj_dim)
-    encoder = Encoder(normalized, head).to(device, memory_format=torch.channels_last)
+    encoder = Encoder(normalized, head).to(device).to(memory_format=torch.channels_last)
     method = METHODS[config.method]
     return method(encoder, temperature=config.temperature, adversarial=config.attack != "none")
 

@@ -263,7 +263,7 @@ class TestBadInput:
             ("--dataset parquet", "data_dir is required"),
             ("--dataset parquet --data-dir EMPTY", "holds no train.parquet"),
             ("--dataset cifar10 --data-dir EMPTY", "or add --download"),
-            ("--limit 100", "batch_size must be at most the 100 images, got 256"),
+            ("--limit 100", "batch_size must be at most the 100 images, got 128"),
             ("--out EMPTY", "exists: choose another --out"),
             ("--resume EMPTY", "is no run folder"),
             ("--resume EMPTY --lr 1", "--resume goes on with the run's own settings: drop --lr"),
