@@ -22,19 +22,19 @@ class RowTiles(NamedTuple):
     num_stages: int
 
 
-def row_tiles(D: int, *, split: bool) -> RowTiles:
-    """Tiles for fp16 rows of D <= 1024 elements, `split` into a high and a low half or not.
+def row_tiles(D: int, *, parts: int) -> RowTiles:
+    """Tiles for rows of D <= 1024 elements, each the sum of `parts` fp16 numbers.
 
     Eight warps hold a [rows, width] fp32 accumulator of 8192 elements in 32 registers a thread, and
-    so leave room for the weights [rows, rows] and the fp32 rows of the epilogue. 16 rows are the
-    least that tensor cores take, and more than 64 save little traffic.
+    so leave room for the weights [rows, rows] and the fp32 rows of the epilogue. Each part takes
+    registers of its own. 16 rows are the least that tensor cores take, and more than 64 save little
+    traffic.
     """
     width = max(16, triton.next_power_of_2(D))
-    rows = (4096 if split else 8192) // width
     return RowTiles(
-        rows=min(64, max(16, rows)),
+        rows=min(64 // parts, max(16, 8192 // parts // width)),
         width=width,
-        depth=min(128, width),
+        depth=min(128 // parts, width),
         num_warps=4 if width <= 64 else 8,
         num_stages=2,
     )

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device_of, row_tiles
+from ._launch import RowTiles, on_device_of, row_tiles
 
 # F.normalize's: a shorter row is divided by this instead of by its norm
 EPS = tl.constexpr(1e-12)
@@ -327,17 +327,20 @@ class _RowStatistics(NamedTuple):
     partial: Tensor  # [2 cdiv(N, rows)]
 
 
+def _tiles(z: Tensor) -> RowTiles:
+    return row_tiles(z.shape[1], parts=2 if z.dtype == torch.float32 else 1)
+
+
 def _row_statistics(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
     temperature: float,
 ) -> _RowStatistics:
     N, D = z0.shape
-    split = z0.dtype == torch.float32
-    tiles = row_tiles(D, split=split)
+    tiles = _tiles(z0)
     grid = (triton.cdiv(N, tiles.rows), 2)
     u = torch.empty(2 * N, tiles.width, dtype=torch.float16, device=z0.device)
-    u_low = torch.empty_like(u) if split else None
+    u_low = torch.empty_like(u) if z0.dtype == torch.float32 else None
     lse2, q = torch.empty(2, 2 * N, dtype=torch.float32, device=z0.device)
     partial = torch.empty(2 * grid[0], dtype=torch.float32, device=z0.device)
     sizes = (N, D, *z0.stride(), *z1.stride())
@@ -410,7 +413,7 @@ def nt_xent_fwd_bwd(
         The loss, fp32 [], and dz, fp32 [2N, D]: rows 0 to N - 1 for z0, the others for z1.
     """
     N, D = z0.shape
-    tiles = row_tiles(D, split=z0.dtype == torch.float32)
+    tiles = _tiles(z0)
     loss = torch.empty((), dtype=torch.float32, device=z0.device)
     dz = torch.empty(2 * N, D, dtype=torch.float32, device=z0.device)
     with on_device_of(z0):
