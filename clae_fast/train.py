@@ -1,7 +1,7 @@
 """Training from the command line: `python -m clae_fast.train`, configuration in, run folder out.
 
-Without arguments it trains SimCLR with the pair attack on scikit-learn's digits, about a minute on
-two CPU cores, and evaluates it.
+Without arguments it trains SimCLR with the pair attack on scikit-learn's digits, in less than two
+minutes on two CPU cores, and evaluates it.
 """
 
 import argparse
