@@ -51,15 +51,30 @@ def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
     Weights are channels_last, the layout that convolutions are fastest in on CPU and GPU.
 
     Raises:
-        ValueError: an unknown architecture.
+        ValueError: an unknown architecture, or one that does not take images of this size.
         RuntimeError: it needs a package that is not installed.
     """
     backbone, features = build_encoder(config.arch, config.image_size)
     normalized = nn.Sequential(Normalize(config.mean, config.std), backbone)
     head = ProjectionHead(features, config.hidden_dim or None, config.proj_dim)
     encoder = Encoder(normalized, head).to(device).to(memory_format=torch.channels_last)
+    _check_fits(encoder, config, device)
     method = METHODS[config.method]
     return method(encoder, temperature=config.temperature, adversarial=config.attack != "none")
+
+
+@torch.no_grad()
+def _check_fits(encoder: Encoder, config: Config, device: torch.device | str) -> None:
+    """Raises ValueError where a forward pass fails at this image size."""
+    images = torch.zeros(2, 3, config.image_size, config.image_size, device=device)
+    try:
+        encoder.eval()(images)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"image_size {config.image_size} does not fit arch {config.arch}: {reason}"
+        ) from error
+    encoder.train()
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

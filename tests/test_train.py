@@ -259,6 +259,7 @@ class TestBadInput:
             ("--attack fgsm", "argument --attack: invalid choice: 'fgsm'"),
             ("--preset clae", "preset must be one of clae-simclr-cifar10"),
             ("--arch resnet19", "arch must be resnet18"),
+            ("--arch timm/inception_v3", "image_size 16 does not fit arch timm/inception_v3"),
             ("--device tpu", "device must be cpu, cuda, cuda:N or auto, got 'tpu'"),
             ("--dataset parquet", "data_dir is required"),
             ("--dataset parquet --data-dir EMPTY", "holds no train.parquet"),
