@@ -158,6 +158,19 @@ bool is_special(const Scratch& s, int64_t i, int64_t j) {
   return crosses(0) || crosses(N) || crosses(-N) || i + kRows > s.n || j + kCols > s.n;
 }
 
+// Sets a register tile to 0 at all but negative pairs.
+CLAE_FAST_INLINE void keep_negatives(const Scratch& s,
+                                     int64_t i,
+                                     int64_t j,
+                                     Vec (&y)[kRows][kVecs]) {
+  if (!is_special(s, i, j)) return;
+  for (int m = 0; m < kRows; ++m) {
+    for (int v = 0; v < kVecs; ++v) {
+      y[m][v] = (Vec)((IVec)y[m][v] & negatives(s, i + m, j + v * kWidth));
+    }
+  }
+}
+
 // log2(e^(s - 1/T)) of a register tile; the online form leaves out the shift.
 template <bool online>
 CLAE_FAST_INLINE void logits(const Scratch& s,
@@ -194,14 +207,7 @@ void sum_tile_fixed(const Scratch& s, float scale, int64_t I, int64_t J) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) y[m][v] = exp2<false>(y[m][v]);
       }
-      if (is_special(s, I + i, J + j)) {
-        for (int m = 0; m < kRows; ++m) {
-          for (int v = 0; v < kVecs; ++v) {
-            const IVec keep = negatives(s, I + i + m, J + j + v * kWidth);
-            y[m][v] = (Vec)((IVec)y[m][v] & keep);
-          }
-        }
-      }
+      keep_negatives(s, I + i, J + j, y);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
@@ -290,14 +296,7 @@ void grad_tile(const Scratch& s, float scale, int64_t I, int64_t J) {
           }
         }
       }
-      if (is_special(s, I + i, J + j)) {
-        for (int m = 0; m < kRows; ++m) {
-          for (int v = 0; v < kVecs; ++v) {
-            const IVec keep = negatives(s, I + i + m, J + j + v * kWidth);
-            y[m][v] = (Vec)((IVec)y[m][v] & keep);
-          }
-        }
-      }
+      keep_negatives(s, I + i, J + j, y);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
