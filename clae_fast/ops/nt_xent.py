@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clae_fast import _check, _impl, _native
+from clae_fast.ops._rows import view_grads
 from clae_fast.reference.nt_xent import nt_xent as reference
 
 torch.library.define(
@@ -77,12 +78,7 @@ class _NTXent(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (dz,) = ctx.saved_tensors
-        # scaled before the cast: a scaled loss is what keeps fp16 gradients from underflowing
-        N = len(dz) // 2
-        dz0 = (dz[:N] * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        dz1 = (dz[N:] * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return dz0, dz1, None, None
+        return *view_grads(ctx, dloss), None, None
 
 
 def nt_xent(

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl
-from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward, view_grads
 from clae_fast.reference.uel import uel as reference
 
 torch.library.define(
@@ -101,11 +101,7 @@ class _UEL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (dz,) = ctx.saved_tensors
-        N = len(dz) // 2
-        dz0 = (dz[:N] * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        dz1 = (dz[N:] * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return dz0, dz1, None
+        return *view_grads(ctx, dloss), None
 
 
 def uel(
