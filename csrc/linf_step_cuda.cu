@@ -67,11 +67,18 @@ __global__ void linf_step_kernel(const X* __restrict__ x,     // [size]
 template <class X, class G, class Index>
 void launch(const LinfStepArgs& args, cudaStream_t stream) {
   constexpr int64_t kBlock = kThreads * kItems;
-  linf_step_kernel<X, G, Index>
-      <<<unsigned((args.size + kBlock - 1) / kBlock), kThreads, 0, stream>>>(
-          static_cast<const X*>(args.x), static_cast<const G*>(args.grad),
-          static_cast<const X*>(args.x0), static_cast<X*>(args.out), Index(args.size), args.bounds,
-          args.per_channel, Index(args.channels), Index(args.channel_stride));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = unsigned((args.size + kBlock - 1) / kBlock);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, linf_step_kernel<X, G, Index>, static_cast<const X*>(args.x),
+                         static_cast<const G*>(args.grad), static_cast<const X*>(args.x0),
+                         static_cast<X*>(args.out), Index(args.size), args.bounds, args.per_channel,
+                         Index(args.channels), Index(args.channel_stride));
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("linf_step: ") + cudaGetErrorString(error));
+  }
 }
 
 template <class X, class G>
@@ -109,10 +116,6 @@ void launch_for_x(const LinfStepArgs& args, cudaStream_t stream) {
 void linf_step_cuda(const LinfStepArgs& args, void* stream) {
   if (args.size == 0) return;
   launch_for_x(args, static_cast<cudaStream_t>(stream));
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("linf_step: ") + cudaGetErrorString(error));
-  }
 }
 
 }  // namespace clae_fast
