@@ -1,6 +1,8 @@
 """Applies to every test: the interpreter for Triton where there is no GPU, and a fixed seed."""
 
+import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import cuda_emulator
+
+from clae_fast import _impl, _native
 from clae_fast.testing import nan_filled_empty
 
 
@@ -22,3 +27,16 @@ def nan_empty():
     """Uninitialised memory holds NaN, so that an element nobody wrote shows."""
     with nan_filled_empty():
         yield
+
+
+@pytest.fixture
+def cuda_device(monkeypatch):
+    """Where impl="cuda" runs: the GPU, or emulated on the CPU where there is none."""
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setattr(_native, "_C", cuda_emulator.Module())
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setitem(_impl._DEVICES, "cuda", ("cuda", "cpu"))
+    monkeypatch.delitem(_impl._LACKS, "cuda", raising=False)
+    return "cpu"
