@@ -5,6 +5,8 @@ Python owns allocation, contiguity and dtype; C++ owns arithmetic.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +34,7 @@ else:
 _isa = _isas[-1] if _isas else ""
 # of csrc/linf_step.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+LINF_CHANNELS = 4
 
 
 def has_cpu() -> bool:
@@ -96,23 +99,46 @@ def nt_xent(
     return loss, dz
 
 
-def linf_step(
+def linf_step_cpu(
     x: Tensor,  # [N, C, ...]
-    grad: Tensor,  # as x
-    x0: Tensor | None,  # as x
-    bounds: tuple[float, float, float, float] | Tensor,  # [4, C]
-) -> Tensor:
-    """The step with bounds alpha, eps, lo, hi, in C++ or CUDA C++ as `x` is on CPU or GPU."""
-    out = torch.empty_like(x)
-    x, grad = _laid_out_as(x, out), _laid_out_as(grad, out)
-    x0 = x if x0 is None else _laid_out_as(x0, out)
+    grad: Tensor,  # as x, and so the next two, in memory too
+    x0: Tensor,
+    out: Tensor,
+    bounds: list[float] | Tensor,  # [4 * 1] or [4, C]
+) -> None:
+    """The step with bounds alpha, eps, lo and hi, to `out`."""
+    with _linf_arguments(x, grad, x0, out, bounds) as arguments:
+        _C.linf_step_cpu(_isa, *arguments, torch.get_num_threads())
+
+
+def linf_step_cuda(
+    x: Tensor,  # [N, C, ...]
+    grad: Tensor,  # as x, and so the next two
+    x0: Tensor,
+    out: Tensor,
+    bounds: list[float] | Tensor,  # [4 * 1] or [4 * C] with C <= LINF_CHANNELS, or [4, C]
+    layout: tuple[tuple[int, ...], ...],  # [4, 4]
+) -> None:
+    """The step with bounds alpha, eps, lo and hi, to `out`, whose strides `layout` relates."""
+    addressed = (ctypes.c_int64 * 16)(*itertools.chain(*layout))
+    with _linf_arguments(x, grad, x0, out, bounds) as arguments, _current_stream(x) as stream:
+        _C.linf_step_cuda(
+            *arguments, ctypes.addressof(addressed), isinstance(bounds, Tensor), stream
+        )
+
+
+@contextmanager
+def _linf_arguments(
+    x: Tensor, grad: Tensor, x0: Tensor, out: Tensor, bounds: list[float] | Tensor
+) -> Iterator[tuple[int, int, int, int, int, int, int, int, int, int]]:
+    """What both steps are given, addresses of memory that lives inside the context."""
     if isinstance(bounds, Tensor):
         bounds = bounds.contiguous()
-        scalars, per_channel, channels = (0.0, 0.0, 0.0, 0.0), bounds.data_ptr(), bounds.shape[1]
-        channel_stride = max(1, out.stride(1))
+        address, channels = bounds.data_ptr(), bounds.shape[1]
     else:
-        scalars, per_channel, channels, channel_stride = bounds, 0, 1, 1
-    arguments = (
+        numbers = (ctypes.c_float * len(bounds))(*bounds)
+        address, channels = ctypes.addressof(numbers), len(bounds) // 4
+    yield (
         x.data_ptr(),
         grad.data_ptr(),
         x0.data_ptr(),
@@ -120,24 +146,17 @@ def linf_step(
         _DTYPES[x.dtype],
         _DTYPES[grad.dtype],
         x.numel(),
-        *scalars,
-        per_channel,
+        address,
         channels,
-        channel_stride,
+        max(1, out.stride(1)) if channels > 1 else 1,
     )
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            _C.linf_step_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
-    else:
-        _C.linf_step_cpu(_isa, *arguments, torch.get_num_threads())
-    return out
 
 
-def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor` with the strides of `other`, itself where it has them."""
-    if tensor.stride() == other.stride():
-        return tensor
-    return torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
+@contextmanager
+def _current_stream(tensor: Tensor) -> Iterator[int]:
+    """The stream to launch on, within which the tensor's GPU is the current one."""
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def _fp32_rows(z: Tensor) -> Tensor:

@@ -23,11 +23,7 @@ clae_fast::LinfStepArgs linf_step_args(std::uintptr_t x,
                                        int x_dtype,
                                        int grad_dtype,
                                        int64_t size,
-                                       float alpha,
-                                       float eps,
-                                       float lo,
-                                       float hi,
-                                       std::uintptr_t per_channel,
+                                       std::uintptr_t bounds,
                                        int64_t channels,
                                        int64_t channel_stride) {
   return {pointer<void>(x),
@@ -37,8 +33,7 @@ clae_fast::LinfStepArgs linf_step_args(std::uintptr_t x,
           clae_fast::DType(x_dtype),
           clae_fast::DType(grad_dtype),
           size,
-          {alpha, eps, lo, hi},
-          pointer<const float>(per_channel),
+          pointer<const float>(bounds),
           channels,
           channel_stride};
 }
@@ -73,27 +68,27 @@ PYBIND11_MODULE(_C, m) {
                                 pointer<float>(dz), pointer<unsigned char>(workspace)});
   });
 
-  m.def("linf_step_cpu", [](const std::string& isa, std::uintptr_t x, std::uintptr_t grad,
-                            std::uintptr_t x0, std::uintptr_t out, int x_dtype, int grad_dtype,
-                            int64_t size, float alpha, float eps, float lo, float hi,
-                            std::uintptr_t per_channel, int64_t channels, int64_t channel_stride,
-                            int threads) {
-    const auto chosen = clae_fast::parse_isa(isa);
-    py::gil_scoped_release nogil;
-    clae_fast::linf_step_cpu(chosen,
-                             linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size, alpha, eps,
-                                            lo, hi, per_channel, channels, channel_stride),
-                             threads);
-  });
+  m.def("linf_step_cpu",
+        [](const std::string& isa, std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,
+           std::uintptr_t out, int x_dtype, int grad_dtype, int64_t size, std::uintptr_t bounds,
+           int64_t channels, int64_t channel_stride, int threads) {
+          const auto chosen = clae_fast::parse_isa(isa);
+          py::gil_scoped_release nogil;
+          clae_fast::linf_step_cpu(chosen,
+                                   linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size,
+                                                  bounds, channels, channel_stride),
+                                   threads);
+        });
 
 #ifdef CLAE_FAST_CUDA
   m.def("linf_step_cuda", [](std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,
                              std::uintptr_t out, int x_dtype, int grad_dtype, int64_t size,
-                             float alpha, float eps, float lo, float hi, std::uintptr_t per_channel,
-                             int64_t channels, int64_t channel_stride, std::uintptr_t stream) {
+                             std::uintptr_t bounds, int64_t channels, int64_t channel_stride,
+                             std::uintptr_t layout, bool bounds_on_device, std::uintptr_t stream) {
     py::gil_scoped_release nogil;
-    clae_fast::linf_step_cuda(linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size, alpha,
-                                             eps, lo, hi, per_channel, channels, channel_stride),
+    clae_fast::linf_step_cuda(linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size, bounds,
+                                             channels, channel_stride),
+                              *pointer<const clae_fast::LinfLayout>(layout), bounds_on_device,
                               pointer<void>(stream));
   });
 #endif

@@ -14,13 +14,6 @@ namespace clae_fast {
 
 enum class DType : int { fp32, fp16, bf16 };
 
-struct LinfBounds {
-  float alpha;
-  float eps;
-  float lo;
-  float hi;
-};
-
 struct LinfStepArgs {
   const void* x;     // [size] of x_dtype
   const void* grad;  // [size] of grad_dtype
@@ -29,16 +22,32 @@ struct LinfStepArgs {
   DType x_dtype;
   DType grad_dtype;
   int64_t size;
-  LinfBounds bounds;         // where per_channel is null
-  const float* per_channel;  // [4, channels]: alpha, eps, lo, hi; null for `bounds` everywhere
-  // element i belongs to channel i / channel_stride % channels, true of every dense layout
+  const float* bounds;  // [4, channels]: alpha, eps, lo, hi
+  // element i of out belongs to channel i / channel_stride % channels, true of every dense layout
   int64_t channels;
   int64_t channel_stride;
 };
 
+// Where element i of out lies in the operands: i is written in a mixed base of these sizes, the
+// last digit fastest, and every digit multiplied by an operand's stride.
+struct LinfLayout {
+  int64_t sizes[4];
+  int64_t x[4];
+  int64_t grad[4];
+  int64_t x0[4];
+};
+
+// All operands lie in memory as out does.
 void linf_step_cpu(Isa isa, const LinfStepArgs& args, int threads);
 
-// Enqueues on `stream`, a cudaStream_t, of the current device. Throws std::runtime_error.
-void linf_step_cuda(const LinfStepArgs& args, void* stream);
+// How many channels' bounds travel in a launch; those of more lie on the device.
+constexpr int kLinfChannels = 4;
+
+// Enqueues one kernel on `stream`, a cudaStream_t, of the current device. The bounds lie on the
+// device or, of up to kLinfChannels channels, on the host. Throws std::runtime_error.
+void linf_step_cuda(const LinfStepArgs& args,
+                    const LinfLayout& layout,
+                    bool bounds_on_device,
+                    void* stream);
 
 }  // namespace clae_fast

@@ -1,121 +1,217 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "linf_step.h"
+#include "linf_step.cuh"
 
 namespace clae_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kItems = 4;  // elements of a thread, so that several loads are under way at once
+constexpr int kItems = 8;  // neighbours in memory, a thread's
 
-__device__ float load(float value) { return value; }
-__device__ float load(__half value) { return __half2float(value); }
-__device__ float load(__nv_bfloat16 value) { return __bfloat162float(value); }
+// loaded and stored 16 bytes at a time
+template <class T>
+struct alignas(16) Pack {
+  T items[kItems];
+};
 
-// `value`, rounded towards `centre`, which the dtype of `out` can represent
-__device__ void store(float* out, float value, float) { *out = value; }
-__device__ void store(__half* out, float value, float centre) {
-  *out = value > centre ? __float2half_rd(value) : __float2half_ru(value);
-}
-__device__ void store(__nv_bfloat16* out, float value, float centre) {
-  *out = value > centre ? __float2bfloat16_rd(value) : __float2bfloat16_ru(value);
-}
+// [4, channels] on the device, else by value
+struct Bounds {
+  const float* table;
+  float values[4][kLinfChannels];
+  int64_t channels;
+  int64_t channel_stride;
+};
 
-__device__ float stepped(float x, float grad, float x0, const LinfBounds& bounds) {
-  float y = x + (grad > 0.f ? bounds.alpha : grad < 0.f ? -bounds.alpha : 0.f);
-  y = x0 != x0 ? x0 : y;
-  const float low = __fsub_ru(x0, bounds.eps);
-  // rounding down makes -0 of x0 = -eps; adding 0 makes it the +0 of the other implementations
-  const float high = __fadd_rd(x0, bounds.eps) + 0.f;
-  y = y < low ? low : y;
-  y = y > high ? high : y;
-  y = y < bounds.lo ? bounds.lo : y;
-  return y > bounds.hi ? bounds.hi : y;
-}
+struct Offsets {
+  int64_t x;
+  int64_t grad;
+  int64_t x0;
+};
 
-// Index is int64_t only where it must be: the division by channel is much slower with it.
-template <class X, class G, class Index>
-__global__ void linf_step_kernel(const X* __restrict__ x,     // [size]
-                                 const G* __restrict__ grad,  // [size]
-                                 const X* __restrict__ x0,    // [size]
-                                 X* __restrict__ out,         // [size]
-                                 Index size,
-                                 LinfBounds bounds,
-                                 const float* __restrict__ per_channel,  // [4, channels] or null
-                                 Index channels,
-                                 Index channel_stride) {
-  const Index first = Index(blockIdx.x) * (kThreads * kItems) + threadIdx.x;
+// row 0 to 3 of the bounds: alpha, eps, lo, hi
+__device__ float bound(const Bounds& bounds, int row, int64_t channel) {
+  if (bounds.table) return bounds.table[row * bounds.channels + channel];
+  float value = bounds.values[row][0];
+  // selected, because lanes that index constants differently take turns
 #pragma unroll
-  for (int item = 0; item < kItems; ++item) {
-    const Index i = first + item * kThreads;
-    if (i >= size) return;
-    if (per_channel) {
-      const float* channel = per_channel + i / channel_stride % channels;
-      bounds = {channel[0], channel[channels], channel[2 * channels], channel[3 * channels]};
-    }
-    const float centre = load(x0[i]);
-    store(out + i, stepped(load(x[i]), load(grad[i]), centre, bounds), centre);
+  for (int c = 1; c < kLinfChannels; ++c) value = channel == c ? bounds.values[row][c] : value;
+  return value;
+}
+
+// The digits of element i, and where it lies.
+__device__ Offsets locate(const LinfLayout& layout, int64_t i, int64_t (&digits)[4]) {
+  Offsets at{0, 0, 0};
+#pragma unroll
+  for (int k = 3; k >= 0; --k) {
+    digits[k] = i % layout.sizes[k];
+    i /= layout.sizes[k];
+    at.x += digits[k] * layout.x[k];
+    at.grad += digits[k] * layout.grad[k];
+    at.x0 += digits[k] * layout.x0[k];
+  }
+  return at;
+}
+
+// On to the next element.
+__device__ void advance(const LinfLayout& layout, int64_t (&digits)[4], Offsets& at) {
+#pragma unroll
+  for (int k = 3; k >= 0; --k) {
+    at.x += layout.x[k];
+    at.grad += layout.grad[k];
+    at.x0 += layout.x0[k];
+    if (++digits[k] < layout.sizes[k]) return;
+    digits[k] = 0;
+    at.x -= layout.sizes[k] * layout.x[k];
+    at.grad -= layout.sizes[k] * layout.grad[k];
+    at.x0 -= layout.sizes[k] * layout.x0[k];
   }
 }
 
-template <class X, class G, class Index>
-void launch(const LinfStepArgs& args, cudaStream_t stream) {
+// In memory every operand is as out where kPacked, else as `layout` says.
+template <class X, class G, bool kPacked>
+__global__ void linf_step_kernel(const X* __restrict__ x,
+                                 const G* __restrict__ grad,
+                                 const X* __restrict__ x0,
+                                 X* __restrict__ out,  // [size]
+                                 int64_t size,
+                                 LinfLayout layout,
+                                 Bounds bounds) {
+  const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kItems;
+  if (first >= size) return;
+  const bool whole = first + kItems <= size;
+  Pack<X> xs, x0s;
+  Pack<G> grads;
+  if (kPacked && whole) {
+    xs = *reinterpret_cast<const Pack<X>*>(x + first);
+    grads = *reinterpret_cast<const Pack<G>*>(grad + first);
+    x0s = x0 == x ? xs : *reinterpret_cast<const Pack<X>*>(x0 + first);
+  } else {
+    int64_t digits[4];
+    Offsets at{first, first, first};
+    if (!kPacked) at = locate(layout, first, digits);
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      if (first + item < size) {
+        xs.items[item] = x[at.x];
+        grads.items[item] = grad[at.grad];
+        x0s.items[item] = x0[at.x0];
+      }
+      if (kPacked) {
+        at = {at.x + 1, at.grad + 1, at.x0 + 1};
+      } else {
+        advance(layout, digits, at);
+      }
+    }
+  }
+
+  int64_t channel = 0, left = kItems;  // elements until the next channel
+  if (bounds.channels > 1) {
+    channel = first / bounds.channel_stride % bounds.channels;
+    left = bounds.channel_stride - first % bounds.channel_stride;
+  }
+  Pack<X> outs;
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const float centre = load(x0s.items[item]);
+    const float y =
+        stepped(load(xs.items[item]), load(grads.items[item]), centre, bound(bounds, 0, channel),
+                bound(bounds, 1, channel), bound(bounds, 2, channel), bound(bounds, 3, channel));
+    store(&outs.items[item], y, centre);
+    if (--left == 0) {
+      left = bounds.channel_stride;
+      if (++channel == bounds.channels) channel = 0;
+    }
+  }
+  // out is fresh memory, which is aligned
+  if (whole) {
+    *reinterpret_cast<Pack<X>*>(out + first) = outs;
+  } else {
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      if (first + item < size) out[first + item] = outs.items[item];
+    }
+  }
+}
+
+bool packed(const LinfStepArgs& args, const LinfLayout& layout) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
+  return layout.sizes[3] == args.size && layout.x[3] == 1 && layout.grad[3] == 1 &&
+         layout.x0[3] == 1 && aligned(args.x) && aligned(args.grad) && aligned(args.x0);
+}
+
+template <class X, class G>
+cudaError_t launch(const LinfStepArgs& args,
+                   const LinfLayout& layout,
+                   const Bounds& bounds,
+                   cudaStream_t stream) {
   constexpr int64_t kBlock = kThreads * kItems;
   cudaLaunchConfig_t config = {};
   config.gridDim = unsigned((args.size + kBlock - 1) / kBlock);
   config.blockDim = kThreads;
   config.stream = stream;
-  const cudaError_t error =
-      cudaLaunchKernelEx(&config, linf_step_kernel<X, G, Index>, static_cast<const X*>(args.x),
-                         static_cast<const G*>(args.grad), static_cast<const X*>(args.x0),
-                         static_cast<X*>(args.out), Index(args.size), args.bounds, args.per_channel,
-                         Index(args.channels), Index(args.channel_stride));
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("linf_step: ") + cudaGetErrorString(error));
-  }
-}
-
-template <class X, class G>
-void launch_for_size(const LinfStepArgs& args, cudaStream_t stream) {
-  // the last block may count past the size
-  if (args.size <= INT32_MAX - kThreads * kItems) return launch<X, G, uint32_t>(args, stream);
-  launch<X, G, int64_t>(args, stream);
+  const auto with = [&](auto* kernel) {
+    return cudaLaunchKernelEx(&config, kernel, static_cast<const X*>(args.x),
+                              static_cast<const G*>(args.grad), static_cast<const X*>(args.x0),
+                              static_cast<X*>(args.out), args.size, layout, bounds);
+  };
+  return packed(args, layout) ? with(&linf_step_kernel<X, G, true>)
+                              : with(&linf_step_kernel<X, G, false>);
 }
 
 template <class X>
-void launch_for_grad(const LinfStepArgs& args, cudaStream_t stream) {
+cudaError_t launch_for_grad(const LinfStepArgs& args,
+                            const LinfLayout& layout,
+                            const Bounds& bounds,
+                            cudaStream_t stream) {
   switch (args.grad_dtype) {
     case DType::fp32:
-      return launch_for_size<X, float>(args, stream);
+      return launch<X, float>(args, layout, bounds, stream);
     case DType::fp16:
-      return launch_for_size<X, __half>(args, stream);
+      return launch<X, __half>(args, layout, bounds, stream);
     case DType::bf16:
-      return launch_for_size<X, __nv_bfloat16>(args, stream);
+      return launch<X, __nv_bfloat16>(args, layout, bounds, stream);
   }
+  return cudaErrorInvalidValue;
 }
 
-void launch_for_x(const LinfStepArgs& args, cudaStream_t stream) {
+cudaError_t launch_for_x(const LinfStepArgs& args,
+                         const LinfLayout& layout,
+                         const Bounds& bounds,
+                         cudaStream_t stream) {
   switch (args.x_dtype) {
     case DType::fp32:
-      return launch_for_grad<float>(args, stream);
+      return launch_for_grad<float>(args, layout, bounds, stream);
     case DType::fp16:
-      return launch_for_grad<__half>(args, stream);
+      return launch_for_grad<__half>(args, layout, bounds, stream);
     case DType::bf16:
-      return launch_for_grad<__nv_bfloat16>(args, stream);
+      return launch_for_grad<__nv_bfloat16>(args, layout, bounds, stream);
   }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-void linf_step_cuda(const LinfStepArgs& args, void* stream) {
+void linf_step_cuda(const LinfStepArgs& args,
+                    const LinfLayout& layout,
+                    bool bounds_on_device,
+                    void* stream) {
   if (args.size == 0) return;
-  launch_for_x(args, static_cast<cudaStream_t>(stream));
+  Bounds bounds{bounds_on_device ? args.bounds : nullptr, {}, args.channels, args.channel_stride};
+  if (!bounds_on_device) {
+    for (int row = 0; row < 4; ++row) {
+      for (int64_t c = 0; c < args.channels; ++c) {
+        bounds.values[row][c] = args.bounds[row * args.channels + c];
+      }
+    }
+  }
+  const cudaError_t error = launch_for_x(args, layout, bounds, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("linf_step: ") + cudaGetErrorString(error));
+  }
 }
 
 }  // namespace clae_fast

@@ -142,10 +142,10 @@ void step(const LinfStepArgs& args, int threads) {
   const auto* grad = static_cast<const typename G::Storage*>(args.grad);
   const auto* x0 = static_cast<const typename X::Storage*>(args.x0);
   auto* out = static_cast<typename X::Storage*>(args.out);
-  const float* table = args.per_channel;
+  const float* table = args.bounds;
   const int64_t C = args.channels;
 
-  const bool each = table && args.channel_stride == 1;
+  const bool each = C > 1 && args.channel_stride == 1;
   const int64_t repeats = each && C < kRepeated ? kRepeated / C : 1;
   float repeated[4 * kRepeated];
   if (repeats > 1) {
@@ -155,7 +155,7 @@ void step(const LinfStepArgs& args, int threads) {
     table = repeated;
   }
   const int64_t row = each ? repeats * C : C;  // of the table
-  const int64_t length = !table ? kRun : each ? row : args.channel_stride;
+  const int64_t length = C == 1 ? kRun : each ? row : args.channel_stride;
   const int64_t runs = (args.size + length - 1) / length;
 
 #pragma omp parallel for num_threads(threads) schedule(static) if (args.size > kRun)
@@ -166,11 +166,9 @@ void step(const LinfStepArgs& args, int threads) {
       step_run<X, G, true>(x + begin, grad + begin, x0 + begin, out + begin, size,
                            {table, table + row, table + 2 * row, table + 3 * row});
     } else {
-      const LinfBounds& b = args.bounds;
-      const float* c = table ? table + r % C : nullptr;
-      step_run<X, G, false>(
-          x + begin, grad + begin, x0 + begin, out + begin, size,
-          c ? Run{c, c + C, c + 2 * C, c + 3 * C} : Run{&b.alpha, &b.eps, &b.lo, &b.hi});
+      const float* c = table + r % C;
+      step_run<X, G, false>(x + begin, grad + begin, x0 + begin, out + begin, size,
+                            {c, c + C, c + 2 * C, c + 3 * C});
     }
   }
 }

@@ -1,6 +1,5 @@
 """The signed-gradient step and its projections in Triton: one pass over memory, one launch."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,41 +27,80 @@ def _neighbor(value, up, down, INT: tl.constexpr):
 
 
 @triton.jit
+def _bound(bound, channel, C: tl.constexpr):
+    """A bound's value at every channel, out of C numbers."""
+    value = bound[0]
+    for c in tl.static_range(1, C):
+        value = tl.where(channel == c, bound[c], value)
+    return value
+
+
+@triton.jit
+def _locate(index, sizes, strides):
+    """Where the elements `index` of a dense tensor lie in one of the same sizes."""
+    offset = index % sizes[3] * strides[3]
+    index = index // sizes[3]
+    offset += index % sizes[2] * strides[2]
+    index = index // sizes[2]
+    offset += index % sizes[1] * strides[1]
+    return offset + index // sizes[1] * strides[0]
+
+
+@triton.jit
 def _linf_step_kernel(
-    x_ptr,  # [size]
-    grad_ptr,  # [size]
-    x0_ptr,  # [size] or None
+    x_ptr,  # as `layout` says, and so the next two
+    grad_ptr,
+    x0_ptr,  # or None
     out_ptr,  # [size]
-    alpha,  # a number or [C], and so the next three
+    alpha,  # C numbers or [C], and so the next three
     eps,
     lo,
     hi,
     size,
     stride_c,
-    C,
-    PER_CHANNEL: tl.constexpr,
+    layout,  # sizes, strides of x, grad and x0, [4, 4]; None where all lie as out does
+    C: tl.constexpr,
+    TABLE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     mask = offs < size
-    if PER_CHANNEL:
+    if C > 1:
         # 64-bit division once a block, not once an element
         first = (start % (C * stride_c)).to(tl.int32)
         channel = (first + tl.arange(0, BLOCK)) // stride_c % C
+    else:
+        channel = tl.zeros([BLOCK], tl.int32)
+    if TABLE:
         alpha = tl.load(alpha + channel)
         eps = tl.load(eps + channel)
         lo = tl.load(lo + channel)
         hi = tl.load(hi + channel)
+    else:
+        alpha = _bound(alpha, channel, C)
+        eps = _bound(eps, channel, C)
+        lo = _bound(lo, channel, C)
+        hi = _bound(hi, channel, C)
 
-    x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
-    grad = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
+    if layout is None:
+        offs_x = offs
+        offs_grad = offs
+        offs_x0 = offs
+    else:
+        index = offs if WIDE else offs.to(tl.int32)
+        offs_x = _locate(index, layout[0], layout[1])
+        offs_grad = _locate(index, layout[0], layout[2])
+        offs_x0 = _locate(index, layout[0], layout[3])
+    x = tl.load(x_ptr + offs_x, mask=mask).to(tl.float32)
+    grad = tl.load(grad_ptr + offs_grad, mask=mask).to(tl.float32)
     # two comparisons, so that the sign of NaN is 0
     y = x + tl.where(grad > 0, alpha, tl.where(grad < 0, -alpha, 0.0))
     if x0_ptr is None:
         center = x
     else:
-        center = tl.load(x0_ptr + offs, mask=mask).to(tl.float32)
+        center = tl.load(x0_ptr + offs_x0, mask=mask).to(tl.float32)
         y = tl.where(center != center, center, y)
     # an infinite eps has an error of NaN, which is neither above nor below 0
     low, error = _two_sum(center, -eps)
@@ -83,60 +121,50 @@ def _linf_step_kernel(
     tl.store(out_ptr + offs, out, mask=mask)
 
 
-def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the memory order of `like`, itself if it has it."""
-    pairs = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
-    if all(size == 1 or stride == wanted for size, stride, wanted in pairs):
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-
-
 def linf_step(
     x: Tensor,  # [N, C, ...]
     grad: Tensor,  # [N, C, ...]
     x0: Tensor | None,  # [N, C, ...]
-    alpha: float | Tensor,  # [C]
-    eps: float | Tensor,  # [C]
-    lo: float | Tensor,  # [C]
-    hi: float | Tensor,  # [C]
-) -> Tensor:
-    """clip(clip(x + alpha sign(grad), x0 - eps, x0 + eps), lo, hi), rounded towards x0.
+    out: Tensor,  # [N, C, ...]
+    bounds: tuple[tuple[float, ...], ...] | Tensor,  # [4, 1] or [4, C]
+    layout: tuple[tuple[int, ...], ...],  # [4, 4]
+) -> None:
+    """clip(clip(x + alpha sign(grad), x0 - eps, x0 + eps), lo, hi), rounded towards x0, to `out`.
 
-    One launch where x is dense, in whatever order of its dimensions, and grad and x0 lie in memory
-    as x does; one copy more for each tensor that does not.
+    One launch, whatever the layouts; where all lie in memory as `out` does, in wide loads.
 
     Args:
         x: Where the step starts, fp32, fp16 or bf16.
         grad: The gradient, of x's shape, in any of these dtypes.
         x0: Center of the ball, of x's shape, in any of these dtypes; None stands for x.
-        alpha: Step size, finite. The four are all numbers, or all fp32 tensors [C] that go along
-            dimension 1.
-        eps: Radius of the ball, representable in fp32; inf for no ball.
-        lo: Lower bound of the result; -inf for none.
-        hi: Upper bound of the result; inf for none.
-
-    Returns:
-        The stepped x, in x's shape, dtype and memory order.
+        out: Where the result goes, of x's shape and dtype, dense in some order of its dimensions.
+        bounds: alpha, eps, lo and hi in fp32, each one number, or one for every channel along
+            dimension 1: as numbers, or as an fp32 tensor on x's device. eps and hi may be inf and
+            lo -inf.
+        layout: For element i of `out` in memory, written in a mixed base with the last digit
+            fastest: the base, and what each digit is multiplied by in x, grad and x0.
     """
-    out = torch.empty_like(x)
-    x, grad = _laid_out_as(x, out), _laid_out_as(grad, out)
-    x0 = None if x0 is None else _laid_out_as(x0, out)
-    C = x.shape[1] if x.ndim > 1 else 1
-    stride_c = out.stride(1) if C > 1 else 1
+    C = len(bounds[0])
+    sizes, *strides = layout
+    packed = sizes[-1] == out.numel() and all(stride[-1] == 1 for stride in strides)
+    reach = max(_reach(sizes, stride) for stride in strides)
     with on_device_of(x):
         _linf_step_kernel[(triton.cdiv(x.numel(), BLOCK),)](
             x,
             grad,
             x0,
             out,
-            alpha,
-            eps,
-            lo,
-            hi,
+            *bounds,
             x.numel(),
-            stride_c,
-            C,
-            PER_CHANNEL=isinstance(alpha, Tensor),
+            out.stride(1) if C > 1 else 1,
+            None if packed else layout,
+            C=C,
+            TABLE=isinstance(bounds, Tensor),
+            WIDE=reach >= 2**31 - BLOCK,
             BLOCK=BLOCK,
         )
-    return out
+
+
+def _reach(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The largest offset, that of the last element."""
+    return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

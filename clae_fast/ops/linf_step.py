@@ -14,12 +14,13 @@ from clae_fast.reference.linf_step import linf_step as reference
 
 PerChannel = float | list[float] | tuple[float, ...] | Tensor
 
-# per_channel is [4, C]: alpha, eps, lo, hi; where it is given, the four scalars are not read
+# bounds are alpha, eps, lo and hi, each one number or C; or none, and a table [4, C] of them
 torch.library.define(
     "clae_fast::linf_step",
-    "(Tensor x, Tensor grad, Tensor? x0, Tensor? per_channel,"
-    " float alpha, float eps, float lo, float hi, str impl) -> Tensor",
+    "(Tensor x, Tensor grad, Tensor? x0, float[] bounds, Tensor? table, str impl) -> Tensor",
 )
+# digits of a GPU kernel's layout, enough for images in any strides
+_DIGITS = 4
 
 
 @torch.library.impl("clae_fast::linf_step", ("cpu", "cuda"))
@@ -27,19 +28,38 @@ def _linf_step_impl(
     x: Tensor,  # [N, C, ...]
     grad: Tensor,  # as x
     x0: Tensor | None,  # as x
-    per_channel: Tensor | None,  # [4, C]
-    alpha: float,
-    eps: float,
-    lo: float,
-    hi: float,
+    bounds: list[float],  # [4 * 1] or [4 * C]
+    table: Tensor | None,  # [4, C]
     impl: str,
 ) -> Tensor:
-    bounds = (alpha, _fp32_towards_zero(eps), lo, hi) if per_channel is None else per_channel
-    if impl != "triton":
-        return _native.linf_step(x, grad, x0, bounds)
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    centre = x if x0 is None else x0
+    C = len(bounds) // 4
+    bounds = [*bounds[:C], *map(_fp32_towards_zero, bounds[C : 2 * C]), *bounds[2 * C :]]
+    if impl == "native":
+        x, grad, centre = (_laid_out_as(tensor, out) for tensor in (x, grad, centre))
+        _native.linf_step_cpu(x, grad, centre, out, bounds if table is None else table)
+        return out
+    if C > _native.LINF_CHANNELS:
+        table = torch.tensor(bounds, dtype=torch.float32).view(4, C).to(x.device)
+    layout = _layout(out, x, grad, centre)
+    if layout is None:
+        x, grad, centre = (_laid_out_as(tensor, out) for tensor in (x, grad, centre))
+        layout = _layout(out, x, grad, centre)
+    assert layout is not None
+    if impl == "cuda":
+        _native.linf_step_cuda(x, grad, centre, out, bounds if table is None else table, layout)
+        return out
     from clae_fast.kernels.linf_step import linf_step
 
-    return linf_step(x, grad, x0, *bounds)
+    rows = tuple(tuple(bounds[k * C : (k + 1) * C]) for k in range(4))
+    # x itself is not read twice
+    linf_step(
+        x, grad, None if x0 is None else centre, out, rows if table is None else table, layout
+    )
+    return out
 
 
 @torch.library.register_fake("clae_fast::linf_step")
@@ -47,11 +67,8 @@ def _linf_step_fake(
     x: Tensor,
     grad: Tensor,
     x0: Tensor | None,
-    per_channel: Tensor | None,
-    alpha: float,
-    eps: float,
-    lo: float,
-    hi: float,
+    bounds: list[float],
+    table: Tensor | None,
     impl: str,
 ) -> Tensor:
     return torch.empty_like(x)
@@ -79,6 +96,10 @@ def linf_step(
     The sign of NaN is 0 and that of ±inf is ±1; NaN in `x` or `x0` stays NaN. The arithmetic is
     fp32 (fp64 for fp64), with eps rounded towards 0, and the ball's bounds and the result are
     rounded towards `x0`: |result - x0| <= eps holds exactly wherever `x0` lies in [lo, hi].
+
+    On a GPU it is one launch, whatever the layouts, and CUDA graphs can capture it. Bounds in
+    tensors add a few small launches; numbers for each of more than four channels are copied to the
+    GPU at every call, which no capture allows.
 
     Args:
         x: The images to step from, [N, C, ...], fp32, fp16, bf16 or fp64, in any memory layout.
@@ -124,28 +145,34 @@ def linf_step(
     eps = math.inf if eps is None else eps
     lo = -math.inf if lo is None else lo
     hi = math.inf if hi is None else hi
-    if any(isinstance(value, (list, tuple, Tensor)) for value in (alpha, eps, lo, hi)):
-        table = _table(x, alpha, eps, lo, hi)
-        return _linf_step(x, grad, x0, table, 0.0, 0.0, 0.0, 0.0, impl)
-    return _linf_step(x, grad, x0, None, alpha, eps, lo, hi, impl)
+    if any(isinstance(value, Tensor) for value in (alpha, eps, lo, hi)):
+        return _linf_step(x, grad, x0, [], _table(x, alpha, eps, lo, hi), impl)
+    per_channel = any(isinstance(value, (list, tuple)) for value in (alpha, eps, lo, hi))
+    C = x.shape[1] if per_channel else 1
+    bounds: list[float] = []
+    for value in (alpha, eps, lo, hi):
+        assert not isinstance(value, Tensor)
+        bounds += value if isinstance(value, (list, tuple)) else [value] * C
+    return _linf_step(x, grad, x0, bounds, None, impl)
 
 
 def _table(
     x: Tensor, alpha: PerChannel, eps: PerChannel, lo: PerChannel, hi: PerChannel
 ) -> Tensor:  # [4, C]
     """The bounds of every channel in fp32 beside `x`, eps rounded towards 0."""
-    bounds = (alpha, eps, lo, hi)
-    # on the CPU where that leaves a single copy to the GPU
-    device = x.device if any(isinstance(value, Tensor) for value in bounds) else "cpu"
-    alpha, eps, lo, hi = (
-        value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        for value in bounds
-    )
+    alpha, eps, lo, hi = (_row(value, x) for value in (alpha, eps, lo, hi))
     rounded = eps.float()
-    if eps.dtype == torch.float64:
-        rounded = torch.where(rounded > eps, rounded.nextafter(torch.zeros_like(rounded)), rounded)
-    rows = [row.to(device, torch.float32).expand(x.shape[1]) for row in (alpha, rounded, lo, hi)]
-    return torch.stack(rows).to(x.device)
+    rounded = torch.where(rounded > eps, rounded.nextafter(torch.zeros_like(rounded)), rounded)
+    return torch.stack((alpha.float(), rounded, lo.float(), hi.float()))
+
+
+def _row(value: PerChannel, x: Tensor) -> Tensor:  # [C]
+    """A bound of every channel beside `x`, a number without a copy from the CPU."""
+    if isinstance(value, Tensor):
+        return value.to(x.device)
+    if isinstance(value, (list, tuple)):
+        return torch.tensor(value, dtype=torch.float64).to(x.device)
+    return x.new_full((x.shape[1],), value, dtype=torch.float64)
 
 
 def _fp32_towards_zero(value: float) -> float:
@@ -155,3 +182,39 @@ def _fp32_towards_zero(value: float) -> float:
         (bits,) = struct.unpack("i", struct.pack("f", rounded))
         (rounded,) = struct.unpack("f", struct.pack("i", bits - 1))
     return rounded
+
+
+def _layout(out: Tensor, *operands: Tensor) -> tuple[tuple[int, ...], ...] | None:
+    """Where the elements of `out`, in the order of its memory, lie in each operand.
+
+    An element's number is written in a mixed base, the last digit fastest, and every digit
+    multiplied by a stride. Dimensions that are neighbours in all of memory share a digit.
+
+    Returns:
+        The base, and each operand's strides, of _DIGITS digits; None where more are needed.
+    """
+    sizes: list[int] = []
+    strides: list[tuple[int, ...]] = []
+    for dim in sorted(range(out.ndim), key=out.stride, reverse=True):
+        size, stride = out.shape[dim], tuple(operand.stride(dim) for operand in operands)
+        if size == 1:
+            continue
+        if strides and strides[-1] == tuple(size * inner for inner in stride):
+            size, strides[-1] = size * sizes.pop(), stride
+        else:
+            strides.append(stride)
+        sizes.append(size)
+    missing = _DIGITS - len(sizes)
+    if missing < 0:
+        return None
+    digits = [(1,) + (0,) * len(operands)] * missing + [
+        (size, *stride) for size, stride in zip(sizes, strides, strict=True)
+    ]
+    return tuple(zip(*digits, strict=True))
+
+
+def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` with the strides of `other`, itself where it has them."""
+    if tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
