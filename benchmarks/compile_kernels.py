@@ -1,8 +1,9 @@
-"""Compile every Triton kernel ahead of time, as its launcher would, on a machine without a GPU.
+"""Compile every GPU kernel ahead of time, as its launcher would, on a machine without a GPU.
 
     python -m benchmarks.compile_kernels --targets 80,90,100
 
-Prints registers a thread, bytes spilled a thread and shared memory a block for each kernel and
+Prints registers a thread, bytes spilled a thread and static shared memory a block for each Triton
+kernel at every default configuration, for each kernel of csrc/*.cu where nvcc is there, and each
 compute capability; exits 1 where one does not compile, spills, or asks for more shared memory than
 every card since compute capability 8.0 grants.
 """
@@ -10,17 +11,17 @@ every card since compute capability 8.0 grants.
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
-from types import ModuleType
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,30 +32,53 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
-from triton.runtime.jit import JITFunction, mangle_type
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from benchmarks._cli import Parser, int_list
 from clae_fast.kernels import linf_step, nt_xent
+from clae_fast.ops.linf_step import _layout
 
+CSRC = Path(__file__).parents[1] / "csrc"
 SHARED_LIMIT = 99 * 1024
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 # every width of a tile, and the last one with rows that are not aligned
 DIMENSIONS = (16, 32, 64, 128, 256, 512, 1024, 1023)
 
 
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls of the launchers that take every kernel through its default configurations."""
+    empty = partial(torch.empty, device="meta")
+    for name, dtype in DTYPES.items():
+        for D in DIMENSIONS:
+            z = empty(2048, D, dtype=dtype)
+            yield f"{name} D={D}", partial(nt_xent.nt_xent_fwd_bwd, z, z, 0.5)
+            yield f"{name} D={D} T=0.01", partial(nt_xent.nt_xent_fwd, z, z, 0.01)
+        x = empty(64, 3, 32, 32, dtype=dtype)
+        last = x.contiguous(memory_format=torch.channels_last)
+        one, three = ((0.1,),) * 4, ((0.1, 0.2, 0.3),) * 4
+        for case, grad, x0, bounds in (
+            ("", x, None, one),
+            (" per channel, x0", x, x, three),
+            (" table", x, None, empty(4, 3)),
+            (" channels_last", last, last, three),
+        ):
+            layout = _layout(x, x, grad, x if x0 is None else x0)
+            yield f"{name}{case}", partial(linf_step.linf_step, x, grad, x0, x, bounds, layout)
+
+
 class Launch(NamedTuple):
-    """A kernel as it is specialised for what a launcher gave it."""
+    """A kernel as Triton specialises it for what a launcher gave it."""
 
     case: str
     kernel: JITFunction
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int, ...], list[list[object]]]
-    options: dict[str, int]  # num_warps, num_stages
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
 
 
 class Usage(NamedTuple):
@@ -69,114 +93,161 @@ class Usage(NamedTuple):
         """Whether nothing is spilled and every card has the memory."""
         return self.spilled == 0 and self.shared <= SHARED_LIMIT
 
+    def __str__(self) -> str:
+        return f"{self.registers} {self.spilled:>5} {self.shared:>7}"
+
+
+class _Absent:
+    """The driver of a GPU that is not there."""
+
+    def __init__(self, target: int) -> None:
+        self.target = GPUTarget("cuda", target, 32)
+
+    def get_current_device(self) -> int:
+        """Triton caches by device what it knows of the target."""
+        return int(self.target.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
 
 @functools.cache
-def launches() -> list[Launch]:
-    """Every kernel at every default configuration, as the launchers call it."""
+def launches(target: int) -> list[Launch]:
+    """Every kernel at every default configuration, as Triton would compile it for a launch."""
     found: list[Launch] = []
-    for name, dtype in DTYPES.items():
-        for D in DIMENSIONS:
-            z = torch.empty(2048, D, dtype=dtype, device="meta")
-            with _recorded(nt_xent, f"{name} D={D}", found):
-                nt_xent.nt_xent_fwd_bwd(z, z, 0.5)
-            with _recorded(nt_xent, f"{name} D={D} T=0.01", found):
-                nt_xent.nt_xent_fwd(z, z, 0.01)
-        x = torch.empty(64, 3, 32, 32, dtype=dtype, device="meta")
-        per_channel = torch.empty(4, 3, device="meta")
-        with _recorded(linf_step, f"{name}", found):
-            linf_step.linf_step(x, x, None, 0.1, 0.1, 0.0, 1.0)
-        with _recorded(linf_step, f"{name} per channel, x0", found):
-            linf_step.linf_step(x, x, x, *per_channel)
+    driver.set_active(_Absent(target))
+    for case, call in cases():
+        with mock.patch.object(JITFunction, "_do_compile", _recorder(case, found)):
+            call()
     return found
 
 
-@contextmanager
-def _recorded(module: ModuleType, case: str, found: list[Launch]) -> Iterator[None]:
-    """Within, the kernels of `module` are not launched but added to `found`."""
-    with ExitStack() as stack:
-        for name, value in vars(module).copy().items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                stack.enter_context(mock.patch.object(module, name, _Recorder(value, case, found)))
-        yield
+def _recorder(case: str, found: list[Launch]) -> Callable[..., None]:
+    """In place of the method that compiles what is launched."""
 
-
-class _Recorder:
-    def __init__(self, kernel: JITFunction, case: str, found: list[Launch]) -> None:
-        self.kernel, self.case, self.found = kernel, case, found
-
-    def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        parameters = inspect.signature(self.kernel.fn)
-        options = {key: kwargs.pop(key) for key in list(kwargs.keys() - parameters.parameters)}
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes: dict[tuple[int, ...], list[list[object]]] = {}
-        # as Triton does at a launch: on None, on 1 and on multiples of 16
-        for position, (name, value) in enumerate(
-            parameters.bind(*args, **kwargs).arguments.items()
-        ):
-            is_int = isinstance(value, int)
-            if (
-                self.kernel.params[position].is_constexpr
-                or value is None
-                or (is_int and value == 1)
-            ):
-                signature[name], constants[name] = "constexpr", value
-                continue
-            signature[name] = mangle_type(value)
-            if isinstance(value, Tensor) or (is_int and value % 16 == 0):
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        launch = Launch(self.case, self.kernel, signature, constants, attributes, options)
+    def record(
+        kernel: JITFunction,
+        key: str,
+        signature: Any,
+        device: int,
+        constants: Any,
+        options: Any,
+        attributes: Any,
+        warmup: bool,
+    ) -> None:
+        launch = Launch(case, kernel, signature, constants, attributes, options.__dict__)
         # not every kernel depends on what tells this case from the ones before
-        if all(launch[1:] != other[1:] for other in self.found):
-            self.found.append(launch)
+        if all(launch[1:] != other[1:] for other in found):
+            found.append(launch)
+
+    return record
 
 
-def compile_launch(index: int, target: int) -> Usage | str:
-    """Usage of the kernel of launches()[index] for a compute capability, or why it has none."""
-    _, kernel, signature, constants, attributes, options = launches()[index]
+def compile_launch(index: int, target: int) -> Usage:
+    """Usage of the kernel of launches(target)[index]."""
+    _, kernel, signature, constants, attributes, options = launches(target)[index]
     source = ASTSource(kernel, signature, constants, attributes)
-    try:
-        compiled = triton.compile(source, GPUTarget("cuda", target, 32), options)
-    except Exception as error:  # whatever the compiler raises is the result
-        return f"{type(error).__name__}: {error}"
+    compiled = triton.compile(source, GPUTarget("cuda", target, 32), options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # nothing here has an array or a call, so what is on the stack was spilled
-    numbers = {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared)
+        (usage,) = resource_usage(file.name).values()
+    # what the launch adds is in no file
+    return usage._replace(shared=compiled.metadata.shared)
+
+
+def compile_source(name: str, target: int) -> dict[str, Usage]:
+    """Usage of every kernel of a file of csrc/, by its name and template arguments."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        command = ["nvcc", "-O3", "-std=c++17", f"-arch=sm_{target}", "-cubin"]
+        result = subprocess.run(
+            [*command, str(CSRC / name), "-o", file.name],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode:
+            raise RuntimeError(f"nvcc: {result.stderr.strip()}")
+        return resource_usage(file.name)
+
+
+def resource_usage(cubin: str) -> dict[str, Usage]:
+    """What every kernel of a file takes, shared memory without the dynamic."""
+    command = [nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usages = {}
+    for name, line in re.findall(r"Function (\S+):\s*(.*)", text):
+        numbers = {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", line)}
+        # nothing here has an array or a call, so what is on the stack was spilled
+        spilled = numbers["STACK"] + numbers["LOCAL"]
+        usages[demangled(name)] = Usage(numbers["REG"], spilled, numbers["SHARED"])
+    return usages
+
+
+def demangled(symbol: str) -> str:
+    """A C++ kernel's name and template arguments; a Triton kernel's name."""
+    text = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout
+    match = re.search(r"(\w+(<.*>)?)\(.*\)$", text.strip())
+    name = match[1] if match else symbol
+    for long, short in (("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("float", "fp32")):
+        name = name.replace(long, short)
+    return name
 
 
 def report(targets: list[int], kernels: str) -> bool:
     """Compiles and prints the table; whether all is well."""
-    indices = [i for i, launch in enumerate(launches()) if kernels in launch.kernel.__name__]
-    jobs = [(index, target) for index in indices for target in targets]
     print(f"triton {triton.__version__}: registers, bytes spilled, bytes of shared memory")
     title = "".join(f"{f'sm_{target}':>20}" for target in targets)
-    print(f"{'kernel':<28}{'case':<22}{title}", flush=True)
-    well = True
+    print(f"{'kernel':<28}{'case':<28}{title}", flush=True)
+    rows: dict[tuple[str, str], dict[int, Usage]] = {}
+    failures = []
     # fresh processes: one that has used threads cannot be forked safely
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        results = dict(zip(jobs, pool.map(compile_launch, *zip(*jobs, strict=True)), strict=True))
-    for index in indices:
-        launch = launches()[index]
-        cells = []
-        for target in targets:
-            usage = results[index, target]
-            if isinstance(usage, str):
-                print(f"{launch.kernel.__name__}, {launch.case}, sm_{target}: {usage}")
-                well, cell = False, "failed"
-            else:
-                well, cell = well and usage.fits, "{} {:>5} {:>7}".format(*usage)
-            cells.append(f"{cell:>20}")
-        print(f"{launch.kernel.__name__.strip('_'):<28}{launch.case:<22}{''.join(cells)}")
+        for (kernel, case, target), future in submitted(pool, targets, kernels).items():
+            try:
+                result = future.result()
+            except Exception as error:  # whatever the compiler raises is the result
+                failures.append(f"{kernel}, {case}, sm_{target}: {type(error).__name__}: {error}")
+                continue
+            if isinstance(result, Usage):
+                rows.setdefault((kernel, case), {})[target] = result
+                continue
+            for instance, usage in result.items():
+                name, _, arguments = instance.partition("<")
+                rows.setdefault((name, f"<{arguments}"), {})[target] = usage
+    well = not failures
+    for (kernel, case), usages in rows.items():
+        cells = "".join(f"{usages.get(target, '-')!s:>20}" for target in targets)
+        print(f"{kernel:<28}{case:<28}{cells}")
+        well = well and all(usage.fits for usage in usages.values())
+    for failure in failures:
+        print(failure)
     print("all fit" if well else "some failed, spilled or take too much shared memory")
     return well
+
+
+def submitted(
+    pool: ProcessPoolExecutor, targets: list[int], kernels: str
+) -> dict[tuple[str, str, int], Future[Any]]:
+    """The compilations under way: kernel, or file, and case and target."""
+    jobs: dict[tuple[str, str, int], Future[Any]] = {}
+    sources = [path.name for path in sorted(CSRC.glob("*.cu")) if kernels in path.stem]
+    if shutil.which("nvcc") is None:
+        print("nvcc is not there: csrc/*.cu is not compiled")
+        sources = []
+    for target in targets:
+        # these take longest
+        for name in sources:
+            jobs[name, "", target] = pool.submit(compile_source, name, target)
+    for target in targets:
+        for index, launch in enumerate(launches(target)):
+            name = launch.kernel.__name__.strip("_")
+            if kernels in name:
+                jobs[name, launch.case, target] = pool.submit(compile_launch, index, target)
+    return jobs
 
 
 def main(argv: list[str] | None = None) -> int:

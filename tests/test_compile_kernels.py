@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def test_compiles_for_a_gpu_that_is_not_there():
     )
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("linf_step")]
-    assert len(rows) == 4
+    compiled_by_nvcc = 18 if shutil.which("nvcc") else 0
+    assert len(rows) == 8 + compiled_by_nvcc
     for *_, registers, spilled, _ in rows:
         assert int(registers) > 0
         assert int(spilled) == 0
