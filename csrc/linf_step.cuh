@@ -5,13 +5,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "dtype.cuh"
 #include "linf_step.h"
 
 namespace clae_fast {
-
-__device__ inline float load(float value) { return value; }
-__device__ inline float load(__half value) { return __half2float(value); }
-__device__ inline float load(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // `value`, rounded towards `centre`, which the dtype of `out` can represent
 __device__ inline void store(float* out, float value, float) { *out = value; }

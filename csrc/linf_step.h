@@ -8,11 +8,10 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace clae_fast {
-
-enum class DType : int { fp32, fp16, bf16 };
 
 struct LinfStepArgs {
   const void* x;     // [size] of x_dtype
