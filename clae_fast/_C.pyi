@@ -46,3 +46,21 @@ def linf_step_cuda(
     bounds_on_device: bool,
     stream: int,
 ) -> None: ...
+def stem_step_cuda(
+    dy: int,
+    weight: int,
+    x: int,
+    out: int,
+    dy_dtype: int,
+    weight_dtype: int,
+    x_dtype: int,
+    N: int,
+    C: int,
+    H: int,
+    W: int,
+    size: int,
+    strides: int,
+    bounds: int,
+    bounds_on_device: bool,
+    stream: int,
+) -> None: ...

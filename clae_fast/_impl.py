@@ -29,6 +29,7 @@ _IMPLS = {
     "info_nce": ("torch",),
     "uel": ("torch",),
     "linf_step": ("native", "triton", "cuda"),
+    "stem_step": ("cuda",),
 }
 _DEVICES = {
     "torch": ("cpu", "cuda"),
@@ -55,8 +56,7 @@ def resolve(op: str, impl: str, *tensors: Tensor) -> str:
         RuntimeError: It was asked for by name, and does not exist for this op, device or machine.
         TypeError: It was asked for by name, and does not take these tensors' dtype.
     """
-    if impl == "auto":
-        impl = _DEFAULT
+    impl = requested(impl)
     if impl == "reference":
         return impl
     device = tensors[0].device.type
@@ -76,6 +76,11 @@ def resolve(op: str, impl: str, *tensors: Tensor) -> str:
     if fp64:
         raise TypeError(f"impl={impl!r} takes fp32, fp16 and bf16; fp64 needs impl='reference'")
     return impl
+
+
+def requested(impl: str) -> str:
+    """What is asked for by argument or, where that is "auto", by CLAE_FAST_IMPL."""
+    return _DEFAULT if impl == "auto" else impl
 
 
 def available(op: str, device: str) -> list[str]:

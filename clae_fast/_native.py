@@ -152,6 +152,45 @@ def _linf_arguments(
     )
 
 
+def stem_step(
+    dy: Tensor,  # [N, C_out, dy_H, dy_W], channels_last
+    weight: Tensor,  # [C_out, 3, size, size]
+    x: Tensor,  # [N, 3, H, W]
+    out: Tensor,  # as x, in memory too
+    bounds: list[float] | Tensor,  # [4 * 1] or [4 * 3], or [4, 3]
+) -> None:
+    """The step with bounds alpha, eps, lo and hi along the convolution's input gradient."""
+    # the kernel copies 16 bytes at a time
+    dy = dy if dy.data_ptr() % 16 == 0 else dy.clone()
+    strides = (ctypes.c_int * 8)(*weight.stride(), *x.stride())
+    if isinstance(bounds, Tensor):
+        bounds = bounds.contiguous()
+        address = bounds.data_ptr()
+    else:
+        each = bounds if len(bounds) == 12 else [value for value in bounds for _ in range(3)]
+        numbers = (ctypes.c_float * 12)(*each)
+        address = ctypes.addressof(numbers)
+    with _current_stream(x) as stream:
+        _C.stem_step_cuda(
+            dy.data_ptr(),
+            weight.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+            _DTYPES[dy.dtype],
+            _DTYPES[weight.dtype],
+            _DTYPES[x.dtype],
+            x.shape[0],
+            dy.shape[1],
+            x.shape[2],
+            x.shape[3],
+            weight.shape[2],
+            ctypes.addressof(strides),
+            address,
+            isinstance(bounds, Tensor),
+            stream,
+        )
+
+
 @contextmanager
 def _current_stream(tensor: Tensor) -> Iterator[int]:
     """The stream to launch on, within which the tensor's GPU is the current one."""

@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "linf_step.h"
 #include "nt_xent.h"
+#include "stem_step.h"
 
 namespace py = pybind11;
 
@@ -90,6 +91,19 @@ PYBIND11_MODULE(_C, m) {
                                              channels, channel_stride),
                               *pointer<const clae_fast::LinfLayout>(layout), bounds_on_device,
                               pointer<void>(stream));
+  });
+
+  m.def("stem_step_cuda", [](std::uintptr_t dy, std::uintptr_t weight, std::uintptr_t x,
+                             std::uintptr_t out, int dy_dtype, int weight_dtype, int x_dtype, int N,
+                             int C, int H, int W, int size, std::uintptr_t strides,
+                             std::uintptr_t bounds, bool bounds_on_device, std::uintptr_t stream) {
+    py::gil_scoped_release nogil;
+    clae_fast::stem_step_cuda({pointer<void>(dy), pointer<void>(weight), pointer<void>(x),
+                               pointer<void>(out), clae_fast::DType(dy_dtype),
+                               clae_fast::DType(weight_dtype), clae_fast::DType(x_dtype), N, C, H,
+                               W, size, *pointer<const clae_fast::StemStrides>(strides),
+                               pointer<const float>(bounds)},
+                              bounds_on_device, pointer<void>(stream));
   });
 #endif
 }

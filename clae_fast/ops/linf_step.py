@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
-import struct
-
 import torch
 from torch import Tensor
 
 from clae_fast import _check, _impl, _native
+from clae_fast.ops import _bounds
+from clae_fast.ops._bounds import PerChannel
 from clae_fast.reference.linf_step import linf_step as reference
-
-PerChannel = float | list[float] | tuple[float, ...] | Tensor
 
 # bounds are alpha, eps, lo and hi, each one number or C; or none, and a table [4, C] of them
 torch.library.define(
@@ -36,8 +32,8 @@ def _linf_step_impl(
     if out.numel() == 0:
         return out
     centre = x if x0 is None else x0
+    bounds = _bounds.rounded(bounds)
     C = len(bounds) // 4
-    bounds = [*bounds[:C], *map(_fp32_towards_zero, bounds[C : 2 * C]), *bounds[2 * C :]]
     if impl == "native":
         x, grad, centre = (_laid_out_as(tensor, out) for tensor in (x, grad, centre))
         _native.linf_step_cpu(x, grad, centre, out, bounds if table is None else table)
@@ -132,56 +128,12 @@ def linf_step(
     _check.like("grad", grad, "x", x, dtype=False)
     if x0 is not None:
         _check.like("x0", x0, "x", x)
-    _check.per_channel("alpha", alpha, x)
-    for name, value, minimum in (("eps", eps, 0.0), ("lo", lo, -math.inf), ("hi", hi, -math.inf)):
-        if value is not None:
-            _check.per_channel(name, value, x, minimum=minimum)
-    if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and lo > hi:
-        raise ValueError(f"lo must be at most hi, got {lo} and {hi}")
+    _bounds.check(x, alpha, eps, lo, hi)
     x, grad, x0 = x.detach(), grad.detach(), None if x0 is None else x0.detach()
     impl = _impl.resolve("linf_step", impl, x, grad)
     if impl == "reference":
         return reference(x, grad, alpha=alpha, x0=x0, eps=eps, lo=lo, hi=hi)
-    eps = math.inf if eps is None else eps
-    lo = -math.inf if lo is None else lo
-    hi = math.inf if hi is None else hi
-    if any(isinstance(value, Tensor) for value in (alpha, eps, lo, hi)):
-        return _linf_step(x, grad, x0, [], _table(x, alpha, eps, lo, hi), impl)
-    per_channel = any(isinstance(value, (list, tuple)) for value in (alpha, eps, lo, hi))
-    C = x.shape[1] if per_channel else 1
-    bounds: list[float] = []
-    for value in (alpha, eps, lo, hi):
-        assert not isinstance(value, Tensor)
-        bounds += value if isinstance(value, (list, tuple)) else [value] * C
-    return _linf_step(x, grad, x0, bounds, None, impl)
-
-
-def _table(
-    x: Tensor, alpha: PerChannel, eps: PerChannel, lo: PerChannel, hi: PerChannel
-) -> Tensor:  # [4, C]
-    """The bounds of every channel in fp32 beside `x`, eps rounded towards 0."""
-    alpha, eps, lo, hi = (_row(value, x) for value in (alpha, eps, lo, hi))
-    rounded = eps.float()
-    rounded = torch.where(rounded > eps, rounded.nextafter(torch.zeros_like(rounded)), rounded)
-    return torch.stack((alpha.float(), rounded, lo.float(), hi.float()))
-
-
-def _row(value: PerChannel, x: Tensor) -> Tensor:  # [C]
-    """A bound of every channel beside `x`, a number without a copy from the CPU."""
-    if isinstance(value, Tensor):
-        return value.to(x.device)
-    if isinstance(value, (list, tuple)):
-        return torch.tensor(value, dtype=torch.float64).to(x.device)
-    return x.new_full((x.shape[1],), value, dtype=torch.float64)
-
-
-def _fp32_towards_zero(value: float) -> float:
-    """The largest fp32 number that is not above `value` >= 0."""
-    rounded = ctypes.c_float(value).value
-    if rounded > value:
-        (bits,) = struct.unpack("i", struct.pack("f", rounded))
-        (rounded,) = struct.unpack("f", struct.pack("i", bits - 1))
-    return rounded
+    return _linf_step(x, grad, x0, *_bounds.pack(x, alpha, eps, lo, hi), impl)
 
 
 def _layout(out: Tensor, *operands: Tensor) -> tuple[tuple[int, ...], ...] | None:

@@ -1,0 +1,172 @@
+"""The sign step along the input gradient of an encoder's first convolution, in one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clae_fast import _check, _impl, _native
+from clae_fast.ops import _bounds
+from clae_fast.ops._bounds import PerChannel
+from clae_fast.reference.stem_step import stem_step as reference
+
+# bounds are alpha, eps, lo and hi, each one number or 3; or none, and a table [4, 3] of them
+torch.library.define(
+    "clae_fast::stem_step",
+    "(Tensor dy, Tensor weight, Tensor x, float[] bounds, Tensor? table) -> Tensor",
+)
+# of csrc/stem_step.h: kernel size, stride and padding, and channels of dy
+_STEMS = ((3, 1, 1), (7, 2, 3))
+_CHANNELS = (64, 128, 192)
+
+
+@torch.library.impl("clae_fast::stem_step", ("cpu", "cuda"))
+def _stem_step_impl(
+    dy: Tensor,  # [N, C_out, dy_H, dy_W]
+    weight: Tensor,  # [C_out, 3, size, size]
+    x: Tensor,  # [N, 3, H, W]
+    bounds: list[float],  # [4 * 1] or [4 * 3]
+    table: Tensor | None,  # [4, 3]
+) -> Tensor:
+    out = torch.empty_like(x)
+    if x.stride() != out.stride():
+        x = torch.empty_like(out).copy_(x)
+    if out.numel():
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        _native.stem_step(dy, weight, x, out, _bounds.rounded(bounds) if table is None else table)
+    return out
+
+
+@torch.library.register_fake("clae_fast::stem_step")
+def _stem_step_fake(
+    dy: Tensor, weight: Tensor, x: Tensor, bounds: list[float], table: Tensor | None
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+_stem_step = torch.ops.clae_fast.stem_step.default
+
+
+def stem_step(
+    dy: Tensor,  # [N, C_out, dy_H, dy_W]
+    weight: Tensor,  # [C_out, C, K, K]
+    x: Tensor,  # [N, C, H, W]
+    *,
+    stride: int,
+    padding: int,
+    alpha: PerChannel,
+    eps: PerChannel | None = None,
+    lo: PerChannel | None = None,
+    hi: PerChannel | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`linf_step` along the input gradient of a convolution, which is never stored.
+
+    .. math:: \mathrm{clip}(\mathrm{clip}(x + \alpha\, \mathrm{sign}(W^\top dy), x - \epsilon,
+        x + \epsilon), lo, hi)
+
+    With W the convolution by `weight`, of zero padding, no groups and no dilation, dy the loss's
+    gradient at its output and x its input, or what the input is an increasing function of, channel
+    by channel. The weight is rounded to the dtype of `dy`, as autocast does for the convolution,
+    sums are fp32 (fp64 for fp64), and the step is that of `linf_step`: |result - x| <= eps holds
+    exactly, the sign of NaN is 0.
+
+    The kernel of `impl="cuda"` takes fp16 or bf16 `dy` with 64, 128 or 192 channels, fp32 or fp16
+    `x` with 3, and a `weight` of 3x3 with stride and padding 1 or of 7x7 with stride 2 and padding
+    3. Fastest is `dy` in channels_last. Where a number of `dy` is not finite, pixels up to one
+    beyond those that it reaches may stay where they are.
+
+    Args:
+        dy: Gradient at the convolution's output.
+        weight: The convolution's weight.
+        x: The images to step from, in any memory layout.
+        stride: The convolution's stride.
+        padding: The convolution's padding.
+        alpha: Step size, in the units of `x`. As each of the following, a number, or C of them for
+            the channels of `x`, as a sequence or a tensor.
+        eps: Radius of the ball around `x`; None is no ball.
+        lo: Lower end of the range; None is none.
+        hi: Upper end of the range; None is none.
+        impl: "auto", "reference" or "cuda".
+
+    Returns:
+        The images after the step, in the dtype and layout of `x`; a constant for autograd.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: Shapes that are not those of a convolution, devices that differ, bounds as
+            `linf_step` refuses them, or `impl="cuda"` for what its kernel does not take.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Example:
+        >>> x, weight = torch.rand(8, 3, 32, 32), torch.randn(64, 3, 3, 3)
+        >>> dy = torch.randn(8, 64, 32, 32)
+        >>> x_adv = clae_fast.stem_step(dy, weight, x, stride=1, padding=1, alpha=0.03, eps=0.03)
+    """
+    _check_convolution(dy, weight, x, stride, padding)
+    _bounds.check(x, alpha, eps, lo, hi)
+    dy, weight, x = dy.detach(), weight.detach(), x.detach()
+    takes = _kernel_takes(dy.dtype, weight, x, stride, padding)
+    if _impl.requested(impl) == "auto" and not takes:
+        impl = "reference"
+    impl = _impl.resolve("stem_step", impl, dy, x)
+    if impl == "cuda" and not takes:
+        raise ValueError(
+            f"impl='cuda' takes 16-bit dy with {_CHANNELS} channels, fp32 or fp16 x with 3, and "
+            f"kernel size, stride, padding in {_STEMS}; got {dy.dtype}, {x.dtype}, a weight of "
+            f"{list(weight.shape)}, stride {stride}, padding {padding}"
+        )
+    if impl == "reference":
+        return reference(
+            dy, weight, x, stride=stride, padding=padding, alpha=alpha, eps=eps, lo=lo, hi=hi
+        )
+    return _stem_step(dy, weight, x, *_bounds.pack(x, alpha, eps, lo, hi))
+
+
+def fuses(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
+    """Whether "auto" is the kernel, for a dy of `dtype`; never raises."""
+    return (
+        _kernel_takes(dtype, weight, x, stride, padding)
+        and _impl.requested("auto") in ("auto", "cuda")
+        and "cuda" in _impl.available("stem_step", x.device.type)
+    )
+
+
+def _kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
+    C_out, C, height, width = weight.shape
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and weight.dtype in (torch.float32, dtype)
+        and x.dtype in (torch.float32, torch.float16)
+        and C_out in _CHANNELS
+        and C == 3
+        and height == width
+        and (height, stride, padding) in _STEMS
+    )
+
+
+def _check_convolution(dy: Tensor, weight: Tensor, x: Tensor, stride: int, padding: int) -> None:
+    """Raises unless a convolution of `x` by `weight` has an output like `dy`."""
+    for name, value in (("dy", dy), ("weight", weight), ("x", x)):
+        _check.tensor(name, value)
+        _check.same_place(name, value, "x", x, dtype=False)
+        if value.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {list(value.shape)}")
+    for name, number, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if not isinstance(number, int):
+            raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must have the {x.shape[1]} channels of x, got shape {list(weight.shape)}"
+        )
+    sides = (
+        (side + 2 * padding - size) // stride + 1
+        for side, size in zip(x.shape[2:], weight.shape[2:], strict=True)
+    )
+    expected = [x.shape[0], weight.shape[0], *sides]
+    if list(dy.shape) != expected:
+        raise ValueError(
+            f"dy must have the shape of the convolution's output, {expected}, got {list(dy.shape)}"
+        )
