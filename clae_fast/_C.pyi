@@ -17,6 +17,23 @@ def nt_xent(
     dz: int,
     workspace: int,
 ) -> None: ...
+def nt_xent_cuda_workspace(N: int, D: int, grad: bool) -> int: ...
+def nt_xent_cuda(
+    z0: int,
+    z1: int,
+    dtype: int,
+    row_stride0: int,
+    column_stride0: int,
+    row_stride1: int,
+    column_stride1: int,
+    N: int,
+    D: int,
+    temperature: float,
+    loss: int,
+    dz: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
 def linf_step_cpu(
     isa: str,
     x: int,

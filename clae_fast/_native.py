@@ -32,7 +32,7 @@ else:
     _has_cuda = _C.cuda
 
 _isa = _isas[-1] if _isas else ""
-# of csrc/linf_step.h
+# of csrc/dtype.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 LINF_CHANNELS = 4
 
@@ -96,6 +96,41 @@ def nt_xent(
         0 if dz is None else dz.data_ptr(),
         workspace.data_ptr(),
     )
+    return loss, dz
+
+
+def nt_xent_cuda_takes(n: int, D: int) -> bool:
+    """Whether `nt_xent_cuda` takes n = 2N rows of D elements: shared memory is the limit."""
+    return n <= (4096 if D <= 128 else 2048) and D <= 256
+
+
+def nt_xent_cuda(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float,
+    grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `nt_xent`, in one launch on the tensors' GPU; fp32, fp16 or bf16 in any strides."""
+    N, D = z0.shape
+    loss = torch.empty((), dtype=torch.float32, device=z0.device)
+    dz = torch.empty((2 * N, D), dtype=torch.float32, device=z0.device) if grad else None
+    with torch.cuda.device(z0.device):
+        size = _C.nt_xent_cuda_workspace(N, D, grad)
+        workspace = torch.empty(size, dtype=torch.uint8, device=z0.device)
+        _C.nt_xent_cuda(
+            z0.data_ptr(),
+            z1.data_ptr(),
+            _DTYPES[z0.dtype],
+            *z0.stride(),
+            *z1.stride(),
+            N,
+            D,
+            temperature,
+            loss.data_ptr(),
+            0 if dz is None else dz.data_ptr(),
+            workspace.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
     return loss, dz
 
 

@@ -82,6 +82,20 @@ PYBIND11_MODULE(_C, m) {
         });
 
 #ifdef CLAE_FAST_CUDA
+  m.def("nt_xent_cuda_workspace", clae_fast::nt_xent_cuda_workspace);
+
+  m.def("nt_xent_cuda", [](std::uintptr_t z0, std::uintptr_t z1, int dtype, int64_t row_stride0,
+                           int64_t column_stride0, int64_t row_stride1, int64_t column_stride1,
+                           int64_t N, int64_t D, float temperature, std::uintptr_t loss,
+                           std::uintptr_t dz, std::uintptr_t workspace, std::uintptr_t stream) {
+    py::gil_scoped_release nogil;
+    clae_fast::nt_xent_cuda(
+        {pointer<const void>(z0), pointer<const void>(z1), clae_fast::DType(dtype), row_stride0,
+         column_stride0, row_stride1, column_stride1, N, D, temperature, pointer<float>(loss),
+         pointer<float>(dz), pointer<unsigned char>(workspace)},
+        pointer<void>(stream));
+  });
+
   m.def("linf_step_cuda", [](std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,
                              std::uintptr_t out, int x_dtype, int grad_dtype, int64_t size,
                              std::uintptr_t bounds, int64_t channels, int64_t channel_stride,
@@ -98,12 +112,12 @@ PYBIND11_MODULE(_C, m) {
                              int C, int H, int W, int size, std::uintptr_t strides,
                              std::uintptr_t bounds, bool bounds_on_device, std::uintptr_t stream) {
     py::gil_scoped_release nogil;
-    clae_fast::stem_step_cuda({pointer<void>(dy), pointer<void>(weight), pointer<void>(x),
-                               pointer<void>(out), clae_fast::DType(dy_dtype),
-                               clae_fast::DType(weight_dtype), clae_fast::DType(x_dtype), N, C, H,
-                               W, size, *pointer<const clae_fast::StemStrides>(strides),
-                               pointer<const float>(bounds)},
-                              bounds_on_device, pointer<void>(stream));
+    clae_fast::stem_step_cuda(
+        {pointer<void>(dy), pointer<void>(weight), pointer<void>(x), pointer<void>(out),
+         clae_fast::DType(dy_dtype), clae_fast::DType(weight_dtype), clae_fast::DType(x_dtype), N,
+         C, H, W, size, *pointer<const clae_fast::StemStrides>(strides),
+         pointer<const float>(bounds)},
+        bounds_on_device, pointer<void>(stream));
   });
 #endif
 }
