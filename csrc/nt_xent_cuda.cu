@@ -123,7 +123,9 @@ __device__ float warp_sum(float value) {
   return value;
 }
 
+template <bool kFixedShift>
 __device__ Sum merged(Sum a, Sum b) {
+  if constexpr (kFixedShift) return {a.shift, a.value + b.value};
   const float shift = fmaxf(a.shift, b.shift);
   return {shift, a.value * exp2_approx(a.shift - shift) + b.value * exp2_approx(b.shift - shift)};
 }
@@ -138,29 +140,32 @@ __device__ float scale_to(int bits, float value) {
 __device__ float floored(float norm) { return norm < kEps ? kEps : norm; }
 
 template <class T, int count>
-__device__ void load_row(float (&x)[count], const void* z, int64_t offset, int64_t stride, int D) {
-  const T* row = static_cast<const T*>(z) + offset;
+__device__ void load_rows(float (&x)[2][count], const NtXentCudaArgs& args, const int (&rows)[2]) {
 #pragma unroll
-  for (int k = 0; k < count; ++k) {
-    const int d = lane() + 32 * k;
-    x[k] = d < D ? load(row[d * stride]) : 0.f;
+  for (int i = 0; i < 2; ++i) {
+    const bool second = rows[i] >= args.N;
+    const int64_t row = second ? rows[i] - args.N : rows[i];
+    const T* z = static_cast<const T*>(second ? args.z1 : args.z0) +
+                 row * (second ? args.row_stride1 : args.row_stride0);
+    const int64_t stride = second ? args.column_stride1 : args.column_stride0;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const int d = lane() + 32 * k;
+      x[i][k] = d < args.D ? load(z[d * stride]) : 0.f;
+    }
   }
 }
 
-// Row i of both views, element lane() + 32 k in x[k].
+// Two of the 2N raw rows by a warp, element lane() + 32 k in x[][k].
 template <int count>
-__device__ void load_row(float (&x)[count], const NtXentCudaArgs& args, int i) {
-  const bool second = i >= args.N;
-  const void* z = second ? args.z1 : args.z0;
-  const int64_t stride = second ? args.column_stride1 : args.column_stride0;
-  const int64_t offset = second ? (i - args.N) * args.row_stride1 : int64_t(i) * args.row_stride0;
+__device__ void load_rows(float (&x)[2][count], const NtXentCudaArgs& args, const int (&rows)[2]) {
   switch (args.dtype) {
     case DType::fp32:
-      return load_row<float>(x, z, offset, stride, int(args.D));
+      return load_rows<float>(x, args, rows);
     case DType::fp16:
-      return load_row<__half>(x, z, offset, stride, int(args.D));
+      return load_rows<__half>(x, args, rows);
     case DType::bf16:
-      return load_row<__nv_bfloat16>(x, z, offset, stride, int(args.D));
+      return load_rows<__nv_bfloat16>(x, args, rows);
   }
 }
 
@@ -169,8 +174,7 @@ __device__ void normalize(const Problem& p) {
   const int N = int(p.args.N);
   for (int pair = grid_warp(); pair < N; pair += grid_warps()) {
     float z[2][kItems<kWidth>];
-    load_row(z[0], p.args, pair);
-    load_row(z[1], p.args, pair + N);
+    load_rows(z, p.args, {pair, pair + N});
 #pragma unroll
     for (int view = 0; view < 2; ++view) {
       const int row = pair + view * N;
@@ -204,6 +208,41 @@ __device__ void normalize(const Problem& p) {
   }
 }
 
+struct Statistics {
+  float loss;
+  float q;
+  float lse2;
+};
+
+// Of some of the 2N rows, from the sums of all parts; meaningless past the last row.
+template <bool kFixedShift, int count>
+__device__ void make_statistics(Statistics (&statistics)[count],
+                                const Problem& p,
+                                const int (&rows)[count]) {
+  const int splits = p.plan.splits, N = int(p.args.N);
+  const Sum* sums[count];
+  Sum neg[count];
+  float pos2[count];
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    const int row = min(rows[k], p.n - 1);
+    pos2[k] = p.workspace.pos2[row < N ? row : row - N];
+    sums[k] = p.workspace.sums + row * splits;
+    neg[k] = sums[k][0];
+  }
+  for (int split = 1; split < splits; ++split) {
+#pragma unroll
+    for (int k = 0; k < count; ++k) neg[k] = merged<kFixedShift>(neg[k], sums[k][split]);
+  }
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    const float margin = (neg[k].shift + log2f(neg[k].value) - pos2[k]) * kLn2;  // -inf for N = 1
+    const float ratio = expf(-fabsf(margin));
+    const float loss = fmaxf(margin, 0.f) + log1pf(ratio);
+    statistics[k] = {loss, (margin > 0.f ? 1.f : ratio) / (1.f + ratio), pos2[k] + loss / kLn2};
+  }
+}
+
 // Rows in shared memory have their 16-byte chunks permuted, so that ldmatrix, which reads one chunk
 // of eight rows, finds them in different banks.
 template <int kWidth>
@@ -212,10 +251,12 @@ __device__ int swizzled(int row, int chunk) {
 }
 
 // Starts copying rows of u, zeros past the last.
-template <int kWidth>
-__device__ void stage(__half* to, const Problem& p, int first, int count) {
+template <int kWidth, int kCount>
+__device__ void stage(__half* to, const Problem& p, int first) {
   constexpr int kChunks = kWidth / 8;
-  for (int i = threadIdx.x; i < count * kChunks; i += kThreads) {
+#pragma unroll
+  for (int step = 0; step < kCount * kChunks / kThreads; ++step) {
+    const int i = step * kThreads + threadIdx.x;
     const int row = i / kChunks, chunk = i % kChunks;
     const __half* from = p.workspace.u + (first + row) * kWidth + chunk * 8;
     cp_async<16>(to + swizzled<kWidth>(row, chunk), from, first + row < p.n);
@@ -248,13 +289,13 @@ struct Unit {
 
   __device__ void fetch(int t) const {
     if (t < tiles) {
-      stage<kWidth>(tile(t), p, first_column + t * kColumns<kWidth>, kColumns<kWidth>);
+      stage<kWidth, kColumns<kWidth>>(tile(t), p, first_column + t * kColumns<kWidth>);
     }
     cp_async_commit();
   }
 
   __device__ void start() const {
-    stage<kWidth>(shared.own, p, first_row, kRows);
+    stage<kWidth, kRows>(shared.own, p, first_row);
     for (int t = 0; t < kAhead; ++t) fetch(t);
   }
 
@@ -265,57 +306,52 @@ struct Unit {
     fetch(t + kAhead);
   }
 
-  // What the product with a tile needs, for each row and column: a factor, and with statistics an
-  // offset, which is 2^(scale2 - lse2) for a fixed shift and else lse2. Past the last row their
+  // What products with tiles need: a factor for each row and column, and with statistics an offset,
+  // which is 2^(scale2 - lse2) for a fixed shift and else lse2. Past the last row their
   // exponentials are 0.
   template <bool kFixedShift, bool kStatistics>
   __device__ void fill() const {
+    constexpr int kAtOnce = 3;  // of a thread, so that their loads are under way together
     const int count = kRows + tiles * kColumns<kWidth>;
-    for (int k = threadIdx.x; k < count; k += kThreads) {
-      const bool own = k < kRows;
-      const int i = own ? first_row + k : first_column + k - kRows;
-      float scale = 0.f, offset = kFixedShift ? 0.f : INFINITY;
-      if (i < p.n) {
-        scale = p.workspace.scale[i];
-        if (own) scale *= p.scale2 * power_of_two(-2 * kUnitBits);
+    for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+      int rows[kAtOnce];
+      float scales[kAtOnce];
+      Statistics statistics[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int at = first + k * kThreads;
+        rows[k] = at < kRows ? first_row + at : first_column + at - kRows;
+        scales[k] = rows[k] < p.n ? p.workspace.scale[rows[k]] : 0.f;
+      }
+      if constexpr (kStatistics) make_statistics<kFixedShift>(statistics, p, rows);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int at = first + k * kThreads;
+        if (at >= count) break;
+        float offset = 0.f;
         if constexpr (kStatistics) {
-          const float lse2 = statistics(i).lse2;
+          const float lse2 = rows[k] < p.n ? statistics[k].lse2 : INFINITY;
           offset = kFixedShift ? exp2f(p.scale2 - lse2) : lse2;
         }
+        if (at < kRows) {
+          shared.rows[at] = {scales[k] * p.scale2 * power_of_two(-2 * kUnitBits), offset};
+        } else {
+          shared.columns[at - kRows] = {scales[k], offset};
+        }
       }
-      (own ? shared.rows[k] : shared.columns[k - kRows]) = {scale, offset};
     }
   }
 
-  struct Statistics {
-    float loss;
-    float q;
-    float lse2;
-  };
-
-  __device__ Statistics statistics(int i) const {
-    const int splits = p.plan.splits;
-    Sum neg = p.workspace.sums[i * splits];
-    for (int s = 1; s < splits; ++s) neg = merged(neg, p.workspace.sums[i * splits + s]);
-    const float pos2 = p.workspace.pos2[i < p.args.N ? i : i - int(p.args.N)];
-    const float margin = (neg.shift + log2f(neg.value) - pos2) * kLn2;  // -inf for N = 1
-    const float ratio = expf(-fabsf(margin));
-    const float loss = fmaxf(margin, 0.f) + log1pf(ratio);
-    return {loss, (margin > 0.f ? 1.f : ratio) / (1.f + ratio), pos2 + loss / kLn2};
-  }
-
   // q of the rows and the sum of their losses, by the unit with the first part of the columns.
+  template <bool kFixedShift>
   __device__ void finish_rows() const {
     if (split != 0) return;
     if (threadIdx.x < kRows) {
-      const int i = first_row + threadIdx.x;
-      float loss = 0.f;
-      if (i < p.n) {
-        const Statistics s = statistics(i);
-        loss = s.loss;
-        p.workspace.q[i] = s.q;
-      }
-      shared.losses[threadIdx.x] = loss;
+      const int row = first_row + threadIdx.x;
+      Statistics statistics[1];
+      make_statistics<kFixedShift>(statistics, p, {row});
+      if (row < p.n) p.workspace.q[row] = statistics[0].q;
+      shared.losses[threadIdx.x] = row < p.n ? statistics[0].loss : 0.f;
     }
     __syncthreads();
     if (warp() == 0) {
@@ -374,18 +410,22 @@ struct WarpPart {
         mma_m16n8k16<__half>(s[j + 1], a, {b[2], b[3]});
       }
     }
+#pragma unroll
+    for (int j = 0; j < kTiles<kWidth>; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) s[j][k] *= columns(t, j)[k % 2].x * own[k / 2].x;
+    }
     const int first_row = unit.first_row + row;
     const int first_column = unit.first_column + t * kColumns<kWidth> + column;
     const int N = int(unit.p.args.N);
-    const bool all_negative =
-        apart(first_row, first_column) && apart(first_row + N, first_column) &&
-        apart(first_row, first_column + N) && first_column + 8 * kTiles<kWidth> <= unit.p.n;
+    if (apart(first_row, first_column) && apart(first_row + N, first_column) &&
+        apart(first_row, first_column + N) && first_column + 8 * kTiles<kWidth> <= unit.p.n) {
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < kTiles<kWidth>; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        s[j][k] *= columns(t, j)[k % 2].x * own[k / 2].x;
-        if (all_negative) continue;
         const int r = first_row + lane() / 4 + k / 2 * 8;
         const int c = first_column + 8 * j + lane() % 4 * 2 + k % 2;
         if (r == c || r + N == c || r == c + N || c >= unit.p.n) s[j][k] = -INFINITY;
@@ -434,7 +474,7 @@ __device__ void sum_exponentials(const Unit<kWidth>& unit) {
     for (int bits = 1; bits <= 2; bits *= 2) {
       const Sum other = {__shfl_xor_sync(kAllLanes, sums[half].shift, bits),
                          __shfl_xor_sync(kAllLanes, sums[half].value, bits)};
-      sums[half] = merged(sums[half], other);
+      sums[half] = merged<kFixedShift>(sums[half], other);
     }
     const int row = part.row + lane() / 4 + 8 * half;
     if (lane() % 4 == 0) unit.shared.sums[warp() / kRowGroups * kRows + row] = sums[half];
@@ -443,7 +483,7 @@ __device__ void sum_exponentials(const Unit<kWidth>& unit) {
   const int i = unit.first_row + threadIdx.x;
   if (threadIdx.x < kRows && i < p.n) {
     p.workspace.sums[i * p.plan.splits + unit.split] =
-        merged(unit.shared.sums[threadIdx.x], unit.shared.sums[kRows + threadIdx.x]);
+        merged<kFixedShift>(unit.shared.sums[threadIdx.x], unit.shared.sums[kRows + threadIdx.x]);
   }
 }
 
@@ -555,24 +595,23 @@ __device__ void finish_dz(const Problem& p) {
   const int N = int(p.args.N), D = int(p.args.D);
   for (int row = grid_warp(); row < p.n; row += grid_warps()) {
     const int positive = row < N ? row + N : row - N;
-    float u[kItems<kWidth>], u_pos[kItems<kWidth>], du[kItems<kWidth>] = {};
-    load_row(u, p.args, row);
-    load_row(u_pos, p.args, positive);
+    float u[2][kItems<kWidth>], du[kItems<kWidth>] = {};
+    load_rows(u, p.args, {row, positive});
+    const float q = p.workspace.q[row] + p.workspace.q[positive];
+    const float norm = p.workspace.norm[row];
+    const float inverse = 1.f / floored(norm);
+    const float inverse_pos = 1.f / floored(p.workspace.norm[positive]);
     for (int split = 0; split < p.plan.splits; ++split) {
       const float* part = p.workspace.du + (split * p.n + row) * kWidth + lane();
 #pragma unroll
       for (int k = 0; k < kItems<kWidth>; ++k) du[k] += part[32 * k];
     }
-    const float q = p.workspace.q[row] + p.workspace.q[positive];
-    const float norm = p.workspace.norm[row];
-    const float inverse = 1.f / floored(norm);
-    const float inverse_pos = 1.f / floored(p.workspace.norm[positive]);
     float radial = 0.f;
 #pragma unroll
     for (int k = 0; k < kItems<kWidth>; ++k) {
-      u[k] *= inverse;
-      du[k] = (du[k] - q * (u_pos[k] * inverse_pos)) * p.grad_scale;
-      radial += u[k] * du[k];
+      u[0][k] *= inverse;
+      du[k] = (du[k] - q * (u[1][k] * inverse_pos)) * p.grad_scale;
+      radial += u[0][k] * du[k];
     }
     // u = z / |z| passes du - (u . du) u on, and u = z / kEps the whole of du
     radial = warp_sum(radial);
@@ -580,7 +619,7 @@ __device__ void finish_dz(const Problem& p) {
 #pragma unroll
     for (int k = 0; k < kItems<kWidth>; ++k) {
       const int d = lane() + 32 * k;
-      if (d < D) p.args.dz[row * D + d] = (du[k] - radial * u[k]) * inverse;
+      if (d < D) p.args.dz[row * D + d] = (du[k] - radial * u[0][k]) * inverse;
     }
   }
 }
@@ -631,7 +670,7 @@ __global__ void __launch_bounds__(kThreads, 1) nt_xent_kernel(const Problem p) {
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
     __syncthreads();
     const Unit<kWidth> unit(p, shared, number);
-    unit.finish_rows();
+    unit.template finish_rows<kFixedShift>();
     if (p.args.dz) accumulate_du<kWidth, kFixedShift>(unit, resident);
   }
   grid.sync();
