@@ -82,7 +82,9 @@ PYBIND11_MODULE(_C, m) {
         });
 
 #ifdef CLAE_FAST_CUDA
-  m.def("nt_xent_cuda_workspace", clae_fast::nt_xent_cuda_workspace);
+  m.def("nt_xent_cuda_workspace", [](int64_t N, int64_t D, bool grad) {
+    return clae_fast::nt_xent_cuda_workspace(N, D, grad);
+  });
 
   m.def("nt_xent_cuda", [](std::uintptr_t z0, std::uintptr_t z1, int dtype, int64_t row_stride0,
                            int64_t column_stride0, int64_t row_stride1, int64_t column_stride1,
