@@ -24,10 +24,10 @@ _DEFAULT = os.environ.get("CLAE_FAST_IMPL", "auto")
 
 # the preferred one of a device comes first
 _IMPLS = {
-    "nt_xent": ("native", "triton"),
-    "tied_nt_xent": ("torch",),
-    "info_nce": ("torch",),
-    "uel": ("torch",),
+    "nt_xent": ("native", "cuda", "triton"),
+    "tied_nt_xent": ("triton", "torch"),
+    "info_nce": ("triton", "torch"),
+    "uel": ("triton", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),
 }
@@ -37,6 +37,11 @@ _DEVICES = {
     "triton": ("cuda",),
     "cuda": ("cuda",),
 }
+_ON_IMAGES = ("linf_step", "stem_step")
+# of the widest accumulators that stay in registers
+_TRITON_COLUMNS = 1024
+# up to here one launch of NT-Xent is taken to beat three; not measured yet
+_SINGLE_LAUNCH_ROWS = 2048
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # what an implementation lacks on this machine, and how to get it
 _LACKS: dict[str, str] = {}
@@ -48,11 +53,11 @@ if not _native.has_cuda():
     _LACKS["cuda"] = "CUDA C++ kernels: install clae_fast with CLAE_FAST_BUILD=cuda and nvcc"
 
 
-def resolve(op: str, impl: str, *tensors: Tensor) -> str:
+def resolve(op: str, impl: str, *tensors: Tensor, exact: bool = False) -> str:
     """The implementation of `op` that runs for a request `impl` on `tensors`, never "auto".
 
     Raises:
-        ValueError: `impl` is no implementation's name.
+        ValueError: `impl` is no implementation's name, or does not take these sizes.
         RuntimeError: It was asked for by name, and does not exist for this op, device or machine.
         TypeError: It was asked for by name, and does not take these tensors' dtype.
     """
@@ -62,7 +67,7 @@ def resolve(op: str, impl: str, *tensors: Tensor) -> str:
     device = tensors[0].device.type
     fp64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     if impl == "auto":
-        return "reference" if fp64 else _preferred(op, device)
+        return "reference" if fp64 else _preferred(op, tensors, exact)
     if impl not in _DEVICES:
         names = ", ".join(("auto", "reference", *_DEVICES))
         raise ValueError(f"impl must be one of {names}, got {impl!r}")
@@ -75,6 +80,8 @@ def resolve(op: str, impl: str, *tensors: Tensor) -> str:
         raise RuntimeError(f"impl={impl!r} does not run on {device} tensors")
     if fp64:
         raise TypeError(f"impl={impl!r} takes fp32, fp16 and bf16; fp64 needs impl='reference'")
+    if refusal := _refusal(op, impl, tensors, exact):
+        raise ValueError(f"impl={impl!r} {refusal}")
     return impl
 
 
@@ -95,17 +102,42 @@ def available(op: str, device: str) -> list[str]:
 
 def describe(device: torch.device) -> str:
     """What the contrastive loss runs with on `device`, as in "native, avx2, 2 threads"."""
-    impl = _preferred("nt_xent", device.type) if _DEFAULT == "auto" else _DEFAULT
+    impls = [_DEFAULT] if _DEFAULT != "auto" else _on(device.type, "nt_xent") or ["reference"]
     if device.type == "cuda":
-        return f"{impl}, {torch.cuda.get_device_name(device)}"
+        return ", ".join((*impls, torch.cuda.get_device_name(device)))
     threads = torch.get_num_threads()
-    isa = f"{_native.isa()}, " if impl == "native" else ""
-    return f"{impl}, {isa}{threads} thread{'s' * (threads != 1)}"
+    isa = f"{_native.isa()}, " if impls == ["native"] else ""
+    return f"{impls[0]}, {isa}{threads} thread{'s' * (threads != 1)}"
 
 
-def _preferred(op: str, device: str) -> str:
-    """What "auto" means: never the interpreter."""
-    for impl in available(op, device):
-        if device in _DEVICES[impl]:
+def _preferred(op: str, tensors: tuple[Tensor, ...], exact: bool) -> str:
+    """What "auto" means for these tensors."""
+    for impl in _on(tensors[0].device.type, op):
+        if not _refusal(op, impl, tensors, exact) and not _outgrown(op, impl, tensors):
             return impl
     return "reference"
+
+
+def _on(device: str, op: str) -> list[str]:
+    """What "auto" chooses from on a device: never the interpreter."""
+    return [impl for impl in available(op, device) if device in _DEVICES[impl]]
+
+
+def _refusal(op: str, impl: str, tensors: tuple[Tensor, ...], exact: bool) -> str:
+    """Why an implementation does not take these rows, "" where it does."""
+    if op in _ON_IMAGES:
+        return ""
+    N, D = tensors[0].shape
+    if impl == "triton" and D > _TRITON_COLUMNS:
+        return f"takes rows of at most {_TRITON_COLUMNS} elements, got {D}"
+    if op == "nt_xent" and impl == "cuda":
+        if exact:
+            return "rounds rows to fp16: exact=True needs impl='triton'"
+        if not _native.nt_xent_cuda_takes(2 * N, D):
+            return f"takes few and narrow rows, got {2 * N} of {D} elements"
+    return ""
+
+
+def _outgrown(op: str, impl: str, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a later implementation is faster at this size."""
+    return op == "nt_xent" and impl == "cuda" and 2 * len(tensors[0]) > _SINGLE_LAUNCH_ROWS

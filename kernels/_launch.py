@@ -1,10 +1,16 @@
-"""What the launchers share: device guard, block sizes, warps."""
+"""What the launchers share: device guard, programs of a persistent grid, tilings."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+# programs run one after another then, and none may wait for another
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+# of a GPU that is not there, for compilation ahead of time
+_PROGRAMS = 132
 
 
 def on_device_of(tensor: Tensor) -> torch.cuda.device_of:
@@ -12,29 +18,46 @@ def on_device_of(tensor: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
-class RowTiles(NamedTuple):
-    """Tiling of a kernel in which a block owns rows of [n, D] and walks over all others."""
+@functools.cache
+def resident_programs(device: torch.device) -> int:
+    """How many programs surely run at once: one on each multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 3 if INTERPRETED else _PROGRAMS
 
-    rows: int  # rows that a block owns, and rows that it loads at each step of its walk
-    width: int  # D, padded to a power of two
-    depth: int  # part of the width that one product of tiles sums over
+
+class Tiling(NamedTuple):
+    """How a kernel cuts the matrix of similarities.
+
+    Attributes:
+        rows: Rows of a tile: those that a block owns or keeps while it walks along the columns.
+        columns: Columns of a tile: rows of the operand that it walks over. A divisor of `rows`.
+        depth: Part of the padded D that one product sums over.
+        num_warps: Warps of a block.
+        num_stages: Stages of the software pipeline.
+        descriptors: Whether tiles are loaded through tensor descriptors (TMA).
+    """
+
+    rows: int
+    columns: int
+    depth: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
-def row_tiles(D: int, *, parts: int) -> RowTiles:
-    """Tiles for rows of D <= 1024 elements, each the sum of `parts` fp16 numbers.
+def padded(D: int) -> int:
+    """Columns of a matrix of unit rows: a power of two, and what tensor cores take."""
+    return max(16, triton.next_power_of_2(D))
 
-    Eight warps hold a [rows, width] fp32 accumulator of 8192 elements in 32 registers a thread, and
-    so leave room for the weights [rows, rows] and the fp32 rows of the epilogue. Each part takes
-    registers of its own. 16 rows are the least that tensor cores take, and more than 64 save little
-    traffic.
-    """
-    width = max(16, triton.next_power_of_2(D))
-    return RowTiles(
-        rows=min(64 // parts, max(16, 8192 // parts // width)),
-        width=width,
-        depth=min(128 // parts, width),
-        num_warps=4 if width <= 64 else 8,
-        num_stages=2,
-    )
+
+def blocks(tiles: Tiling, D: int) -> dict[str, int]:
+    """A tiling of rows of D elements as the kernels take it."""
+    return {
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.columns,
+        "BLOCK_K": tiles.depth,
+        "BLOCK_D": padded(D),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }

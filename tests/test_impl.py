@@ -18,6 +18,15 @@ class OnGPU:
     device = torch.device("cuda")
     dtype = torch.float32
 
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def __len__(self):
+        return self.shape[0]
+
+
+GPU = OnGPU(4, 3)
+
 
 def run(code, **environment):
     return subprocess.run(
@@ -31,7 +40,7 @@ def run(code, **environment):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_an_implementation_everywhere(op):
-    for tensor in (CPU, OnGPU, META):
+    for tensor in (CPU, GPU, META):
         assert _impl.resolve(op, "auto", tensor) in ("reference", *_impl._IMPLS[op])
     assert _impl.resolve(op, "reference", CPU) == "reference"
 
@@ -55,21 +64,56 @@ def test_auto_is_the_reference_without_the_compiled_module(monkeypatch):
     assert _impl.describe(CPU.device).startswith("reference, ")
 
 
-@pytest.mark.parametrize("op", ["nt_xent", "linf_step"])
+@pytest.mark.parametrize("op", ["info_nce", "tied_nt_xent", "uel", "linf_step"])
 def test_auto_on_a_gpu(op, monkeypatch):
     monkeypatch.setattr(_impl, "_LACKS", {})
-    assert _impl.resolve(op, "auto", OnGPU) == "triton"
+    assert _impl.resolve(op, "auto", GPU) == "triton"
     monkeypatch.setattr(_impl, "_LACKS", {"triton": "triton", "cuda": "nvcc"})
-    assert _impl.resolve(op, "auto", OnGPU) == "reference"
+    rows = op != "linf_step"
+    assert _impl.resolve(op, "auto", GPU) == ("torch" if rows else "reference")
+
+
+@pytest.mark.parametrize(
+    ("shape", "exact", "expected"),
+    [
+        ((256, 128), False, "cuda"),
+        ((256, 128), True, "triton"),
+        ((256, 512), False, "triton"),
+        ((8192, 128), False, "triton"),
+        ((256, 2048), False, "reference"),
+    ],
+)
+def test_auto_of_nt_xent_on_a_gpu(shape, exact, expected, monkeypatch):
+    monkeypatch.setattr(_impl, "_LACKS", {})
+    monkeypatch.setattr(_native, "nt_xent_cuda_takes", lambda n, D: n <= 4096 and D <= 256)
+    assert _impl.resolve("nt_xent", "auto", OnGPU(*shape), exact=exact) == expected
+    monkeypatch.setattr(_impl, "_LACKS", {"cuda": "nvcc"})
+    without = "triton" if expected == "cuda" else expected
+    assert _impl.resolve("nt_xent", "auto", OnGPU(*shape), exact=exact) == without
+
+
+@pytest.mark.parametrize(
+    ("impl", "shape", "exact", "message"),
+    [
+        ("triton", (4, 1025), False, "takes rows of at most 1024 elements, got 1025"),
+        ("cuda", (4, 8), True, "exact=True needs impl='triton'"),
+        ("cuda", (4096, 8), False, "takes few and narrow rows, got 8192 of 8 elements"),
+    ],
+)
+def test_sizes_that_an_implementation_refuses(impl, shape, exact, message, monkeypatch):
+    monkeypatch.setattr(_impl, "_LACKS", {})
+    monkeypatch.setattr(_native, "nt_xent_cuda_takes", lambda n, D: n <= 4096 and D <= 256)
+    with pytest.raises(ValueError, match=message):
+        _impl.resolve("nt_xent", impl, OnGPU(*shape), exact=exact)
 
 
 @pytest.mark.parametrize(
     ("op", "impl", "tensor", "error", "message"),
     [
         ("nt_xent", "fastest", CPU, ValueError, "impl must be one of auto, reference, torch"),
-        ("nt_xent", "cuda", OnGPU, RuntimeError, "nt_xent has no implementation 'cuda', it has"),
+        ("uel", "cuda", GPU, RuntimeError, "uel has no implementation 'cuda', it has"),
         ("uel", "native", CPU, RuntimeError, "uel has no implementation 'native', it has"),
-        ("nt_xent", "native", OnGPU, RuntimeError, "does not run on cuda tensors"),
+        ("nt_xent", "native", GPU, RuntimeError, "does not run on cuda tensors"),
         ("linf_step", "cuda", CPU, RuntimeError, "does not run on cpu tensors"),
         ("nt_xent", "native", CPU.double(), TypeError, "fp64 needs impl='reference'"),
         ("info_nce", "torch", CPU.double(), TypeError, "fp64 needs impl='reference'"),

@@ -16,14 +16,13 @@ from clae_fast.testing import (
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 
-def check(anchor, keys, temperature):
-    loss, grads = value_and_grads(clae_fast.info_nce, anchor, keys, temperature=temperature)
-    loss_alone = clae_fast.info_nce(anchor, keys, temperature=temperature)
-    eager_loss, eager_grads = value_and_grads(
-        reference.info_nce, anchor, keys, temperature=temperature
-    )
+def check(anchor, keys, temperature, **options):
+    options = {"temperature": temperature, **options}
+    loss, grads = value_and_grads(clae_fast.info_nce, anchor, keys, **options)
+    loss_alone = clae_fast.info_nce(anchor, keys, **options)
+    eager_loss, eager_grads = value_and_grads(reference.info_nce, anchor, keys, **options)
     exact_loss, exact_grads = value_and_grads(
-        reference.info_nce, anchor.double(), keys.double(), temperature=temperature
+        reference.info_nce, anchor.double(), keys.double(), **options
     )
     for value in (loss, loss_alone):
         assert_accurate(value, eager_loss, exact_loss, temperature=temperature, what="loss")
@@ -39,6 +38,11 @@ def check(anchor, keys, temperature):
 def test_against_fp64(N, M, noise, temperature):
     anchor, keys = projections(M, 17, noise=noise)
     check(anchor[:N], keys, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.05])
+def test_both_directions(temperature):
+    check(*projections(20, 17, noise=0.1), temperature, symmetric=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -112,6 +116,11 @@ def test_double_backward_raises():
 def test_bad_shapes(anchor, keys, error, message):
     with pytest.raises(error, match=message):
         clae_fast.info_nce(torch.ones(anchor), torch.ones(keys))
+
+
+def test_both_directions_need_as_many_keys():
+    with pytest.raises(ValueError, match=r"keys must have the shape of anchor, \[3, 2\], where"):
+        clae_fast.info_nce(torch.ones(3, 2), torch.ones(4, 2), symmetric=True)
 
 
 def test_bad_dtype():

@@ -17,7 +17,7 @@ from clae_fast.testing import (
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 TEMPERATURES = (0.5, 0.1, 0.07, 0.05, 0.02, 0.005)
-# the interpreter's turn is in test_kernels_nt_xent.py
+# the interpreter's turn is in test_kernels_rows.py
 IMPLEMENTATIONS = [name for name in implementations("nt_xent") if name != "triton"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 

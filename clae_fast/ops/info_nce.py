@@ -15,7 +15,8 @@ from clae_fast.reference.info_nce import info_nce as reference
 
 torch.library.define(
     "clae_fast::info_nce",
-    "(Tensor anchor, Tensor keys, float temperature, bool grad_anchor, bool grad_keys)"
+    "(Tensor anchor, Tensor keys, float temperature, bool symmetric, bool grad_anchor,"
+    " bool grad_keys, bool exact, str impl)"
     " -> (Tensor loss, Tensor danchor, Tensor dkeys)",
 )
 
@@ -25,10 +26,32 @@ def _info_nce_impl(
     anchor: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
     temperature: float,
+    symmetric: bool,
+    grad_anchor: bool,
+    grad_keys: bool,
+    exact: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A gradient that is not wanted comes back with no elements."""
+    if impl == "triton":
+        from clae_fast.kernels.info_nce import info_nce
+
+        return info_nce(anchor, keys, temperature, symmetric, (grad_anchor, grad_keys), exact)
+    loss, danchor, dkeys = _one_way(anchor, keys, temperature, grad_anchor, grad_keys)
+    if not symmetric:
+        return loss, danchor, dkeys
+    back, dkeys_back, danchor_back = _one_way(keys, anchor, temperature, grad_keys, grad_anchor)
+    return (loss + back) / 2, (danchor + danchor_back) / 2, (dkeys + dkeys_back) / 2
+
+
+def _one_way(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    temperature: float,
     grad_anchor: bool,
     grad_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A gradient that is not wanted comes back with no elements."""
+    """The closed form in torch ops, a block of rows at a time."""
     with torch.autocast(anchor.device.type, enabled=False):
         (u, u_norm), (v, v_norm) = unit_rows(anchor), unit_rows(keys)
         N, M = len(u), len(v)
@@ -65,7 +88,14 @@ def _info_nce_impl(
 
 @torch.library.register_fake("clae_fast::info_nce")
 def _info_nce_fake(
-    anchor: Tensor, keys: Tensor, temperature: float, grad_anchor: bool, grad_keys: bool
+    anchor: Tensor,
+    keys: Tensor,
+    temperature: float,
+    symmetric: bool,
+    grad_anchor: bool,
+    grad_keys: bool,
+    exact: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         anchor.new_empty((), dtype=torch.float32),
@@ -81,19 +111,29 @@ class _InfoNCE(torch.autograd.Function):
     """Computes the wanted gradients with the loss and keeps nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, keys: Tensor, temperature: float) -> Tensor:
-        loss, danchor, dkeys = _info_nce(anchor, keys, temperature, *ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        keys: Tensor,
+        temperature: float,
+        symmetric: bool,
+        exact: bool,
+        impl: str,
+    ) -> Tensor:
+        loss, danchor, dkeys = _info_nce(
+            anchor, keys, temperature, symmetric, *ctx.needs_input_grad[:2], exact, impl
+        )
         ctx.save_for_backward(danchor, dkeys)
         ctx.dtype = anchor.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         danchor, dkeys = ctx.saved_tensors
         danchor = (danchor * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         dkeys = (dkeys * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return danchor, dkeys, None
+        return danchor, dkeys, None, None, None, None
 
 
 def info_nce(
@@ -101,30 +141,35 @@ def info_nce(
     keys: Tensor,  # [M, D]
     *,
     temperature: float = 0.1,
+    symmetric: bool = False,
+    exact: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    r"""InfoNCE of anchors against keys, in one direction: the loss of CLAE's "Plain" variant.
+    r"""InfoNCE of anchors against keys: the loss of CLAE's "Plain" variant, and of CLIP.
 
     .. math:: \frac{1}{N} \sum_i \log \sum_j e^{s_{ij}} - s_{ii},
         \quad s_{ij} = \frac{a_i \cdot k_j}{\|a_i\| \|k_j\| T}
 
     over the N anchors and all M keys. Key i is the positive of anchor i; keys past the N-th are
-    further negatives. Rows are normalised inside, as F.normalize with eps=1e-12 does. Gradients
-    reach both operands; only those that are wanted are computed, together with the loss.
+    further negatives. With `symmetric` it is the mean of this and of the loss in which anchors and
+    keys have changed places. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    Gradients reach both operands; only those that are wanted are computed, together with the loss.
 
     Args:
         anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised.
         keys: Projections, [M, D] with M >= N.
         temperature: T, above 0.
-        impl: "auto", "reference" or "torch".
+        symmetric: Take the loss in both directions; needs M = N.
+        exact: As in :func:`nt_xent`.
+        impl: "auto", "reference", "torch" or "triton".
 
     Returns:
         The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for M = 1.
 
     Raises:
         TypeError: An argument of the wrong type, or operands of different dtypes.
-        ValueError: Shapes other than [N, D] and [M, D] with M >= N >= 1, or a temperature that is
-            not above 0.
+        ValueError: Shapes other than [N, D] and [M, D] with M >= N >= 1, M = N where `symmetric`, a
+            temperature that is not above 0, or sizes that `impl` does not take.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Example:
@@ -141,9 +186,15 @@ def info_nce(
             "keys must have shape [M, D] with M >= N for anchor of shape [N, D], "
             f"got {list(keys.shape)} for {list(anchor.shape)}"
         )
+    if symmetric and keys.shape != anchor.shape:
+        raise ValueError(
+            f"keys must have the shape of anchor, {list(anchor.shape)}, where symmetric, "
+            f"got {list(keys.shape)}"
+        )
     _check.temperature(temperature)
-    if _impl.resolve("info_nce", impl, anchor, keys) == "reference":
-        return reference(anchor, keys, temperature=temperature)
+    impl = _impl.resolve("info_nce", impl, anchor, keys)
+    if impl == "reference":
+        return reference(anchor, keys, temperature=temperature, symmetric=symmetric)
     if torch.is_grad_enabled() and (anchor.requires_grad or keys.requires_grad):
-        return _InfoNCE.apply(anchor, keys, temperature)
-    return _info_nce(anchor, keys, temperature, False, False)[0]
+        return _InfoNCE.apply(anchor, keys, temperature, symmetric, exact, impl)
+    return _info_nce(anchor, keys, temperature, symmetric, False, False, exact, impl)[0]

@@ -9,11 +9,22 @@ from clae_fast import _check, _impl
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.tied_nt_xent import tied_nt_xent as reference
 
-torch.library.define("clae_fast::tied_nt_xent", "(Tensor z, float temperature) -> Tensor")
+torch.library.define(
+    "clae_fast::tied_nt_xent", "(Tensor z, float temperature, bool exact, str impl) -> Tensor"
+)
 
 
 @torch.library.impl("clae_fast::tied_nt_xent", ("cpu", "cuda"))
-def _tied_nt_xent_impl(z: Tensor, temperature: float) -> Tensor:  # [N, D]
+def _tied_nt_xent_impl(
+    z: Tensor,  # [N, D]
+    temperature: float,
+    exact: bool,
+    impl: str,
+) -> Tensor:
+    if impl == "triton":
+        from clae_fast.kernels.tied_nt_xent import tied_nt_xent
+
+        return tied_nt_xent(z, temperature, exact)
     with torch.autocast(z.device.type, enabled=False):
         u, norm = unit_rows(z)
         N = len(u)
@@ -37,7 +48,7 @@ def _tied_nt_xent_impl(z: Tensor, temperature: float) -> Tensor:  # [N, D]
 
 
 @torch.library.register_fake("clae_fast::tied_nt_xent")
-def _tied_nt_xent_fake(z: Tensor, temperature: float) -> Tensor:
+def _tied_nt_xent_fake(z: Tensor, temperature: float, exact: bool, impl: str) -> Tensor:
     return z.new_empty(z.shape, dtype=torch.float32)
 
 
@@ -48,6 +59,7 @@ def tied_nt_xent(
     z: Tensor,  # [N, D]
     *,
     temperature: float = 0.5,
+    exact: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     r"""Gradient of :func:`nt_xent` by its second view where both views are `z`.
@@ -63,7 +75,8 @@ def tied_nt_xent(
     Args:
         z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. A constant here.
         temperature: T, above 0.
-        impl: "auto", "reference" or "torch".
+        exact: As in :func:`nt_xent`.
+        impl: "auto", "reference", "torch" or "triton".
 
     Returns:
         The gradient, [N, D], in fp32, in fp64 for fp64: it can be scaled before a cast to half
@@ -71,7 +84,8 @@ def tied_nt_xent(
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: A shape other than [N, D], N = 0, or a temperature that is not above 0.
+        ValueError: A shape other than [N, D], N = 0, a temperature that is not above 0, or sizes
+            that `impl` does not take.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Example:
@@ -84,6 +98,7 @@ def tied_nt_xent(
     _check.projections("z", z)
     _check.temperature(temperature)
     z = z.detach()
-    if _impl.resolve("tied_nt_xent", impl, z) == "reference":
+    impl = _impl.resolve("tied_nt_xent", impl, z)
+    if impl == "reference":
         return reference(z, temperature=temperature)
-    return _tied_nt_xent(z, temperature)
+    return _tied_nt_xent(z, temperature, exact, impl)

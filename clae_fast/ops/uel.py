@@ -15,7 +15,8 @@ from clae_fast.reference.uel import uel as reference
 
 torch.library.define(
     "clae_fast::uel",
-    "(Tensor z0, Tensor z1, float temperature, bool grad) -> (Tensor loss, Tensor dz)",
+    "(Tensor z0, Tensor z1, float temperature, bool grad, bool exact, str impl)"
+    " -> (Tensor loss, Tensor dz)",
 )
 
 
@@ -25,6 +26,8 @@ def _uel_impl(
     z1: Tensor,  # [N, D]
     temperature: float,
     grad: bool,
+    exact: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """A gradient that is not wanted comes back with no elements.
 
@@ -37,6 +40,10 @@ def _uel_impl(
 
     in which p_top / (1 - p_top), unbounded, has been multiplied out.
     """
+    if impl == "triton":
+        from clae_fast.kernels.uel import uel
+
+        return uel(z0, z1, temperature, grad, exact)
     with torch.autocast(z0.device.type, enabled=False):
         u, norm = unit_rows(torch.cat([z0, z1]))
         n, N = len(u), len(z0)
@@ -79,7 +86,9 @@ def _uel_impl(
 
 
 @torch.library.register_fake("clae_fast::uel")
-def _uel_fake(z0: Tensor, z1: Tensor, temperature: float, grad: bool) -> tuple[Tensor, Tensor]:
+def _uel_fake(
+    z0: Tensor, z1: Tensor, temperature: float, grad: bool, exact: bool, impl: str
+) -> tuple[Tensor, Tensor]:
     N, D = z0.shape
     loss = z0.new_empty((), dtype=torch.float32)
     return loss, z0.new_empty((2 * N, D) if grad else (0,), dtype=torch.float32)
@@ -92,16 +101,18 @@ class _UEL(torch.autograd.Function):
     """Computes the gradient with the loss and keeps nothing else: dz, [2N, D] in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
-        loss, dz = _uel(z0, z1, temperature, True)
+    def forward(
+        ctx: Any, z0: Tensor, z1: Tensor, temperature: float, exact: bool, impl: str
+    ) -> Tensor:
+        loss, dz = _uel(z0, z1, temperature, True, exact, impl)
         ctx.save_for_backward(dz)
         ctx.dtype = z0.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return *view_grads(ctx, dloss), None
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return *view_grads(ctx, dloss), None, None, None
 
 
 def uel(
@@ -109,6 +120,7 @@ def uel(
     z1: Tensor,  # [N, D]
     *,
     temperature: float = 0.1,
+    exact: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     r"""Instance softmax with a spreading term: the loss of UEL and of CLAE's "UEL" variant.
@@ -125,14 +137,16 @@ def uel(
         z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
-        impl: "auto", "reference" or "torch".
+        exact: As in :func:`nt_xent`.
+        impl: "auto", "reference", "torch" or "triton".
 
     Returns:
         The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for N = 1.
 
     Raises:
         TypeError: An argument of the wrong type, or views of different dtypes.
-        ValueError: A shape other than [N, D], N = 0, or a temperature that is not above 0.
+        ValueError: A shape other than [N, D], N = 0, a temperature that is not above 0, or sizes
+            that `impl` does not take.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Example:
@@ -145,8 +159,9 @@ def uel(
     _check.projections("z0", z0)
     _check.like("z1", z1, "z0", z0)
     _check.temperature(temperature)
-    if _impl.resolve("uel", impl, z0, z1) == "reference":
+    impl = _impl.resolve("uel", impl, z0, z1)
+    if impl == "reference":
         return reference(z0, z1, temperature=temperature)
     if torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad):
-        return _UEL.apply(z0, z1, temperature)
-    return _uel(z0, z1, temperature, False)[0]
+        return _UEL.apply(z0, z1, temperature, exact, impl)
+    return _uel(z0, z1, temperature, False, exact, impl)[0]

@@ -12,8 +12,15 @@ def info_nce(
     keys: Tensor,  # [M, D]
     *,
     temperature: float = 0.1,
+    symmetric: bool = False,
 ) -> Tensor:
-    """Mean over the rows i of -log(exp(s_ii) / sum over all keys j of exp(s_ij))."""
+    """Mean over the rows i of -log(exp(s_ii) / sum over all keys j of exp(s_ij)).
+
+    With `symmetric` the mean of this and of the same with anchors and keys exchanged.
+    """
+    if symmetric:
+        there = info_nce(anchor, keys, temperature=temperature)
+        return (there + info_nce(keys, anchor, temperature=temperature)) / 2
     with torch.autocast(anchor.device.type, enabled=False):
         u, v = unit_rows(anchor), unit_rows(keys)
         positive = (u * v[: len(u)]).sum(1) / temperature  # [N]

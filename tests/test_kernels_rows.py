@@ -1,0 +1,265 @@
+"""The Triton kernels of the losses on rows: interpreted where there is no GPU, so small sizes."""
+
+import math
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from clae_fast import reference
+from clae_fast.kernels import _launch, _rows, _softmax, info_nce, nt_xent, tied_nt_xent, uel
+from clae_fast.kernels._launch import Tiling
+from clae_fast.testing import assert_accurate, assert_bitwise_equal, projections, value_and_grads
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_empty"),
+    # what the interpreter's numpy says of the logarithm of an empty sum
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the least that tensor cores take, so that few rows make many tiles; whole rows, and parts of them
+SMALL = Tiling(16, 16, 256, 4, 1)
+LOSSES = ["nt_xent", "tied", "info_nce", "queue", "two_way", "uel"]
+every_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def operands(loss, N, D, **options):
+    """Rows for a loss; the queue has more keys than anchors."""
+    x, y = projections(N + 19 if loss == "queue" else N, D, **options)
+    return x[:N], y
+
+
+def run(loss, x, y, temperature, *, exact=False, tiles=None):
+    """A kernel's loss and gradients on the CPU, after the loss alone was seen to be the same."""
+    x, y = x.to(DEVICE), y.to(DEVICE)
+    if tiles is not None:
+        tiles = tiles._replace(depth=min(tiles.depth, _launch.padded(x.shape[1])))
+    config = tiles and _softmax.Tilings(tiles, tiles)
+    if loss == "nt_xent":
+        value, dz = nt_xent.nt_xent_fwd_bwd(x, y, temperature, exact, config)
+        alone = nt_xent.nt_xent_fwd(x, y, temperature, exact, config)
+        grads = dz.split(len(x))
+    elif loss == "tied":
+        value = alone = None
+        grads = [tied_nt_xent.tied_nt_xent(x, temperature, exact, config)]
+    elif loss == "uel":
+        value, dz = uel.uel(x, y, temperature, True, exact, tiles)
+        alone, none = uel.uel(x, y, temperature, False, exact, tiles)
+        assert none.numel() == 0
+        grads = dz.split(len(x))
+    else:
+        options = (temperature, loss == "two_way")
+        value, *grads = info_nce.info_nce(x, y, *options, (True, True), exact, config)
+        alone, *none = info_nce.info_nce(x, y, *options, (False, False), exact, config)
+        assert not any(grad.numel() for grad in none)
+        for i in (0, 1):
+            _, *one = info_nce.info_nce(x, y, *options, (i == 0, i == 1), exact, config)
+            assert_bitwise_equal(one[i], grads[i])
+            assert one[1 - i].numel() == 0
+    if value is not None:
+        assert value.dtype == torch.float32
+        assert_bitwise_equal(alone, value)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    return value if value is None else value.cpu(), [grad.cpu() for grad in grads]
+
+
+def expected(loss, x, y, temperature):
+    if loss == "tied":
+        return None, [reference.tied_nt_xent(x, temperature=temperature)]
+    options = {"symmetric": True} if loss == "two_way" else {}
+    function = getattr(reference, loss if loss in ("nt_xent", "uel") else "info_nce")
+    return value_and_grads(function, x, y, temperature=temperature, **options)
+
+
+def check_exact(loss, x, y, temperature, tiles=SMALL):
+    value, grads = run(loss, x, y, temperature, exact=True, tiles=tiles)
+    eager_value, eager_grads = expected(loss, x, y, temperature)
+    exact_value, exact_grads = expected(loss, x.double(), y.double(), temperature)
+    if value is not None:
+        assert_accurate(value, eager_value, exact_value, temperature=temperature, what="loss")
+    for grad, eager, exact in zip(grads, eager_grads, exact_grads, strict=True):
+        assert_accurate(grad, eager, exact, temperature=temperature, what="gradient")
+
+
+@every_loss
+@pytest.mark.parametrize(
+    ("N", "D", "noise", "temperature"),
+    [
+        # less than a tile; several, the last one cut, and both widths cut
+        (3, 1, None, 0.5),
+        (3, 1, 0.1, 0.05),
+        (20, 17, None, 0.5),
+        (20, 17, 0.1, 0.05),
+        # below the temperature from which no shift is needed
+        (3, 1, None, 0.02),
+        (20, 17, None, 0.02),
+        (20, 17, 0.1, 0.005),
+    ],
+)
+def test_exact_mode_against_fp64(loss, N, D, noise, temperature):
+    check_exact(loss, *operands(loss, N, D, noise=noise), temperature)
+
+
+@every_loss
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_rows_in_parts(loss, temperature):
+    check_exact(loss, *operands(loss, 9, 130), temperature, Tiling(16, 16, 64, 4, 1))
+
+
+# with one block of rows, two, three and so on: even and odd numbers of them make other schedules
+@pytest.mark.parametrize("loss", ["nt_xent", "tied"])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
+def test_every_tile_of_the_symmetric_matrix_counts_once(loss, blocks):
+    N = 16 * blocks if loss == "tied" else 8 * blocks
+    check_exact(loss, *projections(N, 8), 0.3)
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "tied", "two_way", "uel"])
+@pytest.mark.parametrize("N", [21, 37])
+def test_tiles_may_be_narrow(loss, N):
+    check_exact(loss, *projections(N, 6), 0.2, SMALL._replace(rows=32))
+
+
+@every_loss
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [
+        (torch.float16, 0.5),
+        (torch.bfloat16, 0.07),
+        (torch.float16, 0.05),
+        (torch.bfloat16, 0.01),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("noise", [None, 0.3], ids=["independent", "separated"])
+def test_gradient_error_of_half_precision_rows(loss, noise, temperature, dtype):
+    x, y = operands(loss, 96, 64, noise=noise, dtype=dtype)
+    value, grads = run(loss, x, y, temperature)
+    exact_value, exact_grads = expected(loss, x.double(), y.double(), temperature)
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        assert (grad - exact).norm() <= 5e-4 * exact.norm()
+        # the sign of a small row's gradient is a step as long as that of another
+        assert ((grad - exact).norm(dim=1) <= 2e-3 * exact.norm(dim=1)).all()
+    if value is not None:
+        assert value.item() == pytest.approx(exact_value.item(), rel=1e-4)
+
+
+@every_loss
+@pytest.mark.parametrize("noise", [None, 0.3], ids=["independent", "separated"])
+def test_gradient_error_of_fp32_rows(loss, noise):
+    # they are rounded to 11 bits for the negatives, which the temperature magnifies
+    x, y = operands(loss, 96, 64, noise=noise)
+    _, grads = run(loss, x, y, 0.1)
+    for grad, exact in zip(grads, expected(loss, x.double(), y.double(), 0.1)[1], strict=True):
+        assert (grad - exact).norm() <= 1e-3 * exact.norm()
+
+
+def test_default_mode_keeps_rows_with_small_weights():
+    # every weight of the first half is far below fp16's smallest number beside the others'
+    x, y = projections(24, 32, noise=0.05, dtype=torch.float16)
+    y[12:] = x[12:].roll(1, 0)
+    _, grads = run("nt_xent", x, y, 0.05)
+    exact = torch.cat(expected("nt_xent", x.double(), y.double(), 0.05)[1])
+    error = (torch.cat(grads) - exact).norm(dim=1) / exact.norm(dim=1)
+    assert exact.norm(dim=1).max() > 1e5 * exact.norm(dim=1).min()
+    assert error.max() < 2e-2
+
+
+@every_loss
+@pytest.mark.parametrize("temperature", [0.5, 0.05])
+def test_rows_around_the_norm_floor(loss, temperature):
+    x, y = operands(loss, 12, 10)
+    x[0], x[1], x[2] = 0, 1e-13, x[2] * 1e-6
+    y[2], y[3], y[4] = 0, 1e-13, y[4] * 1e-6
+    check_exact(loss, x, y, temperature)
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**60])
+def test_rows_of_any_length(scale):
+    x, y = projections(12, 10)
+    loss, (dx, dy) = run("nt_xent", x, y, 0.2, tiles=SMALL)
+    scaled_loss, (scaled_dx, scaled_dy) = run("nt_xent", scale * x, y, 0.2, tiles=SMALL)
+    assert_bitwise_equal(scaled_loss, loss)
+    assert_bitwise_equal(scaled_dx * scale, dx)
+    assert_bitwise_equal(scaled_dy, dy)
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "tied", "info_nce", "two_way", "uel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_one_pair_has_no_loss(loss, temperature, dtype):
+    value, grads = run(loss, *projections(1, 5, dtype=dtype), temperature, tiles=SMALL)
+    assert not value
+    assert not any(grad.any() for grad in grads)
+
+
+@every_loss
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nan_reaches_loss_and_gradients(loss, dtype, bad, temperature):
+    x, y = operands(loss, 5, 6, dtype=dtype)
+    (x if loss == "tied" else y)[3, 2] = bad
+    value, grads = run(loss, x, y, temperature, exact=dtype == torch.float32, tiles=SMALL)
+    assert value is None or value.isnan()
+    assert grads[0].isnan().all()
+    # a key that no anchor's sum has a part of is the queue's alone
+    assert grads[-1].isnan().all()
+
+
+@every_loss
+def test_strided_rows(loss):
+    x, y = operands(loss, 14, 10)
+    dense = run(loss, x, y, 0.5, tiles=SMALL)
+    strided = run(loss, x.T.contiguous().T, torch.cat([y, y], 1)[:, :10], 0.5, tiles=SMALL)
+    for value, same in zip((strided[0], *strided[1]), (dense[0], *dense[1]), strict=True):
+        if same is not None:
+            assert_bitwise_equal(value, same)
+
+
+@pytest.mark.parametrize("D", [16, 100, 200, 600, 1024])
+@pytest.mark.parametrize("exact", [False, True])
+def test_default_tilings_take_every_width(D, exact):
+    x, y = projections(4, D)
+    for loss in ("nt_xent", "uel"):
+        _, grads = run(loss, x, y, 0.5, exact=exact)
+        _, exact_grads = expected(loss, x.double(), y.double(), 0.5)
+        for grad, wanted in zip(grads, exact_grads, strict=True):
+            torch.testing.assert_close(grad, wanted.float(), rtol=0, atol=1e-3 * wanted.abs().max())
+
+
+@every_loss
+def test_at_most_three_launches(loss, monkeypatch):
+    launched = []
+
+    class Counting:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for module in (_rows, _softmax, uel):
+        for name, kernel in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Counting(name, kernel))
+    x, y = (z.to(DEVICE) for z in operands(loss, 3, 4))
+    calls = {
+        "nt_xent": [lambda: nt_xent.nt_xent_fwd(x, y, 0.5)],
+        "tied": [lambda: tied_nt_xent.tied_nt_xent(x, 0.5)],
+        "uel": [lambda: uel.uel(x, y, 0.5, True), lambda: uel.uel(x, y, 0.5, False)],
+    }.get(loss, [lambda: info_nce.info_nce(x, y, 0.5, loss == "two_way", (True, True))])
+    if loss == "nt_xent":
+        calls.append(lambda: nt_xent.nt_xent_fwd_bwd(x, y, 0.5))
+    for call in calls:
+        launched.clear()
+        call()
+        # interpreted programs cannot wait for one another, which takes a launch more
+        if _launch.INTERPRETED and "_add_up_kernel" in launched:
+            launched.remove("_add_up_kernel")
+        assert len(launched) == 3, launched
