@@ -145,11 +145,15 @@ def _released(n: int, temperature: float) -> dict[str, Loss]:
     return {"": released_nt_xent(n, temperature)}
 
 
-def released_nt_xent(n: int, temperature: float) -> Loss:
-    """NT-Xent as CLAE's repository computes it, for batches of n = 2N rows."""
+def released_nt_xent(n: int, temperature: float, device: torch.device | None = None) -> Loss:
+    """NT-Xent as CLAE's repository computes it, for batches of n = 2N rows.
+
+    Its mask of the negatives stays on the CPU whatever the device, and indexes at every call. With
+    `device`, the indices that it stands for are there once and for all.
+    """
     half = n // 2
-    # the mask of negatives stays on the CPU whatever the device, and indexes at every call
-    negative = ~(torch.eye(n) + torch.eye(n).roll(half, 0)).bool()
+    mask = ~(torch.eye(n) + torch.eye(n).roll(half, 0)).bool()
+    negative = mask if device is None else mask.to(device).nonzero(as_tuple=True)
 
     def loss(z0: Tensor, z1: Tensor) -> Tensor:
         z = torch.cat((F.normalize(z0), F.normalize(z1)))

@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -111,6 +111,31 @@ def interleave(
     finally:
         gc.enable()
     return timings
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """One call that makes all of `calls`, as over inputs that rotate."""
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return all_of_them
+
+
+def replayed(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """One CUDA graph of all `calls`: the GPU's time, without Python's."""
+    every = in_turn(calls)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            every()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        every()
+    return graph.replay
 
 
 def fastest(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 3) -> str:

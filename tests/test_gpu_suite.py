@@ -1,0 +1,169 @@
+"""The GPU suite's own logic, rehearsed on the CPU: rows, bars, budget, the day's file, table."""
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+
+# behind everything else, so that clae_fast stays the installed one
+sys.path.append(str(Path(__file__).parents[1]))
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu_peers, gpu_stages, gpu_suite
+from benchmarks.gpu_results import Bar, Results
+from benchmarks.peers import UnavailableError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few_cases(monkeypatch):
+    """One case of each kind: the others differ in size alone."""
+    monkeypatch.setattr(gpu_stages, "TEMPERATURES", (0.5,))
+    monkeypatch.setattr(gpu_stages, "PRECISION_TEMPERATURES", (0.5,))
+    monkeypatch.setattr(gpu_stages, "FLOOR_SIZES", (16384,))
+    monkeypatch.setattr(gpu_stages, "STEMS", gpu_stages.STEMS[:1])
+    monkeypatch.setattr(gpu_stages, "LAYOUTS", dict(list(gpu_stages.LAYOUTS.items())[2:3]))
+    kept = {("nt_xent", 512), ("two_way", 16384), ("unmasked", 16384)}
+    monkeypatch.setattr(
+        gpu_stages,
+        "VERSUS",
+        [v for v in gpu_stages.VERSUS if (v.work, v.n) in kept and v.D != 256],
+    )
+    monkeypatch.setattr(gpu_stages, "SMALL", ((128, 512),))
+
+
+def run(tmp_path, stages, *flags):
+    status = gpu_suite.main(["--stage", stages, "--results", str(tmp_path), *flags])
+    (path,) = tmp_path.glob("*.json")
+    return status, path, json.loads(path.read_text())
+
+
+def test_rehearsal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_stages, "_run_tests", lambda suite, bar: None)
+    stages = "build,correctness,nt_xent,small,info_nce,linf_step,stem,memory,profile"
+    status, path, found = run(tmp_path, stages)
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert path.name.startswith("rehearsal-")
+    assert found["rehearsal"]
+    assert {row["stage"] for row in found["rows"]} == set(stages.split(","))
+    assert not [row for row in found["rows"] if "error" in row]
+    # a rehearsal claims nothing
+    assert {row["verdict"] for row in found["rows"] if "verdict" in row} == {"rehearsed"}
+    assert "not measured" in printed
+    assert " met " not in printed
+    row = next(row for row in found["rows"] if row.get("candidate") == "released")
+    assert row["ratio"] == row["value"] > 0
+    assert {"us", "p20_us", "p80_us", "samples", "version", "n", "D", "T", "dtype"} <= set(row)
+    assert {"against", "against_us", "bar", "verdict", "commit"} <= set(row)
+
+
+def test_missing_peers_are_named(tmp_path, capsys, monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(gpu_peers, "version", version)
+    _, _, found = run(tmp_path, "info_nce")
+    assert found["missing"] == {
+        name: f"{gpu_peers.PEERS[name].package} is not installed"
+        for name in (
+            "cut-cross-entropy",
+            "Inf-CL",
+            "cut-cross-entropy, unmasked",
+            "Liger, unmasked",
+        )
+    }
+    assert "Inf-CL: inf-cl is not installed" in capsys.readouterr().out
+
+
+def test_a_wrong_peer_is_not_timed(monkeypatch):
+    peer = gpu_peers.GpuPeer("nt_xent", lambda *_: lambda z0, z1: (z0 * z1).sum())
+    monkeypatch.setitem(gpu_peers.PEERS, "wrong", peer)
+    with pytest.raises(UnavailableError, match="wrong"):
+        gpu_peers.load("wrong", 16, 0.5, 8, CPU)
+
+
+@pytest.mark.parametrize("name", [n for n, peer in gpu_peers.PEERS.items() if not peer.package])
+def test_peers_in_torch_are_right(name):
+    gpu_peers.load(name, 16, 0.5, 8, CPU)
+
+
+@pytest.mark.parametrize("work", ["two_way", "unmasked"])
+def test_adapters_of_linear_cross_entropies(work):
+    def cross_entropy(rows, columns, labels):
+        return torch.nn.functional.cross_entropy(rows @ columns.t(), labels)
+
+    loss = gpu_peers._linear_cross_entropy(work, cross_entropy, 0.5, torch.float32)
+    assert gpu_peers.error_of(work, loss, 0.5, *gpu_peers.views(32, 8, CPU)) < 1e-5
+
+
+def test_budget(tmp_path, capsys):
+    _, _, found = run(tmp_path, "build", "--budget", "100")
+    assert (
+        gpu_suite.main(["--stage", "nt_xent", "--budget", "1e-9", "--results", str(tmp_path)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "not measured, the budget being spent:\n  nt_xent: share of" in printed
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["rows"] == found["rows"]
+
+
+def test_the_days_file_goes_on(tmp_path):
+    _, _, first = run(tmp_path, "memory")
+    _, _, second = run(tmp_path, "build")
+    assert second["rows"][: len(first["rows"])] == first["rows"]
+    assert len(second["rows"]) == len(first["rows"]) + 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_failing_case_is_told_and_the_others_run(tmp_path, capsys, monkeypatch):
+    def fails():
+        raise ValueError("no such luck")
+
+    cases = [gpu_stages.Case("memory", "bad", 1, fails)]
+    monkeypatch.setitem(gpu_stages.STAGES, "memory", lambda suite: cases)
+    status, _, found = run(tmp_path, "memory,build")
+    assert status == 1
+    assert found["rows"][0]["error"] == "ValueError: no such luck"
+    assert found["rows"][-1]["what"] == "ceilings"
+    assert "failed:\n  memory: bad" in capsys.readouterr().out
+
+
+def test_bad_arguments_get_one_line(capsys):
+    with pytest.raises(SystemExit) as status:
+        gpu_suite.main(["--results", "no/such/folder"])
+    assert status.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bars():
+    speed, error = Bar("s", "a", at_least=2.0), Bar("s", "b", at_most=0.1)
+    assert speed.met_by(2.0)
+    assert not speed.met_by(1.9)
+    assert error.met_by(0.1)
+    assert not error.met_by(0.2)
+    assert not speed.met_by(float("nan"))
+    assert not error.met_by(float("nan"))
+
+
+def test_the_table_takes_the_latest_row(tmp_path):
+    bars = [
+        Bar("s", "speed", at_least=2.0),
+        Bar("s", "error", at_most=0.1),
+        Bar("s", "other", at_most=1),
+    ]
+    results = Results(tmp_path / "gpu.json", {"commit": "abc"}, rehearsal=False)
+    results.judge(bars[0], 1.0, {})
+    results.judge(bars[0], 3.0, {})
+    results.judge(bars[1], float("nan"), {})
+    lines = [line.split() for line in results.table(bars).splitlines()]
+    assert [line[:2] for line in lines] == [["met", "3"], ["missed", "nan"], ["not", "measured"]]
+    # strict JSON, and no rehearsal can follow
+    json.loads(results.path.read_text(), parse_constant=pytest.fail)
+    with pytest.raises(ValueError, match="GPU"):
+        Results(results.path, {"commit": "abc"}, rehearsal=True)
