@@ -41,8 +41,9 @@ def _extension(op: str) -> ModuleType:
     _run(*_cuda_flags(), "-c", CSRC / f"{op}_cuda.cu", "-o", kernels)
     # what other bindings call stays undefined, and is looked for when it is called
     _run("-shared", "-Wl,-z,lazy", _compile_bindings(), kernels, "-o", library)
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
-    spec = importlib.util.spec_from_loader("_C", loader)
+    # pybind11 keeps modules by name
+    loader = importlib.machinery.ExtensionFileLoader(f"{op}._C", str(library))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)
