@@ -53,7 +53,7 @@ def check(run, z0, z1, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 0.05, 0.02, 0.005])
 @pytest.mark.parametrize("noise", [None, 0.3], ids=["independent", "separated"])
 # the smallest; parts of 16 rows; one row tile and parts of others; every width, full and cut
-@pytest.mark.parametrize(("N", "D"), [(2, 2), (17, 17), (33, 64), (65, 100), (33, 130), (65, 256)])
+@pytest.mark.parametrize(("N", "D"), [(2, 2), (17, 17), (33, 64), (65, 100), (9, 130), (33, 256)])
 def test_against_fp64(run, N, D, noise, temperature):
     for dtype in DTYPES:
         check(run, *projections(N, D, noise=noise, dtype=dtype), temperature)
@@ -73,13 +73,12 @@ def test_gradient_error_of_usual_rows(run, noise, temperature, dtype):
 # too little memory for the columns, at every width
 @pytest.mark.parametrize(("multiprocessors", "memory"), [(16, 232448), (2, 232448), (8, 101376)])
 @pytest.mark.parametrize("order", ["up", "down"])
-@pytest.mark.parametrize("temperature", [0.1, 0.01])
-@pytest.mark.parametrize("D", [64, 65, 130])
+@pytest.mark.parametrize(("D", "temperature"), [(64, 0.1), (65, 0.01), (130, 0.1)])
 def test_schedules_agree(run, monkeypatch, D, temperature, order, multiprocessors, memory):
     monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
     monkeypatch.setenv("CUDA_EMULATOR_MULTIPROCESSORS", str(multiprocessors))
     monkeypatch.setenv("CUDA_EMULATOR_SHARED_MEMORY", str(memory))
-    check(run, *projections(165, D, noise=0.5, dtype=torch.float16), temperature)
+    check(run, *projections(133, D, noise=0.5, dtype=torch.float16), temperature)
 
 
 def test_results_repeat(run, monkeypatch):

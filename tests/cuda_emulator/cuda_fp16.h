@@ -21,6 +21,12 @@ inline float decode_half(uint16_t bits) {
                           : std::ldexp(float(fraction), -24));
 }
 
+inline const std::vector<float> halves = [] {
+  std::vector<float> values(1 << 16);
+  for (int bits = 0; bits < 1 << 16; ++bits) values[bits] = decode_half(uint16_t(bits));
+  return values;
+}();
+
 inline __half encode_half(float value, Rounding rounding) {
   const float result = rounded(value, 11, -14, 65504.f, rounding);
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
@@ -35,16 +41,7 @@ inline __half encode_half(float value, Rounding rounding) {
 
 }  // namespace cuda_emulator
 
-inline float __half2float(__half value) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(1 << 16);
-    for (int bits = 0; bits < 1 << 16; ++bits) {
-      values[bits] = cuda_emulator::decode_half(uint16_t(bits));
-    }
-    return values;
-  }();
-  return table[value.bits];
-}
+inline float __half2float(__half value) { return cuda_emulator::halves[value.bits]; }
 
 inline __half __float2half_rn(float value) {
   return cuda_emulator::encode_half(value, cuda_emulator::Rounding::nearest);

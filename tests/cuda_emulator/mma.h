@@ -75,12 +75,15 @@ void mma_m16n8k16(float (&d)[4],
         B[pair + i % 2 + (i / 2) * 8][group] = cuda_emulator::element<Half>(lanes[lane]->b, i);
       }
     }
+    float D[16][8] = {};
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) D[row][column] += A[row][k] * B[k][column];
+      }
+    }
     for (int lane = 0; lane < warpSize; ++lane) {
       for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
-        lanes[lane]->d[i] += sum;
+        lanes[lane]->d[i] += D[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2];
       }
     }
   });
