@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from clae_fast import _check
 from clae_fast.ops.linf_step import linf_step
+from clae_fast.ops.stem_step import stem_step
 
 PerChannel = float | list[float] | tuple[float, ...]
 
@@ -70,7 +71,7 @@ class LinfAttack:
         step_size: Length of a step, a number or one per channel; None takes `eps`.
         lo: Lower end of the range of values, a number or one per channel; None leaves it open.
         hi: Upper end of the range of values, a number or one per channel; None leaves it open.
-        impl: Implementation of `clae_fast.linf_step`.
+        impl: Implementation of `clae_fast.linf_step` and `clae_fast.stem_step`.
 
     Raises:
         TypeError: If a length is neither a number nor a sequence of numbers.
@@ -118,16 +119,36 @@ class LinfAttack:
         Returns:
             The adversarial view, with |x_adv - x0| <= eps in `x`'s dtype.
         """
-        alpha = self.eps if self.step_size is None else self.step_size
-        return linf_step(
-            x, grad, alpha=alpha, x0=x0, eps=self.eps, lo=self.lo, hi=self.hi, impl=self.impl
+        return linf_step(x, grad, alpha=self._alpha, x0=x0, **self._ball)
+
+    def stem_step(
+        self,
+        x: Tensor,  # [N, C, H, W]
+        dy: Tensor,  # [N, C_out, dy_H, dy_W]
+        *,
+        weight: Tensor,  # [C_out, C, K, K]
+        stride: int,
+        padding: int,
+    ) -> Tensor:
+        """`step` along the input gradient of a convolution, which is not stored; one launch.
+
+        Args:
+            x: Where the step starts, and the centre of the ball.
+            dy: Gradient of the loss at the output of the convolution of `x`.
+            weight: The convolution's weight.
+            stride: The convolution's stride.
+            padding: The convolution's zero padding.
+
+        Returns:
+            The adversarial view, with |x_adv - x| <= eps in `x`'s dtype.
+        """
+        return stem_step(
+            dy, weight, x, stride=stride, padding=padding, alpha=self._alpha, **self._ball
         )
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The point nearest to `x` in the ball around `x0` and in [lo, hi]."""
-        return linf_step(
-            x, x, alpha=0.0, x0=x0, eps=self.eps, lo=self.lo, hi=self.hi, impl=self.impl
-        )
+        return linf_step(x, x, alpha=0.0, x0=x0, **self._ball)
 
     def random_start(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A point drawn uniformly from the ball around `x0`, then projected."""
@@ -148,6 +169,14 @@ class LinfAttack:
         for length in ("eps", "step_size", "lo", "hi"):
             if getattr(self, length) is not None:
                 _check.per_channel(length, getattr(self, length), x)
+
+    @property
+    def _alpha(self) -> PerChannel:
+        return self.eps if self.step_size is None else self.step_size
+
+    @property
+    def _ball(self) -> dict[str, Any]:
+        return {"eps": self.eps, "lo": self.lo, "hi": self.hi, "impl": self.impl}
 
     def twin(self, x: Tensor) -> tuple[Tensor, Twin]:
         """`linf_twin` with this attack's lengths."""

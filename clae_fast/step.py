@@ -21,9 +21,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from clae_fast import stem
 from clae_fast.attack import LinfAttack
 from clae_fast.methods import Method
 
@@ -107,10 +109,10 @@ def pair_step(
     """
     _check_pair(x_p, x_q)
     _check_attack(attack, x_q, "x_q", adv_weight)
-    x_q, twin = attack.twin(x_q)
-    z_p, anchor, clean = _clean_pair(encoder, x_p, x_q, loss)
-    adv = _adversarial_pair(adv_encoder, z_p, anchor, twin.x_adv, loss, adv_weight)
-    return StepResult(clean, adv, twin.x_adv)
+    z_p, anchor = _anchor(encoder, x_p)
+    clean, x_adv = _attacked_pair(encoder, anchor, x_q, loss, attack)
+    adv = _adversarial_pair(adv_encoder, z_p, anchor, x_adv, loss, adv_weight)
+    return StepResult(clean, adv, x_adv)
 
 
 def self_step(
@@ -154,16 +156,12 @@ def self_step(
     _check_pair(x_p, x_q)
     _check_attack(attack, x_p, "x_p", adv_weight)
     _check_deterministic(adv_encoder)
-    x = _attackable(x_p)
-    with _buffers_held(adv_encoder):
-        z = adv_encoder(x)
-    # asked for the input's gradient alone, autograd computes no weight gradient
-    (dx,) = torch.autograd.grad(z, x, attack_grad(z.detach()))
-    x_adv = attack.step(x_p, dx)
-    del x, z, dx
-    z_p, anchor, clean = _clean_pair(encoder, x_p, x_q, loss)
+    x_adv = _self_attacked(adv_encoder, x_p, attack, attack_grad)
+    z_p, anchor = _anchor(encoder, x_p)
+    clean = _scalar(loss, anchor, encoder(x_q))
+    clean.backward()
     adv = _adversarial_pair(adv_encoder, z_p, anchor, x_adv, loss, adv_weight)
-    return StepResult(clean, adv, x_adv)
+    return StepResult(clean.detach(), adv, x_adv)
 
 
 def released_step(
@@ -261,15 +259,58 @@ def _attackable(x: Tensor) -> Tensor:
     return x.detach().requires_grad_().view_as(x)
 
 
-def _clean_pair(
-    encoder: nn.Module, x_p: Tensor, x_q: Tensor, loss: Loss
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the clean pair and takes x_q back: 2 + 2 units; x_p's graph waits at the anchor."""
+def _anchor(encoder: nn.Module, x_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs x_p, 1 unit, and cuts its graph off: it waits at the anchor for both losses."""
     z_p = encoder(x_p)
-    anchor = z_p.detach().requires_grad_()
-    clean = _scalar(loss, anchor, encoder(x_q))
-    clean.backward()
-    return z_p, anchor, clean.detach()
+    return z_p, z_p.detach().requires_grad_()
+
+
+def _attacked_pair(
+    encoder: nn.Module, anchor: Tensor, x_q: Tensor, loss: Loss, attack: LinfAttack
+) -> tuple[Tensor, Tensor]:
+    """Runs x_q and takes it back, 3 units: the clean loss and x_adv."""
+    view, twin = attack.twin(x_q)
+    z_q, find_stem = stem.forward(encoder, view, attack.impl)
+    clean = _scalar(loss, anchor, z_q)
+    found = find_stem(clean)
+    if found is None:
+        clean.backward()
+        return clean.detach(), twin.x_adv
+    steps: list[Tensor] = []
+
+    def step(dys: tuple[Tensor | None]) -> None:
+        (dy,) = dys
+        if dy is None:  # zero
+            steps.append(attack.project(x_q, x_q))
+        else:
+            steps.append(attack.stem_step(x_q, dy, **found.convolution))
+
+    hook = found.node.register_prehook(step)
+    # not to the view, so that the convolution computes its weight's gradient alone
+    clean.backward(inputs=found.leaves)
+    hook.remove()
+    (x_adv,) = steps
+    return clean.detach(), x_adv
+
+
+def _self_attacked(
+    adv_encoder: nn.Module,
+    x_p: Tensor,
+    attack: LinfAttack,
+    attack_grad: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Runs x_p and takes it back to the input alone, 2 units: x_adv."""
+    view = _attackable(x_p)
+    with _buffers_held(adv_encoder):
+        z, find_stem = stem.forward(adv_encoder, view, attack.impl)
+    dz = attack_grad(z.detach())
+    found = find_stem(z)
+    # asked for one gradient alone, autograd computes no weight's
+    if found is None:
+        (dx,) = torch.autograd.grad(z, view, dz)
+        return attack.step(x_p, dx)
+    (dy,) = torch.autograd.grad(z, GradientEdge(found.node, 0), dz)
+    return attack.stem_step(x_p, dy, **found.convolution)
 
 
 def _adversarial_pair(

@@ -8,7 +8,7 @@ from torch.nn.grad import conv2d_input
 
 import clae_fast
 from clae_fast import _impl, reference
-from clae_fast.ops.stem_step import fuses
+from clae_fast.ops.stem_step import has_kernel, kernel_takes
 from clae_fast.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
@@ -208,7 +208,7 @@ def test_no_images(cuda_device):
 )
 def test_auto_is_the_kernel_where_it_takes_the_operands(cuda_device, change, takes):
     dy, weight, x = (operand.to(cuda_device) for operand in operands(3, (1, 4, 4), **change))
-    assert fuses(dy.dtype, weight, x, 1, 1) == takes
+    assert kernel_takes(dy.dtype, weight, x, 1, 1) == takes
     if not takes:
         auto = clae_fast.stem_step(dy, weight, x, **STEMS[3], **RANGE)
         assert torch.equal(auto, reference.stem_step(dy, weight, x, **STEMS[3], **RANGE))
@@ -220,9 +220,12 @@ def test_auto_is_the_kernel_where_it_takes_the_operands(cuda_device, change, tak
 def test_an_implementation_asked_for_by_the_environment_is_not_fused(
     cuda_device, monkeypatch, default
 ):
-    dy, weight, x = (operand.to(cuda_device) for operand in operands(3, (1, 4, 4)))
+    device = torch.device(cuda_device)
+    assert has_kernel("auto", device)
+    assert not has_kernel("triton", device)
     monkeypatch.setattr(_impl, "_DEFAULT", default)
-    assert not fuses(dy.dtype, weight, x, 1, 1)
+    assert not has_kernel("auto", device)
+    assert has_kernel("cuda", device)
 
 
 def test_opcheck_and_compile(cuda_device):

@@ -106,7 +106,7 @@ def stem_step(
     _check_convolution(dy, weight, x, stride, padding)
     _bounds.check(x, alpha, eps, lo, hi)
     dy, weight, x = dy.detach(), weight.detach(), x.detach()
-    takes = _kernel_takes(dy.dtype, weight, x, stride, padding)
+    takes = kernel_takes(dy.dtype, weight, x, stride, padding)
     if _impl.requested(impl) == "auto" and not takes:
         impl = "reference"
     impl = _impl.resolve("stem_step", impl, dy, x)
@@ -123,16 +123,14 @@ def stem_step(
     return _stem_step(dy, weight, x, *_bounds.pack(x, alpha, eps, lo, hi))
 
 
-def fuses(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
-    """Whether "auto" is the kernel, for a dy of `dtype`; never raises."""
-    return (
-        _kernel_takes(dtype, weight, x, stride, padding)
-        and _impl.requested("auto") in ("auto", "cuda")
-        and "cuda" in _impl.available("stem_step", x.device.type)
-    )
+def has_kernel(impl: str, device: torch.device) -> bool:
+    """Whether a request `impl` means the kernel where it takes the operands."""
+    wanted = _impl.requested(impl) in ("auto", "cuda")
+    return wanted and "cuda" in _impl.available("stem_step", device.type)
 
 
-def _kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
+def kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
+    """Whether the kernel takes a dy of `dtype` and these, which have four dimensions."""
     C_out, C, height, width = weight.shape
     return (
         dtype in (torch.float16, torch.bfloat16)

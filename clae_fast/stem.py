@@ -1,0 +1,161 @@
+"""The convolution that alone sees the attacked view: where the attack's backward pass may end.
+
+The attack takes the sign of the view's gradient. Where the view feeds one convolution and nothing
+else, the gradient at that convolution's output decides it, and `clae_fast.stem_step` makes the
+adversarial view of it in one kernel: the convolution's input gradient, as large as the view and
+slow for 3 channels, is never stored, nor is that of a Normalize in front.
+
+Whether it is so is read off the autograd graph of every forward pass. Nothing is remembered and
+nothing in the encoder replaced, so an encoder that changes is seen to have changed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from clae_fast.nn.normalize import Normalize
+from clae_fast.ops.stem_step import has_kernel, kernel_takes
+
+# of each node of a graph, with its position among their inputs
+_Consumers = dict[Any, list[tuple[Any, int]]]
+# names of nodes: a leaf, a cast such as autocast's
+_LEAF = "torch::autograd::AccumulateGrad"
+_CAST = "ToCopyBackward0"
+
+
+class Stem(NamedTuple):
+    """The convolution.
+
+    Attributes:
+        node: Its node in the graph, whose backward function gets the gradient at its output.
+        convolution: Its weight before a cast, stride and padding, as `stem_step` names them.
+        leaves: Every leaf below the output but for the view: where a backward pass goes that leaves
+            the view's gradient out.
+    """
+
+    node: Any
+    convolution: dict[str, Any]
+    leaves: list[Tensor]
+
+
+def forward(
+    encoder: nn.Module,
+    view: Tensor,  # [N, C, H, W], no leaf
+    impl: str,
+) -> tuple[Tensor, Callable[[Tensor], Stem | None]]:
+    """Encodes the view.
+
+    Args:
+        encoder: The encoder.
+        view: The view, which wants a gradient.
+        impl: Implementation of `stem_step`.
+
+    Returns:
+        The encoder's output, and a function to call with what is computed of it, a loss, say, or
+        with itself, that returns the stem, or None where the backward pass is needed to its end.
+    """
+    if not (has_kernel(impl, view.device) and _only_itself(encoder)):
+        return encoder(view), lambda output: None
+    image = view
+
+    def follow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal image
+        # std is positive: the gradients on both sides of it have the same signs
+        if args[0] is image and output.shape == image.shape:
+            image = output
+
+    hooks = [
+        module.register_forward_hook(follow)
+        for module in encoder.modules()
+        if isinstance(module, Normalize)
+    ]
+    try:
+        z = encoder(view)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return z, lambda output: _find(output, view, image)
+
+
+def _only_itself(encoder: nn.Module) -> bool:
+    """Whether nothing is compiled, and no hook there, which might want a gradient left out."""
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or type(module).__name__ == "OptimizedModule"
+        for module in encoder.modules()
+    )
+
+
+def _find(output: Tensor, view: Tensor, image: Tensor) -> Stem | None:
+    """The stem between `output` and `image`, which is what Normalize makes of `view`."""
+    graph = _graph(output.grad_fn, view.grad_fn)
+    if graph is None or any(t._backward_hooks or t.retains_grad for t in (view, image)):
+        return None
+    consumers, leaves = graph
+    node: Any = view.grad_fn
+    position = 0
+    while node is not None and node is not image.grad_fn:
+        node, _ = _consumer(consumers, node)
+    while node is not None and (node is image.grad_fn or node.name() == _CAST):
+        node, position = _consumer(consumers, node)
+    if node is None or node.name() != "ConvolutionBackward0" or position != 0:
+        return None
+    (y,) = node._input_metadata
+    weight = _leaf(node.next_functions[1][0])
+    stride, *strides = node._saved_stride
+    padding, *paddings = node._saved_padding
+    if (
+        weight is None
+        or y.device != view.device
+        or node._saved_transposed
+        or node._saved_groups != 1
+        or (node._saved_dilation, strides, paddings) != ((1, 1), [stride], [padding])
+        or not kernel_takes(y.dtype, weight, view, stride, padding)
+    ):
+        return None
+    return Stem(node, {"weight": weight, "stride": stride, "padding": padding}, leaves)
+
+
+def _graph(root: Any, end: Any) -> tuple[_Consumers, list[Tensor]] | None:
+    """The consumers of every node between `root` and `end`, and the leaves.
+
+    None with a reentrant checkpoint, which takes no backward pass to some of the leaves.
+    """
+    if root is None:
+        return None
+    consumers: _Consumers = {root: []}
+    leaves: list[Tensor] = []
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node is end:
+            continue
+        inputs = [(i, at) for i, (at, _) in enumerate(node.next_functions) if at is not None]
+        if node.name() == _LEAF:
+            leaves.append(node.variable)
+        if node.name() == "CheckpointFunctionBackward":
+            return None
+        for position, at in inputs:
+            if at not in consumers:
+                consumers[at] = []
+                waiting.append(at)
+            consumers[at].append((node, position))
+    return consumers, leaves
+
+
+def _consumer(consumers: _Consumers, node: Any) -> tuple[Any, int]:
+    """The one consumer of a node and the node's position there; (None, 0) where there are more."""
+    found = consumers.get(node, [])
+    return found[0] if len(found) == 1 else (None, 0)
+
+
+def _leaf(node: Any) -> Tensor | None:
+    """The leaf that a node is, or casts."""
+    if node is not None and node.name() == _CAST:
+        node = node.next_functions[0][0]
+    return node.variable if node is not None and node.name() == _LEAF else None
