@@ -118,9 +118,18 @@ __device__ int warp() { return threadIdx.x / 32; }
 __device__ int grid_warp() { return blockIdx.x * kWarps + warp(); }
 __device__ int grid_warps() { return gridDim.x * kWarps; }
 
+template <int count>
+__device__ void warp_sum(float (&values)[count]) {
+  for (int bits = 16; bits > 0; bits /= 2) {
+#pragma unroll
+    for (float& value : values) value += __shfl_xor_sync(kAllLanes, value, bits);
+  }
+}
+
 __device__ float warp_sum(float value) {
-  for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(kAllLanes, value, bits);
-  return value;
+  float values[1] = {value};
+  warp_sum(values);
+  return values[0];
 }
 
 template <bool kFixedShift>
@@ -173,38 +182,44 @@ template <int kWidth>
 __device__ void normalize(const Problem& p) {
   const int N = int(p.args.N);
   for (int pair = grid_warp(); pair < N; pair += grid_warps()) {
+    const int rows[2] = {pair, pair + N};
     float z[2][kItems<kWidth>];
-    load_rows(z, p.args, {pair, pair + N});
+    load_rows(z, p.args, rows);
+    float norms[2] = {};
 #pragma unroll
-    for (int view = 0; view < 2; ++view) {
-      const int row = pair + view * N;
-      float squares = 0.f;
+    for (int i = 0; i < 2; ++i) {
+      for (float x : z[i]) norms[i] += x * x;
+    }
+    warp_sum(norms);
+    float divisors[2], scales[2];
+    float sums[3] = {};  // squares of the fp16 rows, and the positive pair's product
 #pragma unroll
-      for (float x : z[view]) squares += x * x;
-      const float norm = sqrtf(warp_sum(squares));
-      const float divisor = floored(norm);
-      const float scale = scale_to(kUnitBits, divisor);
-      float fp16_squares = 0.f;
+    for (int i = 0; i < 2; ++i) {
+      norms[i] = sqrtf(norms[i]);
+      divisors[i] = floored(norms[i]);
+      scales[i] = scale_to(kUnitBits, divisors[i]);
+      const float inverse = 1.f / divisors[i];
 #pragma unroll
       for (int k = 0; k < kItems<kWidth>; ++k) {
-        const __half element = __float2half_rn(z[view][k] * scale);
-        p.workspace.u[row * kWidth + lane() + 32 * k] = element;
-        fp16_squares += load(element) * load(element);
-        z[view][k] *= 1.f / divisor;
-      }
-      // of the rounded row: what fp32 input loses is direction, not length
-      const float fp16_norm = sqrtf(warp_sum(fp16_squares));
-      if (lane() == 0) {
-        p.workspace.norm[row] = norm;
-        p.workspace.scale[row] =
-            power_of_two(kUnitBits) / (norm < kEps || isinf(norm) ? divisor * scale : fp16_norm);
+        const __half element = __float2half_rn(z[i][k] * scales[i]);
+        p.workspace.u[rows[i] * kWidth + lane() + 32 * k] = element;
+        sums[i] += load(element) * load(element);
+        z[i][k] *= inverse;
       }
     }
-    float positive = 0.f;
 #pragma unroll
-    for (int k = 0; k < kItems<kWidth>; ++k) positive += z[0][k] * z[1][k];
-    positive = warp_sum(positive);
-    if (lane() == 0) p.workspace.pos2[pair] = positive * p.scale2;
+    for (int k = 0; k < kItems<kWidth>; ++k) sums[2] += z[0][k] * z[1][k];
+    warp_sum(sums);
+    if (lane() != 0) continue;
+    p.workspace.pos2[pair] = sums[2] * p.scale2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // the fp16 row's own length: what fp32 input loses is direction alone
+      const float length =
+          norms[i] < kEps || isinf(norms[i]) ? divisors[i] * scales[i] : sqrtf(sums[i]);
+      p.workspace.norm[rows[i]] = norms[i];
+      p.workspace.scale[rows[i]] = power_of_two(kUnitBits) / length;
+    }
   }
 }
 
@@ -308,11 +323,11 @@ struct Unit {
 
   // What products with tiles need: a factor for each row and column, and with statistics an offset,
   // which is 2^(scale2 - lse2) for a fixed shift and else lse2. Past the last row their
-  // exponentials are 0.
+  // exponentials are 0. The unit with the first part of the columns keeps its rows' statistics.
   template <bool kFixedShift, bool kStatistics>
-  __device__ void fill() const {
+  __device__ void fill(bool with_columns) const {
     constexpr int kAtOnce = 3;  // of a thread, so that their loads are under way together
-    const int count = kRows + tiles * kColumns<kWidth>;
+    const int count = kRows + (with_columns ? tiles * kColumns<kWidth> : 0);
     for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
       int rows[kAtOnce];
       float scales[kAtOnce];
@@ -332,6 +347,10 @@ struct Unit {
         if constexpr (kStatistics) {
           const float lse2 = rows[k] < p.n ? statistics[k].lse2 : INFINITY;
           offset = kFixedShift ? exp2f(p.scale2 - lse2) : lse2;
+          if (at < kRows && split == 0) {
+            shared.losses[at] = rows[k] < p.n ? statistics[k].loss : 0.f;
+            if (rows[k] < p.n) p.workspace.q[rows[k]] = statistics[k].q;
+          }
         }
         if (at < kRows) {
           shared.rows[at] = {scales[k] * p.scale2 * power_of_two(-2 * kUnitBits), offset};
@@ -342,22 +361,11 @@ struct Unit {
     }
   }
 
-  // q of the rows and the sum of their losses, by the unit with the first part of the columns.
-  template <bool kFixedShift>
-  __device__ void finish_rows() const {
-    if (split != 0) return;
-    if (threadIdx.x < kRows) {
-      const int row = first_row + threadIdx.x;
-      Statistics statistics[1];
-      make_statistics<kFixedShift>(statistics, p, {row});
-      if (row < p.n) p.workspace.q[row] = statistics[0].q;
-      shared.losses[threadIdx.x] = row < p.n ? statistics[0].loss : 0.f;
-    }
-    __syncthreads();
-    if (warp() == 0) {
-      const float loss = warp_sum(shared.losses[lane()] + shared.losses[lane() + 32]);
-      if (lane() == 0) p.workspace.loss_of_tile[row_tile] = loss;
-    }
+  // Adds the losses that fill() kept, in a warp that has nothing else to do at the end of a unit.
+  __device__ void finish_loss() const {
+    if (split != 0 || warp() != kWarps - 1) return;
+    const float loss = warp_sum(shared.losses[lane()] + shared.losses[lane() + 32]);
+    if (lane() == 0) p.workspace.loss_of_tile[row_tile] = loss;
   }
 };
 
@@ -443,7 +451,7 @@ template <int kWidth, bool kFixedShift>
 __device__ void sum_exponentials(const Unit<kWidth>& unit) {
   const Problem& p = unit.p;
   unit.start();
-  unit.template fill<kFixedShift, false>();
+  unit.template fill<kFixedShift, false>(true);
   unit.advance(0);
   WarpPart<kWidth> part(unit);
   // no logit is below -scale2 or above scale2
@@ -497,7 +505,7 @@ template <int kWidth, bool kFixedShift>
 __device__ void accumulate_du(const Unit<kWidth>& unit, bool resident) {
   const Problem& p = unit.p;
   if (!resident) unit.start();
-  unit.template fill<kFixedShift, true>();
+  unit.template fill<kFixedShift, true>(true);
   if (resident) {
     __syncthreads();
   } else {
@@ -601,6 +609,7 @@ __device__ void finish_dz(const Problem& p) {
     const float norm = p.workspace.norm[row];
     const float inverse = 1.f / floored(norm);
     const float inverse_pos = 1.f / floored(p.workspace.norm[positive]);
+#pragma unroll 8
     for (int split = 0; split < p.plan.splits; ++split) {
       const float* part = p.workspace.du + (split * p.n + row) * kWidth + lane();
 #pragma unroll
@@ -670,8 +679,13 @@ __global__ void __launch_bounds__(kThreads, 1) nt_xent_kernel(const Problem p) {
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
     __syncthreads();
     const Unit<kWidth> unit(p, shared, number);
-    unit.template finish_rows<kFixedShift>();
-    if (p.args.dz) accumulate_du<kWidth, kFixedShift>(unit, resident);
+    if (p.args.dz) {
+      accumulate_du<kWidth, kFixedShift>(unit, resident);
+    } else {
+      unit.template fill<kFixedShift, true>(false);
+      __syncthreads();
+    }
+    unit.finish_loss();
   }
   grid.sync();
   if (p.args.dz) finish_dz<kWidth>(p);
