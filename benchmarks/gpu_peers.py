@@ -38,12 +38,14 @@ class GpuPeer:
         make: `make(n, temperature, device)` gives the loss for n rows in all.
         package: The distribution it comes from, None for torch.
         captured: Whether a CUDA graph can hold it. It cannot where the host waits for the GPU.
+        compiled: Whether it is made for one size in a minute, and so checked at no other.
     """
 
     work: str
     make: Callable[[int, float, torch.device], Loss]
     package: str | None = None
     captured: bool = False
+    compiled: bool = False
 
     @property
     def version(self) -> str:
@@ -93,7 +95,7 @@ def error_of(work: str, loss: Loss, temperature: float, z0: Tensor, z1: Tensor) 
 
 
 def load(name: str, n: int, temperature: float, D: int, device: torch.device) -> Loss:
-    """A peer's loss for n rows, checked at a small size.
+    """A peer's loss for n rows, checked first.
 
     Raises:
         UnavailableError: Its package is missing, or it fails or is wrong.
@@ -104,7 +106,7 @@ def load(name: str, n: int, temperature: float, D: int, device: torch.device) ->
             version(peer.package)
         except PackageNotFoundError as error:
             raise UnavailableError(f"{peer.package} is not installed") from error
-    small = min(n, CHECKED_ROWS)
+    small = n if peer.compiled else min(n, CHECKED_ROWS)
     try:
         loss = peer.make(small, temperature, device)
         error = error_of(peer.work, loss, temperature, *views(small, D, device))
@@ -222,10 +224,10 @@ PEERS = {
     "lightly": GpuPeer("nt_xent", _lightly_loss, "lightly"),
     "mm + cross_entropy, TF32": GpuPeer("nt_xent", _eager, captured=True),
     "torch.compile, TF32": GpuPeer(
-        "nt_xent", functools.partial(_compile, torch.float32), captured=True
+        "nt_xent", functools.partial(_compile, torch.float32), captured=True, compiled=True
     ),
     "torch.compile, fp16": GpuPeer(
-        "nt_xent", functools.partial(_compile, torch.float16), captured=True
+        "nt_xent", functools.partial(_compile, torch.float16), captured=True, compiled=True
     ),
     "cut-cross-entropy": GpuPeer("two_way", functools.partial(_cut_cross_entropy, "two_way"), _cce),
     "Inf-CL": GpuPeer("two_way", _inf_cl, "inf-cl"),

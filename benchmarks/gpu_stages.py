@@ -324,7 +324,8 @@ def _against_peers(suite: Suite, stage: str) -> Iterator[Case]:
     """A case for each size and temperature; what compiles for minutes comes last."""
 
     def group(versus: Versus) -> tuple[bool, str, int, int]:
-        return "compile" in versus.peer, versus.work, versus.n, versus.D
+        slow = gpu_peers.PEERS[versus.peer].compiled
+        return slow, versus.work, versus.n, versus.D
 
     for key, found in itertools.groupby(
         sorted((v for v in VERSUS if v.stage == stage), key=group), key=group
