@@ -39,24 +39,37 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks._cli import Parser, int_list
-from clae_fast.kernels import linf_step, nt_xent
+from clae_fast.kernels import info_nce, linf_step, nt_xent, tied_nt_xent, uel
 from clae_fast.ops.linf_step import _layout
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SHARED_LIMIT = 99 * 1024
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 # every width of a tile, and the last one with rows that are not aligned
-DIMENSIONS = (16, 32, 64, 128, 256, 512, 1024, 1023)
+DIMENSIONS = (16, 64, 128, 256, 512, 1024, 1023)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls of the launchers that take every kernel through its default configurations."""
     empty = partial(torch.empty, device="meta")
+    for D in DIMENSIONS:
+        half, full = empty(2048, D, dtype=torch.float16), empty(2048, D)
+        yield f"D={D}", partial(nt_xent.nt_xent_fwd_bwd, half, half, 0.5)
+        yield f"D={D} T=0.01", partial(nt_xent.nt_xent_fwd_bwd, half, half, 0.01)
+        yield f"D={D} exact", partial(nt_xent.nt_xent_fwd_bwd, full, full, 0.5, exact=True)
+        yield f"D={D}", partial(uel.uel, half, half, 0.5, True)
+        yield f"D={D} exact", partial(uel.uel, full, full, 0.5, True, exact=True)
+    for D in (128, 256):
+        half = empty(2048, D, dtype=torch.float16)
+        yield f"D={D}", partial(tied_nt_xent.tied_nt_xent, half, 0.5)
+        for case, symmetric, grads in (
+            (" one way", False, (True, True)),
+            (" queue", False, (True, False)),
+            (" two-way", True, (True, True)),
+        ):
+            options = {"symmetric": symmetric, "grads": grads}
+            yield f"D={D}{case}", partial(info_nce.info_nce, half, half, 0.5, **options)
     for name, dtype in DTYPES.items():
-        for D in DIMENSIONS:
-            z = empty(2048, D, dtype=dtype)
-            yield f"{name} D={D}", partial(nt_xent.nt_xent_fwd_bwd, z, z, 0.5)
-            yield f"{name} D={D} T=0.01", partial(nt_xent.nt_xent_fwd, z, z, 0.01)
         x = empty(64, 3, 32, 32, dtype=dtype)
         last = x.contiguous(memory_format=torch.channels_last)
         one, three = ((0.1,),) * 4, ((0.1, 0.2, 0.3),) * 4

@@ -67,7 +67,7 @@ def _normalize_kernel(
     u_low_ptr,  # [padded, BLOCK_D] or None
     scale_ptr,  # [padded]
     pos2_ptr,  # [N]
-    zero_ptr,  # [zero_size] or None
+    zero_ptr,  # [zero_size]
     lowest_ptr,  # [2]
     N,
     M,
@@ -114,12 +114,11 @@ def _normalize_kernel(
     if program == 0:
         tl.store(lowest_ptr, _HUGE_BITS)
         tl.store(lowest_ptr + 1, 0)
-    if zero_ptr is not None:
-        start = program.to(tl.int64) * _ZERO_BLOCK
-        step = tl.num_programs(0) * tl.num_programs(1) * _ZERO_BLOCK
-        for first in range(start, zero_size, step):
-            offs = first + tl.arange(0, _ZERO_BLOCK)
-            tl.store(zero_ptr + offs, tl.zeros([_ZERO_BLOCK], tl.float32), mask=offs < zero_size)
+    start = program.to(tl.int64) * _ZERO_BLOCK
+    step = tl.num_programs(0) * tl.num_programs(1) * _ZERO_BLOCK
+    for first in range(start, zero_size, step):
+        offs = first + tl.arange(0, _ZERO_BLOCK)
+        tl.store(zero_ptr + offs, tl.zeros([_ZERO_BLOCK], tl.float32), mask=offs < zero_size)
 
 
 @triton.jit
@@ -322,7 +321,7 @@ def scaled_rows(
         u_low,
         scale,
         pos2,
-        zero,
+        scale if zero is None else zero,
         lowest,
         N,
         y.shape[0],

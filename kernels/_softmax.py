@@ -34,6 +34,7 @@ In three launches and O(n D) memory, and with the same bits at every run:
    in the exact mode and below T = 0.023, by a bound known beforehand otherwise.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -418,6 +419,8 @@ def _gradient_kernel(
     lowest_ptr,  # [2]
     loss_ptr,  # []
     dz_ptr,  # [rows of the wanted sides, D]
+    du_ptr,  # [splits, rows of all blocks, BLOCK_D] or None
+    arrived_ptr,  # [blocks], zero, or None
     N,
     M,
     D,
@@ -440,7 +443,11 @@ def _gradient_kernel(
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Gradients of the raw rows that a program owns, rows of one side."""
+    """Gradients of the raw rows that a program owns, rows of one side.
+
+    Where there are too few rows for the GPU, several programs own them together and walk over a
+    split of the columns each. The last to arrive adds up what all have found, in a fixed order.
+    """
     side = first_side + tl.program_id(1)
     z_ptr, stride_n, stride_d, size = select_side(
         x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, N, M, side
@@ -467,6 +474,7 @@ def _gradient_kernel(
         # P_ij <= neg_i / L_i and P_ji <= neg_i / L_j: neg_i has exp(s_ij) in it; L >= 2 ** lowest2
         lowest2 = tl.load(lowest_ptr).to(tl.float32, bitcast=True) - scale2 - 1.0
         neg2 = tl.load(neg2_ptr + base + rows, mask=mask_own, other=0.0)
+        neg2 = tl.maximum(neg2, -64.0)  # without negatives it is -inf
         exponent = -tl.ceil(tl.minimum(neg2 - lowest2, 0.0)) + (FP16_BITS - 1.0)
         exponent = tl.minimum(exponent, MAX_EXPONENT)
     up = tl.exp2(exponent + (FP16_BITS - 1))
@@ -476,7 +484,9 @@ def _gradient_kernel(
     if BLOCK_K == BLOCK_D:
         own, own_low = load_tile(u_own, u_low_ptr, own_first, BLOCK_M, BLOCK_D, DESCRIPTORS)
     du = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(first_column, end, BLOCK_N):
+    length = tl.cdiv(tl.cdiv(end - first_column, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    start = first_column + tl.program_id(2) * length
+    for first in range(start, tl.minimum(start + length, end), BLOCK_N):
         tile, tile_low = load_tile(u_columns, u_low_ptr, first, BLOCK_N, BLOCK_D, DESCRIPTORS)
         dots = products(
             own,
@@ -518,6 +528,22 @@ def _gradient_kernel(
             du = tl.dot(high, tile_low, du)
     du *= tl.exp2(-exponent - (FP16_BITS - 1.0))[:, None]
 
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(loss_ptr, mean(partial_ptr, partials, counted))
+    if du_ptr is not None:
+        block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        offsets = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * BLOCK_D
+        offsets += tl.arange(0, BLOCK_D)[None, :]
+        size_of_split = (tl.num_programs(0) * tl.num_programs(1) * BLOCK_M).to(tl.int64) * BLOCK_D
+        tl.store(du_ptr + tl.program_id(2) * size_of_split + offsets, du)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") < tl.num_programs(2) - 1:
+            return
+        tl.debug_barrier()
+        du = tl.load(du_ptr + offsets)
+        for split in range(1, tl.num_programs(2)):
+            du += tl.load(du_ptr + split * size_of_split + offsets)
+
     z, norm = load_raw(z_ptr, stride_n, stride_d, rows, mask_own, D, BLOCK_D)
     q = tl.load(q_ptr + base + rows, mask=mask_own, other=0.0)
     if TIED:
@@ -532,8 +558,6 @@ def _gradient_kernel(
         du -= q[:, None] * unit(other, other_norm)
     dz_ptr += (base - first_side * N).to(tl.int64) * D
     store_raw_grad(dz_ptr, du * grad_scale, z, norm, rows, size, D, BLOCK_D)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(loss_ptr, mean(partial_ptr, partials, counted))
 
 
 class Tilings(NamedTuple):
@@ -599,14 +623,18 @@ def softmax_loss(
     online = temperature < UNSHIFTED_TEMPERATURE
     tiles, own_tiles = config or tilings(D, exact=exact)
     scale2 = base2_scale(temperature)
+    own_blocks = triton.cdiv(max(N * grads[0], M * grads[1]), own_tiles.rows)
+    columns = total if stacked else max(N, M)
+    splits = _splits(max(1, own_blocks * sum(grads)), columns, own_tiles, x.device)
     partials = triton.cdiv(total, SUM_ROWS)
-    slots, sums = 0, None
+    slots = 0 if online else resident_programs(x.device)
     if online:
         owners = [total] if stacked else [N, M]
         partials = sum(triton.cdiv(rows, tiles.rows) for rows in owners)
-    else:
-        slots = resident_programs(x.device)
-        sums = torch.empty(slots, total, dtype=torch.float32, device=x.device)
+    # counters of arrivals, then sums
+    counters = own_blocks * sum(grads) if splits > 1 else 0
+    zero = torch.empty(counters + slots * total, dtype=torch.float32, device=x.device)
+    arrived, sums = zero[:counters].view(torch.int32), zero[counters:]
     stat, neg2, q = torch.empty(3, total, dtype=torch.float32, device=x.device)
     partial = torch.empty(partials, dtype=torch.float32, device=x.device)
     loss = torch.empty((), dtype=torch.float32, device=x.device)
@@ -615,7 +643,7 @@ def softmax_loss(
     with on_device_of(x):
         padding = max(*tiles[:2], *own_tiles[:2])
         u, u_low, scale, pos2, lowest = scaled_rows(
-            x, y, temperature, exact=exact, padding=padding, zero=sums
+            x, y, temperature, exact=exact, padding=padding, zero=zero
         )
         statistics = (pos2, stat, neg2, q, partial, lowest, N, total, counted)
         if online:
@@ -655,8 +683,10 @@ def softmax_loss(
             _mean_kernel[(1,)](partial, loss, partials, counted)
             return loss, dz
         other = x if y is None else y
-        owned = max(N * grads[0], M * grads[1])
-        _gradient_kernel[(triton.cdiv(owned, own_tiles.rows), sum(grads))](
+        grid = (own_blocks, sum(grads), splits)
+        rows = grid[0] * grid[1] * own_tiles.rows
+        du = torch.empty(splits, rows, u.shape[1], device=x.device) if splits > 1 else None
+        _gradient_kernel[grid](
             x,
             other,
             u,
@@ -670,6 +700,8 @@ def softmax_loss(
             lowest,
             loss,
             dz,
+            du,
+            None if du is None else arrived,
             N,
             len(other),
             D,
@@ -688,6 +720,19 @@ def softmax_loss(
             **blocks(own_tiles, D),
         )
     return loss, dz
+
+
+def _splits(blocks: int, columns: int, tiles: Tiling, device: torch.device) -> int:
+    """How many programs share a block of rows, so that the GPU is full and evenly so."""
+    programs = resident_programs(device) * max(1, 8 // tiles.num_warps)
+    # each has four tiles at least
+    most = min(triton.cdiv(columns, 4 * tiles.columns), triton.cdiv(4 * programs, blocks))
+
+    def busy(splits: int) -> float:
+        waves = blocks * splits / programs
+        return waves / math.ceil(waves)
+
+    return next((s for s in range(1, most) if busy(s) > 0.9), max(1, most))
 
 
 def _tile_sources(u: Tensor, tiles: Tiling) -> tuple[Tensor | TensorDescriptor, ...]:

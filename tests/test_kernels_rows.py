@@ -33,38 +33,29 @@ def operands(loss, N, D, **options):
     return x[:N], y
 
 
-def run(loss, x, y, temperature, *, exact=False, tiles=None):
-    """A kernel's loss and gradients on the CPU, after the loss alone was seen to be the same."""
+def run(loss, x, y, temperature, *, exact=False, tiles=None, grads=(True, True)):
+    """A kernel's loss and gradients on the CPU."""
     x, y = x.to(DEVICE), y.to(DEVICE)
     if tiles is not None:
         tiles = tiles._replace(depth=min(tiles.depth, _launch.padded(x.shape[1])))
     config = tiles and _softmax.Tilings(tiles, tiles)
-    if loss == "nt_xent":
+    value = None
+    if loss == "nt_xent" and any(grads):
         value, dz = nt_xent.nt_xent_fwd_bwd(x, y, temperature, exact, config)
-        alone = nt_xent.nt_xent_fwd(x, y, temperature, exact, config)
-        grads = dz.split(len(x))
+        found = dz.split(len(x))
+    elif loss == "nt_xent":
+        value, found = nt_xent.nt_xent_fwd(x, y, temperature, exact, config), []
     elif loss == "tied":
-        value = alone = None
-        grads = [tied_nt_xent.tied_nt_xent(x, temperature, exact, config)]
+        found = [tied_nt_xent.tied_nt_xent(x, temperature, exact, config)]
     elif loss == "uel":
-        value, dz = uel.uel(x, y, temperature, True, exact, tiles)
-        alone, none = uel.uel(x, y, temperature, False, exact, tiles)
-        assert none.numel() == 0
-        grads = dz.split(len(x))
+        value, dz = uel.uel(x, y, temperature, any(grads), exact, tiles)
+        found = dz.split(len(x)) if any(grads) else [dz]
     else:
-        options = (temperature, loss == "two_way")
-        value, *grads = info_nce.info_nce(x, y, *options, (True, True), exact, config)
-        alone, *none = info_nce.info_nce(x, y, *options, (False, False), exact, config)
-        assert not any(grad.numel() for grad in none)
-        for i in (0, 1):
-            _, *one = info_nce.info_nce(x, y, *options, (i == 0, i == 1), exact, config)
-            assert_bitwise_equal(one[i], grads[i])
-            assert one[1 - i].numel() == 0
-    if value is not None:
-        assert value.dtype == torch.float32
-        assert_bitwise_equal(alone, value)
-    assert all(grad.dtype == torch.float32 for grad in grads)
-    return value if value is None else value.cpu(), [grad.cpu() for grad in grads]
+        options = (temperature, loss == "two_way", grads, exact, config)
+        value, *found = info_nce.info_nce(x, y, *options)
+    assert value is None or value.dtype == torch.float32
+    assert all(grad.dtype == torch.float32 for grad in found)
+    return value if value is None else value.cpu(), [grad.cpu() for grad in found]
 
 
 def expected(loss, x, y, temperature):
@@ -122,6 +113,36 @@ def test_every_tile_of_the_symmetric_matrix_counts_once(loss, blocks):
 @pytest.mark.parametrize("N", [21, 37])
 def test_tiles_may_be_narrow(loss, N):
     check_exact(loss, *projections(N, 6), 0.2, SMALL._replace(rows=32))
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "queue"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_blocks_of_rows_shared_among_programs(loss, exact, monkeypatch):
+    x, y = operands(loss, 40, 6, dtype=torch.float16)
+    results = []
+    for programs in (1, 2, 7):
+        monkeypatch.setattr(_softmax, "_splits", lambda *_, splits=programs: splits)
+        results.append(run(loss, x, y, 0.2, exact=exact, tiles=SMALL)[1])
+    for shared in results[1:]:
+        torch.testing.assert_close(shared, results[0], rtol=1e-5, atol=1e-9)
+
+
+def test_splits_fill_the_gpu_evenly(monkeypatch):
+    monkeypatch.setattr(_softmax, "resident_programs", lambda device: 132)
+    tiles = Tiling(64, 64, 128, 4, 3)
+    for blocks, columns in (
+        (1, 128),
+        (4, 65536),
+        (32, 2048),
+        (128, 8192),
+        (256, 16384),
+        (313, 20000),
+    ):
+        splits = _softmax._splits(blocks, columns, tiles, torch.device("cpu"))
+        waves = blocks * splits / 264
+        assert splits * 256 < columns + 256
+        assert waves / math.ceil(waves) > 0.9 or splits == math.ceil(columns / 256)
+        assert splits == 1 or blocks * splits < 5 * 264
 
 
 @every_loss
@@ -209,6 +230,23 @@ def test_nan_reaches_loss_and_gradients(loss, dtype, bad, temperature):
     assert grads[0].isnan().all()
     # a key that no anchor's sum has a part of is the queue's alone
     assert grads[-1].isnan().all()
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "queue", "two_way", "uel"])
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_what_is_not_wanted_changes_nothing(loss, temperature):
+    x, y = operands(loss, 20, 6)
+    value, grads = run(loss, x, y, temperature, tiles=SMALL)
+    alone, none = run(loss, x, y, temperature, tiles=SMALL, grads=(False, False))
+    assert_bitwise_equal(alone, value)
+    assert not any(grad.numel() for grad in none)
+    if loss in ("info_nce", "queue", "two_way"):
+        for i in (0, 1):
+            wanted = (i == 0, i == 1)
+            value_again, one = run(loss, x, y, temperature, tiles=SMALL, grads=wanted)
+            assert_bitwise_equal(value_again, value)
+            assert_bitwise_equal(one[i], grads[i])
+            assert one[1 - i].numel() == 0
 
 
 @every_loss
