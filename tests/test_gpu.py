@@ -44,6 +44,21 @@ def cases():
                 impl=impl,
             ),
         )
+    weight = torch.randn(64, 3, 3, 3, device="cuda") if on_gpu("stem_step") else None
+    for impl in on_gpu("stem_step"):
+        yield (
+            f"stem_step-{impl}",
+            lambda z0, z1, impl=impl: clae_fast.stem_step(
+                z0.half().view(1, 64, 6, 8),
+                weight,
+                z1.flatten()[:144].view(1, 3, 6, 8),
+                stride=1,
+                padding=1,
+                alpha=0.03,
+                eps=(0.01, 0.02, 0.03),
+                impl=impl,
+            ),
+        )
 
 
 every_case = pytest.mark.parametrize("call", [pytest.param(c, id=name) for name, c in cases()])
@@ -90,6 +105,7 @@ def test_runs_on_a_stream_of_its_own(call):
     ("op", "impl"), [(op, impl) for op in (*LOSSES, "linf_step") for impl in on_gpu(op)]
 )
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore")  # the compiler's, on TF32 and the like
 def test_compiles_without_a_graph_break(op, impl, mode):
     torch.compiler.reset()
     options = {"alpha": 0.1} if op == "linf_step" else {"temperature": 0.2}
