@@ -31,8 +31,8 @@ def nan_empty():
 
 @pytest.fixture
 def cuda_device(monkeypatch):
-    """Where impl="cuda" runs: the GPU, or emulated on the CPU where there is none."""
-    if torch.cuda.is_available():
+    """Where impl="cuda" runs: the GPU, or emulated on the CPU where it cannot."""
+    if torch.cuda.is_available() and _native.has_cuda():
         return "cuda"
     monkeypatch.setattr(_native, "_C", cuda_emulator.Module())
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
