@@ -40,7 +40,7 @@ struct NtXentCudaArgs {
   float temperature;
   float* loss;  // [1]
   float* dz;    // [2N, D] contiguous, d loss / d z0 above d loss / d z1; null for the loss alone
-  unsigned char* workspace;  // [nt_xent_cuda_workspace(...)] bytes, 128-byte aligned
+  unsigned char* workspace;  // [nt_xent_cuda_workspace(...)] bytes, 16-byte aligned
 };
 
 // Bytes of scratch on the current device, O(N D).

@@ -47,16 +47,11 @@ constexpr float kEps = 1e-12f;  // F.normalize's: a shorter row is divided by th
 constexpr float kLn2 = 0.693147180559945309f;
 // from here up exp(-2 / T) is a normal number, and 1 / T can stand for every row's maximum
 constexpr float kFixedShiftTemperature = 0.023f;
-constexpr int kUnitBits = 13;    // fp16 rows have norms in [2^13, 2^14)
+constexpr int kUnitBits = 13;  // fp16 rows have norms in [2^13, 2^14)
+constexpr float kUnit = 1 << kUnitBits;
 constexpr int kWeightBits = 14;  // and the largest weights of their rows lie in [2^14, 2^15)
 constexpr int kMaxScaleBits = 100;
-
-constexpr __device__ float power_of_two(int exponent) {
-  float power = 1.f;
-  for (; exponent > 0; --exponent) power *= 2.f;
-  for (; exponent < 0; ++exponent) power /= 2.f;
-  return power;
-}
+constexpr float kMaxScale = 0x1p100f;
 
 template <int kWidth>
 constexpr int kColumns = kWidth <= 128 ? 64 : 32;  // columns of a tile
@@ -83,7 +78,7 @@ struct Plan {
 
 struct Workspace {
   __half* u;            // [2N, width]
-  float* scale;         // [2N], of u, times 2^kUnitBits
+  float* scale;         // [2N], of u, times kUnit
   float* norm;          // [2N]
   float* pos2;          // [N]
   Sum* sums;            // [2N, splits]
@@ -218,7 +213,7 @@ __device__ void normalize(const Problem& p) {
       const float length =
           norms[i] < kEps || isinf(norms[i]) ? divisors[i] * scales[i] : sqrtf(sums[i]);
       p.workspace.norm[rows[i]] = norms[i];
-      p.workspace.scale[rows[i]] = power_of_two(kUnitBits) / length;
+      p.workspace.scale[rows[i]] = kUnit / length;
     }
   }
 }
@@ -353,7 +348,7 @@ struct Unit {
           }
         }
         if (at < kRows) {
-          shared.rows[at] = {scales[k] * p.scale2 * power_of_two(-2 * kUnitBits), offset};
+          shared.rows[at] = {scales[k] * p.scale2 / (kUnit * kUnit), offset};
         } else {
           shared.columns[at - kRows] = {scales[k], offset};
         }
@@ -362,7 +357,7 @@ struct Unit {
   }
 
   // Adds the losses that fill() kept, in a warp that has nothing else to do at the end of a unit.
-  __device__ void finish_loss() const {
+  __device__ void add_losses() const {
     if (split != 0 || warp() != kWarps - 1) return;
     const float loss = warp_sum(shared.losses[lane()] + shared.losses[lane() + 32]);
     if (lane() == 0) p.workspace.loss_of_tile[row_tile] = loss;
@@ -513,7 +508,7 @@ __device__ void accumulate_du(const Unit<kWidth>& unit, bool resident) {
   }
   WarpPart<kWidth> part(unit);
   float du[kWidth / 8][4] = {};
-  float scales[2] = {power_of_two(kMaxScaleBits), power_of_two(kMaxScaleBits)};
+  float scales[2] = {kMaxScale, kMaxScale};
   for (int t = 0; t < unit.tiles; ++t) {
     if (t > 0 && !resident) unit.advance(t);
     float w[kTiles<kWidth>][4];
@@ -570,7 +565,7 @@ __device__ void accumulate_du(const Unit<kWidth>& unit, bool resident) {
   }
 #pragma unroll
   for (auto& values : du) {
-    for (int k = 0; k < 4; ++k) values[k] *= power_of_two(-kUnitBits) / scales[k / 2];
+    for (int k = 0; k < 4; ++k) values[k] *= 1.f / kUnit / scales[k / 2];
   }
 
   // the second group of columns hands its sums to the first, over rows and tiles that are done with
@@ -685,7 +680,7 @@ __global__ void __launch_bounds__(kThreads, 1) nt_xent_kernel(const Problem p) {
       unit.template fill<kFixedShift, true>(false);
       __syncthreads();
     }
-    unit.finish_loss();
+    unit.add_losses();
   }
   grid.sync();
   if (p.args.dz) finish_dz<kWidth>(p);
@@ -725,8 +720,10 @@ Plan make_plan(int64_t N, int64_t D) {
   const int most = std::max(1, std::min(column_tiles, multiprocessors / plan.row_tiles));
   plan.part = (column_tiles + most - 1) / most;
   plan.splits = (column_tiles + plan.part - 1) / plan.part;
-  // one block of a multiprocessor is always resident, as the grid's barrier needs
-  plan.blocks = std::min(plan.row_tiles * plan.splits, multiprocessors);
+  // enough for the units and for every row's warp; one block of a multiprocessor is always
+  // resident, as the grid's barrier needs
+  plan.blocks =
+      std::min(std::max(plan.row_tiles * plan.splits, (n + kWarps - 1) / kWarps), multiprocessors);
   // the tile at work and those on their way; the exchange of du needs no more
   plan.slots = kAhead + 1;
   const int free = limit - shared_bytes(plan, columns);
