@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import clae_fast
 from clae_fast import _native, reference
 from clae_fast.testing import assert_bitwise_equal, projections, value_and_grads
 
@@ -142,6 +143,25 @@ def test_nan_reaches_loss_and_gradient(run, bad, temperature, dtype):
     loss, dz = run(z0, z1, temperature)
     assert loss.isnan()
     assert dz.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_through_the_op(run, cuda_device, dtype):
+    z0, z1 = projections(7, 5, dtype=dtype)
+    loss, dz = run(z0, z1, 0.1)
+    options = {"temperature": 0.1, "impl": "cuda"}
+    z = z0.to(cuda_device), z1.to(cuda_device)
+    value, grads = value_and_grads(clae_fast.nt_xent, *z, scale=2.0, **options)
+    assert_bitwise_equal(value.cpu(), loss)
+    assert_bitwise_equal(torch.cat(grads).cpu(), (2 * dz).to(dtype))
+    assert_bitwise_equal(clae_fast.nt_xent(*z, **options).cpu(), loss)
+
+
+def test_sizes_that_it_does_not_take(cuda_device):
+    for shape in ((2049, 8), (1025, 129), (2, 257)):
+        z = torch.ones(shape, device=cuda_device)
+        with pytest.raises(ValueError, match="takes few and narrow rows"):
+            clae_fast.nt_xent(z, z, impl="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,7 +31,8 @@ def _nt_xent_fwd_impl(
     impl: str,
 ) -> Tensor:
     if impl != "triton":
-        return _native.nt_xent(z0, z1, temperature, grad=False)[0]
+        native = _native.nt_xent_cuda if impl == "cuda" else _native.nt_xent
+        return native(z0, z1, temperature, grad=False)[0]
     from clae_fast.kernels.nt_xent import nt_xent_fwd
 
     return nt_xent_fwd(z0, z1, temperature, exact)
@@ -46,7 +47,8 @@ def _nt_xent_fwd_bwd_impl(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     if impl != "triton":
-        loss, dz = _native.nt_xent(z0, z1, temperature, grad=True)
+        native = _native.nt_xent_cuda if impl == "cuda" else _native.nt_xent
+        loss, dz = native(z0, z1, temperature, grad=True)
         assert dz is not None
         return loss, dz
     from clae_fast.kernels.nt_xent import nt_xent_fwd_bwd
