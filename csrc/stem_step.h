@@ -26,7 +26,7 @@ struct StemStepArgs {
   const void* x;       // [N, 3, H, W] of x_dtype, fp32 or fp16
   void* out;           // as x
   DType dy_dtype;
-  DType weight_dtype;
+  DType weight_dtype;  // fp32 or dy_dtype
   DType x_dtype;
   int N;
   int C;  // 64, 128 or 192

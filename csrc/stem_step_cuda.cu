@@ -35,6 +35,8 @@ constexpr int kWindow = 4;        // dY pixels that a position depends on in a r
 constexpr int kChunk = 64;        // channels of a stage
 constexpr int kPixelBytes = 128;  // of a chunk
 constexpr int kSteps = kChunk / 16;
+constexpr int kNowhere = -1;
+constexpr int kFirstRow = 1;  // of dY, the first to end a row of x: kPadding / kStride
 
 template <int kSize>
 struct Stem {
@@ -51,22 +53,19 @@ struct Stem {
   static constexpr int kColumns = 6 * kRows;
   static constexpr int kColumnTiles = kColumns / 8;
   static constexpr int kNumbers = kPositions * 6 / 32;  // of a row of x, a lane's
-  static constexpr int kReach =
-      (kSize - 1) / kStride;  // dY rows above the one that ends a row of x
+  // dY rows that a row of x depends on above the one that ends it
+  static constexpr int kReach = (kSize - 1) / kStride;
   static constexpr int kWeightBytes = kSteps * kWindow * kColumns * 4 * int(sizeof(uint2));
-};
-
-// Of dY; between images, image is -1.
-struct alignas(8) Pixel {
-  int image;
-  int column;
 };
 
 // A warp's part of shared memory.
 template <int kSize>
 struct alignas(128) Workspace {
   unsigned char stages[kStages][Stem<kSize>::kPixels * kPixelBytes];
-  Pixel pixels[Stem<kSize>::kPixels];
+  // offsets in row 0 of the images from the group's first one on, -1 between them: of the pixels
+  // of dY, and of the numbers of x in the order of pixels and channels
+  int pixels[Stem<kSize>::kPixels];
+  int numbers[Stem<kSize>::kPositions * 6];
   signed char signs[Stem<kSize>::kStride][Stem<kSize>::kPositions * 6];
 };
 
@@ -81,10 +80,10 @@ struct Bounds {
 struct Schedule {
   int dy_H;
   int dy_W;
-  int pitch;     // dY pixels from image to image
-  int steps;     // of a group of kPositions
-  int64_t all;   // steps of all groups
-  int64_t each;  // steps of a warp
+  int pitch;  // dY pixels from image to image
+  int steps;  // of a group of kPositions
+  int all;    // steps of all groups
+  int each;   // steps of a warp
 };
 
 template <class Half>
@@ -97,23 +96,14 @@ __device__ uint32_t pack(float a, float b) {
   }
 }
 
-__device__ float weight_at(const StemStepArgs& args, int offset) {
-  switch (args.weight_dtype) {
-    case DType::fp32:
-      return static_cast<const float*>(args.weight)[offset];
-    case DType::fp16:
-      return load(static_cast<const __half*>(args.weight)[offset]);
-    default:
-      return load(static_cast<const __nv_bfloat16*>(args.weight)[offset]);
-  }
-}
-
 // packed [C / 16, kWindow, kColumns, 4]: the fragments of the 16 channels by 8 columns that a
 // product takes, in kernel row order. A lane's four weights are one element.
-template <class Half, int kSize>
+template <class Half, class W, int kSize>
 __device__ void pack_weights(const StemStepArgs& args, uint2* packed) {
   using S = Stem<kSize>;
   const int count = args.C / 16 * kWindow * S::kColumns * 4;
+  // several loads under way at once
+#pragma unroll 3
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int column = i / 4 % S::kColumns;
     const int offset = i / (4 * S::kColumns) % kWindow;
@@ -121,14 +111,14 @@ __device__ void pack_weights(const StemStepArgs& args, uint2* packed) {
     const int row = column / 6, phase = column % 6 / 3, c = column % 3;
     // of dY's pixel kApart p + offset - 1 and x's pixel 2 p + phase
     const int tap = phase + S::kPadding + S::kStride * (1 - offset);
-    float w[4] = {0.f, 0.f, 0.f, 0.f};
-    if (row < kSize && tap >= 0 && tap < kSize) {
-      const int* strides = args.strides.weight;
-      const int at = c * strides[1] + row * strides[2] + tap * strides[3];
+    const bool hits = row < kSize && tap >= 0 && tap < kSize;
+    const int* strides = args.strides.weight;
+    const W* weight = static_cast<const W*>(args.weight) + c * strides[1] + row * strides[2] +
+                      tap * strides[3] + channel * strides[0];
+    float w[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        w[k] = weight_at(args, at + (channel + k / 2 * 8 + k % 2) * strides[0]);
-      }
+    for (int k = 0; k < 4; ++k) {
+      w[k] = hits ? load(weight[(k / 2 * 8 + k % 2) * strides[0]]) : 0.f;
     }
     packed[i] = make_uint2(pack<Half>(w[0], w[1]), pack<Half>(w[2], w[3]));
   }
@@ -147,40 +137,65 @@ __device__ void copy_bounds(const Bounds& bounds, float4* copied) {
   copied[c] = make_float4(bound(0), bound(1), bound(2), bound(3));
 }
 
-// Where the pixels of a group's windows lie.
-template <int kSize>
-__device__ void locate(const StemStepArgs& args,
-                       const Schedule& schedule,
-                       int64_t group,
-                       Workspace<kSize>& work) {
-  using S = Stem<kSize>;
-  for (int i = threadIdx.x % 32; i < S::kPixels; i += 32) {
-    const int64_t pixel = group * (S::kApart * S::kPositions) + i - 1;
-    const int image = int(pixel / schedule.pitch), column = int(pixel % schedule.pitch);
-    const bool inside = pixel >= 0 && image < args.N && column < schedule.dy_W;
-    work.pixels[i] = {inside ? image : -1, column};
-  }
-  __syncwarp();
+// The image and the column of a pixel of dY, counted over all images and what is between them.
+struct Pixel {
+  int image;
+  int column;
+};
+
+__device__ Pixel locate(const Schedule& schedule, int pixel) {
+  const unsigned image = unsigned(pixel) / unsigned(schedule.pitch);
+  return {int(image), int(pixel - image * schedule.pitch)};
 }
 
-// Starts to copy a chunk of a row of dY. The 16-byte parts of a pixel are permuted, so that the
-// rows of a fragment, every fourth pixel, lie in different banks.
+// Finds a group's pixels and numbers. Returns its first image.
 template <int kSize>
-__device__ void start_copy(const StemStepArgs& args,
-                           const Schedule& schedule,
-                           int row,
-                           int chunk,
-                           Workspace<kSize>& work,
-                           unsigned char* stage) {
-  const int part = threadIdx.x % 8;
-  for (int i = threadIdx.x % 32 / 8; i < Stem<kSize>::kPixels; i += 4) {
-    const Pixel pixel = work.pixels[i];
-    const bool inside = pixel.image >= 0;
-    const int64_t at =
-        inside ? (int64_t(pixel.image) * schedule.dy_H + row) * schedule.dy_W + pixel.column : 0;
-    cp_async<16>(stage + i * kPixelBytes + (part ^ i / 4 % 8) * 16,
-                 static_cast<const uint16_t*>(args.dy) + at * args.C + chunk * kChunk + part * 8,
-                 inside);
+__device__ int locate_group(const StemStepArgs& args,
+                            const Schedule& schedule,
+                            int group,
+                            Workspace<kSize>& work) {
+  using S = Stem<kSize>;
+  const int start = group * (S::kApart * S::kPositions);
+  const int image = locate(schedule, start).image;
+  const int* strides = args.strides.x;
+  for (int i = threadIdx.x % 32; i < S::kPixels; i += 32) {
+    // a window begins one pixel before its position
+    const Pixel pixel = locate(schedule, start + i - 1);
+    const bool inside = start + i > 0 && pixel.image < args.N && pixel.column < schedule.dy_W;
+    const int rows = (pixel.image - image) * schedule.dy_H;
+    work.pixels[i] = inside ? (rows * schedule.dy_W + pixel.column) * args.C : kNowhere;
+  }
+  for (int i = threadIdx.x % 32; i < S::kPositions * 6; i += 32) {
+    const Pixel pixel = locate(schedule, start + i / 6 * S::kApart);
+    const int column = S::kStride * pixel.column + i % 6 / 3;
+    const bool inside = pixel.image < args.N && pixel.column < schedule.dy_W && column < args.W;
+    work.numbers[i] =
+        inside ? (pixel.image - image) * strides[0] + i % 3 * strides[1] + column * strides[3]
+               : kNowhere;
+  }
+  __syncwarp();
+  return image;
+}
+
+// Starts to copy a chunk of a row of dY, which begins at `dy` in the group's first image. The
+// 16-byte parts of a pixel are permuted, so that the rows of a fragment, every fourth pixel, lie in
+// different banks.
+template <int kSize>
+__device__ void start_copy(const uint16_t* dy, const Workspace<kSize>& work, unsigned char* stage) {
+  constexpr int kCopies = (Stem<kSize>::kPixels + 3) / 4;
+  const int part = threadIdx.x % 8, first = threadIdx.x % 32 / 8;
+  int pixels[kCopies];
+#pragma unroll
+  for (int k = 0; k < kCopies; ++k) {
+    const int i = k * 4 + first;
+    pixels[k] = i < Stem<kSize>::kPixels ? work.pixels[i] : kNowhere;
+  }
+#pragma unroll
+  for (int k = 0; k < kCopies; ++k) {
+    const int i = k * 4 + first;
+    if (i >= Stem<kSize>::kPixels) continue;
+    cp_async<16>(stage + i * kPixelBytes + (part ^ k % 8) * 16, dy + max(pixels[k], 0) + part * 8,
+                 pixels[k] != kNowhere);
   }
 }
 
@@ -264,49 +279,32 @@ __device__ void clear_slots(int turn,
   }
 }
 
-// Where number i of row y of x lies, in the order of pixels and channels; -1 where there is none.
-template <int kSize>
-__device__ int64_t address(const StemStepArgs& args, const Workspace<kSize>& work, int y, int i) {
-  using S = Stem<kSize>;
-  const Pixel pixel = work.pixels[i / 6 * S::kApart + 1];
-  const int column = S::kStride * pixel.column + i % 6 / 3;
-  if (pixel.image < 0 || column >= args.W) return -1;
-  const int* strides = args.strides.x;
-  return int64_t(pixel.image) * strides[0] + int64_t(i % 3) * strides[1] + int64_t(y) * strides[2] +
-         int64_t(column) * strides[3];
-}
-
-// A lane's numbers of row y of x, for take_step.
+// Reads a lane's numbers of a row of x, for take_step.
 template <class X, int kSize>
-__device__ void read(const StemStepArgs& args,
-                     const Workspace<kSize>& work,
-                     int y,
-                     X (&x)[Stem<kSize>::kNumbers]) {
-  if (y < 0 || y >= args.H) return;
+__device__ void read(const X* row, const Workspace<kSize>& work, X (&x)[Stem<kSize>::kNumbers]) {
 #pragma unroll
   for (int k = 0; k < Stem<kSize>::kNumbers; ++k) {
-    const int64_t at = address(args, work, y, k * 32 + threadIdx.x % 32);
-    if (at >= 0) x[k] = static_cast<const X*>(args.x)[at];
+    const int at = work.numbers[k * 32 + threadIdx.x % 32];
+    if (at != kNowhere) x[k] = row[at];
   }
 }
 
+// Writes a row of out. Bounds are those of a lane's numbers 0, 1 and 2, and so of the later ones.
 template <class X, int kSize>
-__device__ void take_step(const StemStepArgs& args,
+__device__ void take_step(const X (&x)[Stem<kSize>::kNumbers],
                           const Workspace<kSize>& work,
                           const signed char* signs,
-                          const float4* bounds,
-                          int y,
-                          const X (&x)[Stem<kSize>::kNumbers]) {
-  if (y < 0 || y >= args.H) return;
+                          const float4 (&bounds)[3],
+                          X* row) {
 #pragma unroll
   for (int k = 0; k < Stem<kSize>::kNumbers; ++k) {
     const int i = k * 32 + threadIdx.x % 32;
-    const int64_t at = address(args, work, y, i);
-    if (at < 0) continue;
-    const float4 bound = bounds[i % 3];
+    const int at = work.numbers[i];
+    if (at == kNowhere) continue;
+    const float4 bound = bounds[k % 3];
     const float centre = load(x[k]);
     const float moved = stepped(centre, signs[i], centre, bound.x, bound.y, bound.z, bound.w);
-    store(static_cast<X*>(args.out) + at, moved, centre);
+    store(row + at, moved, centre);
   }
 }
 
@@ -314,46 +312,62 @@ template <class Half, class X, int kSize>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     stem_step_kernel(StemStepArgs args, Bounds given, Schedule schedule) {
   using S = Stem<kSize>;
-  __shared__ float4 bounds[3];
+  __shared__ float4 channels[3];
   unsigned char* shared = dynamic_shared();
   const int chunks = args.C / kChunk;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   auto& work = reinterpret_cast<Workspace<kSize>*>(shared + chunks * S::kWeightBytes)[warp];
   auto* weights = reinterpret_cast<uint2*>(shared);
 
-  int64_t begin = (int64_t(blockIdx.x) * warps + warp) * schedule.each;
-  const int64_t end = min(begin + schedule.each, schedule.all);
-  // dY's row that ends the first rows of x is row 1, so its last row comes kReach steps after 1
+  int begin = (int(blockIdx.x) * warps + warp) * schedule.each;
+  const int end = min(begin + schedule.each, schedule.all);
+  // of the group's first image
+  const uint16_t* dy = nullptr;
+  const X* x = nullptr;
+  X* out = nullptr;
+  const int64_t dy_row = int64_t(schedule.dy_W) * args.C;
   const auto enter = [&] {
-    locate<kSize>(args, schedule, begin / schedule.steps, work);
-    const int row = 1 + int(begin % schedule.steps) - S::kReach;
-    if (row >= 0) start_copy<kSize>(args, schedule, row, 0, work, work.stages[0]);
+    const int64_t image = locate_group(args, schedule, begin / schedule.steps, work);
+    dy = static_cast<const uint16_t*>(args.dy) + image * schedule.dy_H * dy_row;
+    x = static_cast<const X*>(args.x) + image * args.strides.x[0];
+    out = static_cast<X*>(args.out) + image * args.strides.x[0];
+    const int row = kFirstRow + begin % schedule.steps - S::kReach;
+    if (row >= 0) start_copy(dy + row * dy_row, work, work.stages[0]);
     cp_async_commit();
   };
   if (begin < end) enter();
-  pack_weights<Half, kSize>(args, weights);
-  copy_bounds(given, bounds);
+  if (args.weight_dtype == DType::fp32) {
+    pack_weights<Half, float, kSize>(args, weights);
+  } else {
+    pack_weights<Half, Half, kSize>(args, weights);
+  }
+  copy_bounds(given, channels);
   __syncthreads();
+  const int lane = threadIdx.x % 32;
+  const float4 bounds[3] = {channels[lane % 3], channels[(lane + 32) % 3],
+                            channels[(lane + 64) % 3]};
 
   while (begin < end) {
-    const int first = 1 + int(begin % schedule.steps);
-    const int count = int(min(end - begin, schedule.steps - begin % schedule.steps));
+    const int first = kFirstRow + begin % schedule.steps;
+    const int count = min(end - begin, schedule.steps - begin % schedule.steps);
     float sums[S::kTiles][S::kColumnTiles][4] = {};
+    X numbers[S::kStride][S::kNumbers];
     int stage = 0, turn = 0;
-    X x[S::kStride][S::kNumbers];
     for (int row = first - S::kReach; row < first + count; ++row) {
+      // of the rows of x that end here
       const int top = S::kStride * row - S::kPadding;
-      if (row >= first) {
-        // early, to have it when the signs are there
+      const auto ends = [&](int y) { return row >= first && y >= 0 && y < args.H; };
 #pragma unroll
-        for (int r = 0; r < S::kStride; ++r) read(args, work, top + r, x[r]);
+      for (int y = top; y < top + S::kStride; ++y) {
+        // early, to have it when the signs are there
+        if (ends(y)) read(x + int64_t(y) * args.strides.x[2], work, numbers[y - top]);
       }
       for (int chunk = 0; chunk < chunks; ++chunk) {
         const bool last = chunk + 1 == chunks;
         const int next = last ? row + 1 : row;
         if (next >= 0 && next < schedule.dy_H && next < first + count) {
-          start_copy<kSize>(args, schedule, next, last ? 0 : chunk + 1, work,
-                            work.stages[stage ^ 1]);
+          const int channel = last ? 0 : (chunk + 1) * kChunk;
+          start_copy(dy + next * dy_row + channel, work, work.stages[stage ^ 1]);
         }
         cp_async_commit();
         cp_async_wait<1>();
@@ -365,15 +379,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
         __syncwarp();
         stage ^= 1;
       }
-      if (row >= first) {
-        take_signs<kSize>(turn, sums, work.signs);
-        __syncwarp();
+      if (row >= first) take_signs<kSize>(turn, sums, work.signs);
+      __syncwarp();
 #pragma unroll
-        for (int r = 0; r < S::kStride; ++r) {
-          take_step(args, work, work.signs[r], bounds, top + r, x[r]);
-        }
-        __syncwarp();
+      for (int y = top; y < top + S::kStride; ++y) {
+        if (!ends(y)) continue;
+        take_step(numbers[y - top], work, work.signs[y - top], bounds,
+                  out + int64_t(y) * args.strides.x[2]);
       }
+      __syncwarp();
       clear_slots<kSize>(turn, sums);
       turn = (turn + 1) % (S::kRows / S::kStride);
     }
@@ -406,11 +420,11 @@ cudaError_t launch(const StemStepArgs& args, const Bounds& bounds, cudaStream_t 
   const int pitch = (args.W + 1) / 2 + S::kStride;
   schedule.pitch = pitch * S::kApart;
   schedule.steps = (args.H - 1 + S::kPadding) / S::kStride;
-  const int64_t groups = (int64_t(args.N) * pitch + S::kPositions - 1) / S::kPositions;
+  const int groups = (args.N * pitch + S::kPositions - 1) / S::kPositions;
   schedule.all = groups * schedule.steps;
-  const int64_t slots = int64_t(multiprocessors) * warps;
+  const int slots = multiprocessors * warps;
   schedule.each = (schedule.all + slots - 1) / slots;
-  const int64_t share = schedule.each * warps;
+  const int share = schedule.each * warps;
 
   auto* kernel = &stem_step_kernel<Half, X, kSize>;
   cudaLaunchConfig_t config = {};

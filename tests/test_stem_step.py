@@ -216,6 +216,12 @@ def test_auto_is_the_kernel_where_it_takes_the_operands(cuda_device, change, tak
             clae_fast.stem_step(dy, weight, x, impl="cuda", **STEMS[3], **RANGE)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 5000, 5000), (1, 3, 1 << 20, 1), (1 << 28, 3, 1, 1)])
+def test_more_than_the_kernel_counts(shape):
+    x = torch.empty(shape, device="meta")
+    assert not kernel_takes(torch.float16, torch.empty(64, 3, 3, 3), x, 1, 1)
+
+
 @pytest.mark.parametrize("default", ["reference", "triton", "native"])
 def test_an_implementation_asked_for_by_the_environment_is_not_fused(
     cuda_device, monkeypatch, default

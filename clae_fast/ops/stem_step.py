@@ -140,6 +140,9 @@ def kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, pad
         and C == 3
         and height == width
         and (height, stride, padding) in _STEMS
+        # what the kernel counts in 32 bits: numbers of images side by side, pixels of all in a row
+        and C_out * x.shape[2] * (x.shape[3] + 64) < 2**30
+        and len(x) * (x.shape[3] + 8) < 2**30
     )
 
 
