@@ -30,11 +30,27 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import _cli, timing
-from benchmarks.gpu_results import Results, file_name
-from benchmarks.gpu_stages import STAGES, Suite, first_line
+from benchmarks.gpu import checks, images, losses, sweep
+from benchmarks.gpu.results import Results, file_name
+from benchmarks.gpu.stage import Case, Suite, first_line
+
+STAGES: dict[str, Callable[[Suite], Iterable[Case]]] = {
+    "build": checks.build,
+    "correctness": checks.correctness,
+    "nt_xent": losses.nt_xent,
+    "small": losses.small,
+    "info_nce": losses.info_nce,
+    "linf_step": images.linf_step,
+    "stem": images.stem,
+    "memory": losses.memory_use,
+    "sweep": sweep.sweep,
+    "profile": checks.profile,
+    "sanitizer": checks.sanitizer,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,11 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_peers, gpu_stages, gpu_suite
-from benchmarks.gpu_results import Bar, Results
+from benchmarks import gpu_suite
+from benchmarks.gpu import checks, images, losses
+from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu.results import Bar, Results
+from benchmarks.gpu.stage import Case
 from benchmarks.peers import UnavailableError
 
 CPU = torch.device("cpu")
@@ -23,18 +26,18 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _few_cases(monkeypatch):
     """One case of each kind: the others differ in size alone."""
-    monkeypatch.setattr(gpu_stages, "TEMPERATURES", (0.5,))
-    monkeypatch.setattr(gpu_stages, "PRECISION_TEMPERATURES", (0.5,))
-    monkeypatch.setattr(gpu_stages, "FLOOR_SIZES", (16384,))
-    monkeypatch.setattr(gpu_stages, "STEMS", gpu_stages.STEMS[:1])
-    monkeypatch.setattr(gpu_stages, "LAYOUTS", dict(list(gpu_stages.LAYOUTS.items())[2:3]))
+    monkeypatch.setattr(losses, "TEMPERATURES", (0.5,))
+    monkeypatch.setattr(checks, "PRECISION_TEMPERATURES", (0.5,))
+    monkeypatch.setattr(losses, "FLOOR_SIZES", (16384,))
+    monkeypatch.setattr(images, "STEMS", images.STEMS[:1])
+    monkeypatch.setattr(images, "LAYOUTS", dict(list(images.LAYOUTS.items())[2:3]))
     kept = {("nt_xent", 512), ("two_way", 16384), ("unmasked", 16384)}
     monkeypatch.setattr(
-        gpu_stages,
+        losses,
         "VERSUS",
-        [v for v in gpu_stages.VERSUS if (v.work, v.n) in kept and v.D != 256],
+        [v for v in losses.VERSUS if (v.work, v.n) in kept and v.D != 256],
     )
-    monkeypatch.setattr(gpu_stages, "SMALL", ((128, 512),))
+    monkeypatch.setattr(losses, "SMALL", ((128, 512),))
 
 
 def run(tmp_path, stages, *flags):
@@ -44,7 +47,7 @@ def run(tmp_path, stages, *flags):
 
 
 def test_rehearsal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu_stages, "_run_tests", lambda suite, bar: None)
+    monkeypatch.setattr(checks, "_run_tests", lambda suite, bar: None)
     stages = "build,correctness,nt_xent,small,info_nce,linf_step,stem,memory,profile"
     status, path, found = run(tmp_path, stages)
     printed = capsys.readouterr().out
@@ -125,8 +128,8 @@ def test_a_failing_case_is_told_and_the_others_run(tmp_path, capsys, monkeypatch
     def fails():
         raise ValueError("no such luck")
 
-    cases = [gpu_stages.Case("memory", "bad", 1, fails)]
-    monkeypatch.setitem(gpu_stages.STAGES, "memory", lambda suite: cases)
+    cases = [Case("memory", "bad", 1, fails)]
+    monkeypatch.setitem(gpu_suite.STAGES, "memory", lambda suite: cases)
     status, _, found = run(tmp_path, "memory,build")
     assert status == 1
     assert found["rows"][0]["error"] == "ValueError: no such luck"

@@ -17,11 +17,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import clae_fast
 from benchmarks.peers import Loss, UnavailableError, _lightly, released_nt_xent, value_and_grad
 from clae_fast import reference
 
@@ -61,6 +63,15 @@ def views(
     z0, noise = torch.randn(2, n // 2, D, generator=generator, device=device)
     z0, z1 = z0.to(dtype), (z0 + 0.5 * noise).to(dtype)
     return z0.requires_grad_(), z1.requires_grad_()
+
+
+def ours(work: str, temperature: float, **options: Any) -> Loss:
+    """What of ours does a kind of work."""
+    if work == "two_way":
+        return functools.partial(
+            clae_fast.info_nce, temperature=temperature, symmetric=True, **options
+        )
+    return functools.partial(clae_fast.nt_xent, temperature=temperature, **options)
 
 
 def oracle(work: str, z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +115,8 @@ def load(name: str, n: int, temperature: float, D: int, device: torch.device) ->
     if peer.package:
         try:
             version(peer.package)
-        except PackageNotFoundError as error:
-            raise UnavailableError(f"{peer.package} is not installed") from error
+        except PackageNotFoundError as failure:
+            raise UnavailableError(f"{peer.package} is not installed") from failure
     small = n if peer.compiled else min(n, CHECKED_ROWS)
     try:
         loss = peer.make(small, temperature, device)

@@ -48,6 +48,7 @@ class Results:
         path: The file; rows that it holds already are kept.
         machine: What the results depend on.
         rehearsal: The rows prove the suite and nothing else: no bar is claimed.
+        missing: What this run lacks, and why.
     """
 
     path: Path
@@ -61,7 +62,7 @@ class Results:
             earlier = json.loads(self.path.read_text())
             if earlier["rehearsal"] != self.rehearsal:
                 raise ValueError(f"{self.path} is of a {'GPU' if self.rehearsal else 'rehearsal'}")
-            self.rows, self.missing = earlier["rows"], earlier["missing"]
+            self.rows = earlier["rows"]
 
     def add(self, row: Row) -> None:
         """Append a row and write the file anew, in one step."""

@@ -1,6 +1,6 @@
 """Every kernel of the package once, at sizes that no tile divides: what compute-sanitizer watches.
 
-compute-sanitizer --tool memcheck python -m benchmarks.gpu_sanitized cuda
+compute-sanitizer --tool memcheck python -m benchmarks.gpu.sanitized cuda
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""The stage that times tilings beside the default."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import peers
+from benchmarks.gpu.stage import Candidate, Case, Suite
+
+
+def sweep(suite: Suite) -> Iterator[Case]:
+    """Tilings of the Triton kernels beside the default, which is then edited by hand."""
+    for D, n in itertools.product((128, 64, 256, 512), (16384, 2048)):
+        yield Case("sweep", f"nt_xent, n={n}, D={D}", 90, partial(_sweep, suite, n, D))
+        if suite.rehearsal:
+            return  # the interpreter takes its time
+
+
+def _sweep(suite: Suite, n: int, D: int) -> None:
+    """Tilings of the sums first, then of the gradient beside the best of the sums."""
+    from clae_fast.kernels._softmax import tilings
+    from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
+
+    n, D = suite.size(n), suite.size(D, 16)
+    default = tilings(D, exact=False)
+    inputs = [peers.views(n, D, suite.device, dtype=torch.float16) for _ in range(2)]
+    inputs = [tuple(t.detach() for t in z) for z in inputs]
+    best = default
+    for part, launch in (("sums", nt_xent_fwd), ("gradient", nt_xent_fwd_bwd)):
+        options = [getattr(default, part), *_tilings(suite, D)]
+        configs = {t: best._replace(**{part: t}) for t in options}
+        _compile_ahead(suite, launch.__name__, n, D, list(configs.values()))
+        candidates = {
+            t: Candidate([partial(launch, *z, 0.5, False, c) for z in inputs], True)
+            for t, c in configs.items()
+        }
+        measured = suite.measure(candidates, rounds=5)
+        for tiling, row in measured.items():
+            over = row.pop("over")
+            row = {"stage": "sweep", "part": part, "n": n, "D": D, "dtype": "fp16"} | row
+            row |= {"tiling": tiling._asdict(), "default_over_this": 1 / over[options[0]]}
+            suite.results.add(row)
+        fastest = min(measured, key=lambda tiling: measured[tiling]["us"])
+        best = best._replace(**{part: fastest})
+        gain = measured[options[0]]["us"] / measured[fastest]["us"]
+        print(f"  {part}: {gain:.2f}x by {fastest}", flush=True)
+
+
+def _tilings(suite: Suite, D: int) -> list[Any]:
+    from clae_fast.kernels._launch import Tiling, padded
+
+    if suite.rehearsal:
+        return [Tiling(16, 16, 16, 4, 2)]
+    width = padded(D)
+    return [
+        Tiling(rows, columns, depth, num_warps, num_stages, descriptors)
+        for rows, columns in ((64, 64), (128, 64), (64, 128), (128, 128), (128, 256))
+        for depth in sorted({min(128, width), width})
+        for num_warps in (4, 8)
+        for num_stages in (2, 3)
+        for descriptors in (False, True)
+        # an accumulator of more than 128 registers a thread leaves too few for the rest
+        if rows * columns <= 128 * 32 * num_warps
+    ]
+
+
+def _compile_ahead(suite: Suite, launcher: str, n: int, D: int, configs: Sequence[Any]) -> None:
+    """Fill Triton's cache with what the configurations need, on all cores."""
+    if suite.rehearsal:
+        return
+    workers = min(8, max(1, len(os.sched_getaffinity(0)) - 2))
+    shares = [configs[i::workers] for i in range(workers)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(partial(_compile_some, launcher, n, D), shares):
+            pass
+
+
+def _compile_some(launcher: str, n: int, D: int, configs: Sequence[Any]) -> None:
+    from clae_fast.kernels import nt_xent
+
+    z = torch.randn(n // 2, D, device="cuda", dtype=torch.float16)
+    for config in configs:
+        try:
+            getattr(nt_xent, launcher)(z, z, 0.5, False, config)
+        except Exception:
+            continue  # reported where it is timed
