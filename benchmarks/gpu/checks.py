@@ -19,7 +19,7 @@ import clae_fast
 from benchmarks import overhead
 from benchmarks.gpu import peers
 from benchmarks.gpu.results import Bar, Row
-from benchmarks.gpu.stage import ERROR_BAR, OURS, ROOT, Case, Suite, first_line
+from benchmarks.gpu.stage import ERROR_BAR, OURS, ROOT, Case, Suite
 from benchmarks.peers import value_and_grad
 from clae_fast import _impl, _native
 
@@ -64,10 +64,13 @@ def _run_tests(suite: Suite, bar: Bar) -> None:
     if suite.rehearsal:
         on_gpu = ["tests/test_check.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *on_gpu]
+    # the tests poison memory by torch's deterministic mode, in which cuBLAS wants this
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     try:
         done = subprocess.run(
             command,
             cwd=ROOT,
+            env=environment,
             capture_output=True,
             text=True,
             check=False,
@@ -97,12 +100,8 @@ def _precision(suite: Suite, T: float, bar: Bar) -> None:
         z0, z1 = (t.requires_grad_() for t in z)
         loss, *truth = peers.oracle("nt_xent", z0, z1, T)
         true_dz = torch.cat(truth)
-        for impl in suite.implementations("nt_xent"):
-            try:
-                got = value_and_grad(partial(clae_fast.nt_xent, temperature=T, impl=impl), z0, z1)
-            except (ValueError, RuntimeError) as failure:
-                suite.results.lacks(f"nt_xent {impl} at n={n}", first_line(failure))
-                continue
+        for impl in suite.implementations("nt_xent", z0, z1):
+            got = value_and_grad(partial(clae_fast.nt_xent, temperature=T, impl=impl), z0, z1)
             error = ((torch.cat(got[1:]).double() - true_dz).norm() / true_dz.norm()).item()
             # NaN stays, where max() would drop it
             worst = error if not error <= worst else worst

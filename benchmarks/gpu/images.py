@@ -58,7 +58,7 @@ def _linf_step(
 
     expected = eager(*inputs[0])
     candidates = {}
-    for impl in suite.implementations("linf_step"):
+    for impl in suite.implementations("linf_step", x):
         step = partial(clae_fast.linf_step, alpha=eps, eps=eps, lo=0.0, hi=1.0, impl=impl)
         torch.testing.assert_close(step(*inputs[0]), expected, rtol=0, atol=2e-3)
         candidates[OURS, impl] = Candidate([partial(step, *pair) for pair in inputs], True)

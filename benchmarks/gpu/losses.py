@@ -199,7 +199,7 @@ def _hand_over(suite: Suite, n: int, D: int, bars: Sequence[Bar]) -> None:
     op = torch.ops.clae_fast.nt_xent_fwd_bwd.default
     for index, T in enumerate(TEMPERATURES):
         candidates = {}
-        for impl in suite.implementations("nt_xent"):
+        for impl in suite.implementations("nt_xent", *inputs[0]):
             loss = peers.ours("nt_xent", T, impl=impl)
             autograd = [partial(value_and_grad, loss, *z) for z in inputs]
             candidates[impl, "loss and gradient"] = Candidate(autograd, True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.gpu.results import Bar, Results, Row, timed
@@ -65,11 +66,11 @@ class Suite:
         """`n`, or what a rehearsal takes for it."""
         return min(n, at_most) if self.rehearsal else n
 
-    def implementations(self, op: str) -> list[str]:
-        """What can run an op here; a rehearsal leaves out Triton, whose interpreter is slow."""
+    def implementations(self, op: str, *tensors: Tensor) -> list[str]:
+        """What takes these tensors; a rehearsal leaves out Triton, whose interpreter is slow."""
         if self.rehearsal:
             return ["reference"] + ["native"] * _native.has_cpu()
-        return _impl.available(op, self.device.type)
+        return [impl for impl in _impl.available(op, "cuda") if _takes(op, impl, tensors)]
 
     def remaining(self) -> float:
         """Seconds until the budget is spent."""
@@ -142,6 +143,14 @@ class Suite:
             "copy_bytes_per_s": 8 * numbers / (1e-6 * rows["copy"]["us"]),
             "fp16_flops_per_s": 2 * m**3 / (1e-6 * rows["matmul"]["us"]),
         }
+
+
+def _takes(op: str, impl: str, tensors: tuple[Tensor, ...]) -> bool:
+    try:
+        _impl.resolve(op, impl, *tensors)
+    except ValueError:
+        return False
+    return True
 
 
 def first_line(failure: BaseException) -> str:
