@@ -9,6 +9,9 @@ has BatchNorm layers of its own:
     self_step      11   the same, x_p attacked against itself through f_adv, as CLAE's code does
     released_step  15   what self_step computes, in the order of CLAE's code; its Plain takes 18
 
+An attack's backward pass ends at the first convolution where that alone sees the attacked view and
+`clae_fast.stem_step` has a kernel for it.
+
 Every step adds to the `.grad` of whatever the losses depend on, as `backward()` does, and leaves
 zeroing and the optimiser to the caller. None waits for the device. CLAE is Ho and Vasconcelos,
 Contrastive Learning with Adversarial Examples, NeurIPS 2020.
