@@ -38,8 +38,8 @@ _DEVICES = {
     "cuda": ("cuda",),
 }
 _ON_IMAGES = ("linf_step", "stem_step")
-# of the widest accumulators that stay in registers
-_TRITON_COLUMNS = 1024
+# the widest accumulators that stay in registers, where they are not of 1024 columns
+_TRITON_COLUMNS = {"uel": 256}
 # up to here one launch of NT-Xent is taken to beat three; not measured yet
 _SINGLE_LAUNCH_ROWS = 2048
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -128,8 +128,8 @@ def _refusal(op: str, impl: str, tensors: tuple[Tensor, ...], exact: bool) -> st
     if op in _ON_IMAGES:
         return ""
     N, D = tensors[0].shape
-    if impl == "triton" and D > _TRITON_COLUMNS:
-        return f"takes rows of at most {_TRITON_COLUMNS} elements, got {D}"
+    if impl == "triton" and D > _TRITON_COLUMNS.get(op, 1024):
+        return f"takes rows of at most {_TRITON_COLUMNS.get(op, 1024)} elements, got {D}"
     if op == "nt_xent" and impl == "cuda":
         if exact:
             return "rounds rows to fp16: exact=True needs impl='triton'"

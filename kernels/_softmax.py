@@ -567,8 +567,8 @@ class Tilings(NamedTuple):
     gradient: Tiling
 
 
-def tilings(D: int, *, exact: bool) -> Tilings:
-    """Tilings for rows of D elements, kept in two parts where `exact`.
+def tilings(D: int, *, exact: bool, online: bool = False) -> Tilings:
+    """Tilings for rows of D elements, kept in two parts where `exact`, with a running maximum or not.
 
     The largest, of those tried, that neither spill nor take more shared memory than every card
     since compute capability 8.0 grants; `benchmarks/compile_kernels.py` shows it.
@@ -584,7 +584,10 @@ def tilings(D: int, *, exact: bool) -> Tilings:
         return Tilings(Tiling(64, 32, 128, 8, 2), Tiling(16, 16, 128, 8, 2))
     if width == 256:
         return Tilings(Tiling(64, 64, width, 8, 2), Tiling(64, 32, width, 8, 2))
-    gradient = Tiling(64, 64, width, 4, 3) if width == 128 else Tiling(128, 64, width, 8, 3)
+    if width == 128:
+        gradient = Tiling(64, 32 if online else 64, width, 4, 3)
+    else:
+        gradient = Tiling(128, 64, width, 8, 3)
     return Tilings(Tiling(128, 64, width, 8, 4), gradient)
 
 
@@ -621,7 +624,7 @@ def softmax_loss(
     counted = total if stacked or two_way else N
     exact = exact and x.dtype == torch.float32
     online = temperature < UNSHIFTED_TEMPERATURE
-    tiles, own_tiles = config or tilings(D, exact=exact)
+    tiles, own_tiles = config or tilings(D, exact=exact, online=online)
     scale2 = base2_scale(temperature)
     own_blocks = triton.cdiv(max(N * grads[0], M * grads[1]), own_tiles.rows)
     columns = total if stacked else max(N, M)

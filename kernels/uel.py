@@ -240,10 +240,10 @@ def _uel_kernel(
 
 
 def tiling(D: int, *, exact: bool) -> Tiling:
-    """Tiling for rows of D elements, kept in two parts where `exact`."""
+    """Tiling for rows of D <= 256 elements, kept in two parts where `exact`."""
     width = padded(D)
-    rows = max(16, min(64 // (1 + exact), 8192 // width // (1 + exact)))
-    return Tiling(rows, rows, min(64 if exact else 128, width), 4 if width <= 64 else 8, 2)
+    rows = min(64, 8192 // width) // (1 + exact)
+    return Tiling(rows, min(32, rows), min(64 if exact else 128, width), 8, 2)
 
 
 def uel(

@@ -92,6 +92,12 @@ def test_auto_of_nt_xent_on_a_gpu(shape, exact, expected, monkeypatch):
     assert _impl.resolve("nt_xent", "auto", OnGPU(*shape), exact=exact) == without
 
 
+def test_wide_rows_of_uel_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_impl, "_LACKS", {})
+    assert _impl.resolve("uel", "auto", OnGPU(4, 256)) == "triton"
+    assert _impl.resolve("uel", "auto", OnGPU(4, 257)) == "torch"
+
+
 @pytest.mark.parametrize(
     ("impl", "shape", "exact", "message"),
     [

@@ -138,7 +138,7 @@ def uel(
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
         exact: As in :func:`nt_xent`.
-        impl: "auto", "reference", "torch" or "triton".
+        impl: "auto", "reference", "torch" or, for D <= 256, "triton".
 
     Returns:
         The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for N = 1.
