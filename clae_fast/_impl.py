@@ -128,8 +128,9 @@ def _refusal(op: str, impl: str, tensors: tuple[Tensor, ...], exact: bool) -> st
     if op in _ON_IMAGES:
         return ""
     N, D = tensors[0].shape
-    if impl == "triton" and D > _TRITON_COLUMNS.get(op, 1024):
-        return f"takes rows of at most {_TRITON_COLUMNS.get(op, 1024)} elements, got {D}"
+    columns = _TRITON_COLUMNS.get(op, 1024)
+    if impl == "triton" and D > columns:
+        return f"takes rows of at most {columns} elements, got {D}"
     if op == "nt_xent" and impl == "cuda":
         if exact:
             return "rounds rows to fp16: exact=True needs impl='triton'"

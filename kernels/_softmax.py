@@ -568,7 +568,7 @@ class Tilings(NamedTuple):
 
 
 def tilings(D: int, *, exact: bool, online: bool = False) -> Tilings:
-    """Tilings for rows of D elements, kept in two parts where `exact`, with a running maximum or not.
+    """Tilings for rows of D elements, kept in two parts where `exact`; T is low where `online`.
 
     The largest, of those tried, that neither spill nor take more shared memory than every card
     since compute capability 8.0 grants; `benchmarks/compile_kernels.py` shows it.
