@@ -129,7 +129,7 @@ def _refusal(op: str, impl: str, tensors: tuple[Tensor, ...], exact: bool) -> st
         return ""
     N, D = tensors[0].shape
     columns = _TRITON_COLUMNS.get(op, 1024)
-    if impl == "triton" and D > columns:
+    if impl == "triton" and columns < D:
         return f"takes rows of at most {columns} elements, got {D}"
     if op == "nt_xent" and impl == "cuda":
         if exact:
