@@ -32,14 +32,26 @@ struct Offsets {
   int64_t x0;
 };
 
-// row 0 to 3 of the bounds: alpha, eps, lo, hi
-__device__ float bound(const Bounds& bounds, int row, int64_t channel) {
-  if (bounds.table) return bounds.table[row * bounds.channels + channel];
-  float value = bounds.values[row][0];
-  // selected, because lanes that index constants differently take turns
+// alpha, eps, lo and hi of a channel
+struct ChannelBounds {
+  float values[4];
+};
+
+__device__ ChannelBounds bounds_of(const Bounds& bounds, int64_t channel) {
+  ChannelBounds found;
 #pragma unroll
-  for (int c = 1; c < kLinfChannels; ++c) value = channel == c ? bounds.values[row][c] : value;
-  return value;
+  for (int row = 0; row < 4; ++row) {
+    if (bounds.table) {
+      found.values[row] = bounds.table[row * bounds.channels + channel];
+      continue;
+    }
+    float value = bounds.values[row][0];
+    // selected, because lanes that index constants differently take turns
+#pragma unroll
+    for (int c = 1; c < kLinfChannels; ++c) value = channel == c ? bounds.values[row][c] : value;
+    found.values[row] = value;
+  }
+  return found;
 }
 
 // The digits of element i, and where it lies.
@@ -113,17 +125,18 @@ __global__ void linf_step_kernel(const X* __restrict__ x,
     channel = first / bounds.channel_stride % bounds.channels;
     left = bounds.channel_stride - first % bounds.channel_stride;
   }
+  ChannelBounds of = bounds_of(bounds, channel);
   Pack<X> outs;
 #pragma unroll
   for (int item = 0; item < kItems; ++item) {
     const float centre = load(x0s.items[item]);
-    const float y =
-        stepped(load(xs.items[item]), load(grads.items[item]), centre, bound(bounds, 0, channel),
-                bound(bounds, 1, channel), bound(bounds, 2, channel), bound(bounds, 3, channel));
+    const float y = stepped(load(xs.items[item]), load(grads.items[item]), centre, of.values[0],
+                            of.values[1], of.values[2], of.values[3]);
     store(&outs.items[item], y, centre);
-    if (--left == 0) {
+    if (--left == 0 && item + 1 < kItems) {
       left = bounds.channel_stride;
       if (++channel == bounds.channels) channel = 0;
+      of = bounds_of(bounds, channel);
     }
   }
   // out is fresh memory, which is aligned
