@@ -101,26 +101,37 @@ __device__ uint32_t pack(float a, float b) {
 template <class Half, class W, int kSize>
 __device__ void pack_weights(const StemStepArgs& args, uint2* packed) {
   using S = Stem<kSize>;
+  constexpr int kBatch = 4;  // elements whose weights are on their way at once
+  const int* strides = args.strides.weight;
   const int count = args.C / 16 * kWindow * S::kColumns * 4;
-  // several loads under way at once
-#pragma unroll 3
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int column = i / 4 % S::kColumns;
-    const int offset = i / (4 * S::kColumns) % kWindow;
-    const int channel = i / (4 * S::kColumns * kWindow) * 16 + i % 4 * 2;
-    const int row = column / 6, phase = column % 6 / 3, c = column % 3;
-    // of dY's pixel kApart p + offset - 1 and x's pixel 2 p + phase
-    const int tap = phase + S::kPadding + S::kStride * (1 - offset);
-    const bool hits = row < kSize && tap >= 0 && tap < kSize;
-    const int* strides = args.strides.weight;
-    const W* weight = static_cast<const W*>(args.weight) + c * strides[1] + row * strides[2] +
-                      tap * strides[3] + channel * strides[0];
-    float w[4];
+  for (int begin = threadIdx.x; begin < count; begin += kBatch * blockDim.x) {
+    W w[kBatch][4];
+    bool hits[kBatch];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      w[k] = hits ? load(weight[(k / 2 * 8 + k % 2) * strides[0]]) : 0.f;
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b * blockDim.x;
+      const int column = i / 4 % S::kColumns;
+      const int offset = i / (4 * S::kColumns) % kWindow;
+      const int channel = i / (4 * S::kColumns * kWindow) * 16 + i % 4 * 2;
+      const int row = column / 6, phase = column % 6 / 3, c = column % 3;
+      // of dY's pixel kApart p + offset - 1 and x's pixel 2 p + phase
+      const int tap = phase + S::kPadding + S::kStride * (1 - offset);
+      hits[b] = i < count && row < kSize && tap >= 0 && tap < kSize;
+      const int at = channel * strides[0] + c * strides[1] + row * strides[2] + tap * strides[3];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int next = (k / 2 * 8 + k % 2) * strides[0];
+        w[b][k] = static_cast<const W*>(args.weight)[hits[b] ? at + next : 0];
+      }
     }
-    packed[i] = make_uint2(pack<Half>(w[0], w[1]), pack<Half>(w[2], w[3]));
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b * blockDim.x;
+      const auto weight = [&](int k) { return hits[b] ? load(w[b][k]) : 0.f; };
+      if (i < count) {
+        packed[i] = make_uint2(pack<Half>(weight(0), weight(1)), pack<Half>(weight(2), weight(3)));
+      }
+    }
   }
 }
 
