@@ -16,8 +16,9 @@
 //
 //  1. Warps own pairs: norms, the positive logit in fp32, rows scaled to fp16.
 //  2. Blocks own units, kRows rows by a part of all columns. So many parts are made that most
-//     multiprocessors have a unit, and then mostly all of a unit's columns fit into shared memory:
-//     they are read once for 2 and 3. Sums of the negatives' exponentials, one for row and part.
+//     multiprocessors have a unit; up to 2048 rows its columns then fit into an H200's shared
+//     memory, and are read once for 2 and 3. Sums of the negatives' exponentials, one for row and
+//     part.
 //  3. Blocks own the same units: every block makes the statistics of its rows and columns from
 //     those sums, which costs less than another barrier; then weights, and du, one for row and
 //     part.
@@ -724,7 +725,8 @@ Plan make_plan(int64_t N, int64_t D) {
   // resident, as the grid's barrier needs
   plan.blocks =
       std::min(std::max(plan.row_tiles * plan.splits, (n + kWarps - 1) / kWarps), multiprocessors);
-  // the tile at work and those on their way; the exchange of du needs no more
+  // the tile at work and those on their way fit into 99 KB at every size that
+  // nt_xent_cuda_takes(); the exchange of du needs no more
   plan.slots = kAhead + 1;
   const int free = limit - shared_bytes(plan, columns);
   plan.slots += std::clamp(free / int(columns * plan.width * sizeof(__half)), 0,
