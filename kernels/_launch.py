@@ -31,11 +31,12 @@ class Tiling(NamedTuple):
 
     Attributes:
         rows: Rows of a tile: those that a block owns or keeps while it walks along the columns.
-        columns: Columns of a tile: rows of the operand that it walks over. A divisor of `rows`.
+        columns: Columns of a tile: rows of the operand that it walks over.
         depth: Part of the padded D that one product sums over.
         num_warps: Warps of a block.
         num_stages: Stages of the software pipeline.
         descriptors: Whether tiles are loaded through tensor descriptors (TMA).
+        resident: Blocks that a multiprocessor runs at once, at least.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    resident: int = 1
 
 
 def padded(D: int) -> int:

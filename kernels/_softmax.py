@@ -196,6 +196,7 @@ def _negatives_kernel(
     as wide as high, and has PARTS tiles.
     """
     PARTS: tl.constexpr = BLOCK_M // BLOCK_N
+    tl.static_assert(not SYMMETRIC or BLOCK_M % BLOCK_N == 0, "rows must be a multiple of columns")
     program = tl.program_id(0)
     sums_ptr += program.to(tl.int64) * total
     blocks = tl.cdiv(row_end, BLOCK_M)
@@ -561,7 +562,10 @@ def _gradient_kernel(
 
 
 class Tilings(NamedTuple):
-    """The tilings of the two kernels that do the work; `sums` is the online kernel's as well."""
+    """The tilings of the two kernels that do the work; `sums` is the online kernel's as well.
+
+    Where rows and columns are the same, rows of a tile of `sums` must be a multiple of its columns.
+    """
 
     sums: Tiling
     gradient: Tiling
@@ -585,7 +589,7 @@ def tilings(D: int, *, exact: bool, online: bool = False) -> Tilings:
     if width == 256:
         return Tilings(Tiling(64, 64, width, 8, 2), Tiling(64, 32, width, 8, 2))
     if width == 128:
-        gradient = Tiling(64, 32 if online else 64, width, 4, 3)
+        gradient = Tiling(64, 32 if online else 64, width, 4, 3, resident=2)
     else:
         gradient = Tiling(128, 64, width, 8, 3)
     return Tilings(Tiling(128, 64, width, 8, 4), gradient)
@@ -630,7 +634,7 @@ def softmax_loss(
     columns = total if stacked else max(N, M)
     splits = _splits(max(1, own_blocks * sum(grads)), columns, own_tiles, x.device)
     partials = triton.cdiv(total, SUM_ROWS)
-    slots = 0 if online else resident_programs(x.device)
+    slots = 0 if online else resident_programs(x.device) * tiles.resident
     if online:
         owners = [total] if stacked else [N, M]
         partials = sum(triton.cdiv(rows, tiles.rows) for rows in owners)
@@ -727,7 +731,7 @@ def softmax_loss(
 
 def _splits(blocks: int, columns: int, tiles: Tiling, device: torch.device) -> int:
     """How many programs share a block of rows, so that the GPU is full and evenly so."""
-    programs = resident_programs(device) * max(1, 8 // tiles.num_warps)
+    programs = resident_programs(device) * tiles.resident
     # each has four tiles at least
     most = min(triton.cdiv(columns, 4 * tiles.columns), triton.cdiv(4 * programs, blocks))
 

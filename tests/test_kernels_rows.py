@@ -129,7 +129,7 @@ def test_blocks_of_rows_shared_among_programs(loss, exact, monkeypatch):
 
 def test_splits_fill_the_gpu_evenly(monkeypatch):
     monkeypatch.setattr(_softmax, "resident_programs", lambda device: 132)
-    tiles = Tiling(64, 64, 128, 4, 3)
+    tiles = Tiling(64, 64, 128, 4, 3, resident=2)
     for blocks, columns in (
         (1, 128),
         (4, 65536),
