@@ -12,13 +12,13 @@
 #include "nt_xent.h"
 
 // One cooperative launch, for sizes at which launches and idle multiprocessors cost more than the
-// products. kernels/nt_xent.py has the formulas; here is who does what between the grid's barriers:
+// products. kernels/_softmax.py has the formulas; who does what between the grid's barriers:
 //
 //  1. Warps own pairs: norms, the positive logit in fp32, rows scaled to fp16.
 //  2. Blocks own units, kRows rows by a part of all columns. So many parts are made that most
-//     multiprocessors have a unit; up to 2048 rows its columns then fit into an H200's shared
-//     memory, and are read once for 2 and 3. Sums of the negatives' exponentials, one for row and
-//     part.
+//     multiprocessors have a unit; up to 2048 rows of 128 elements its columns then fit into an
+//     H200's shared memory, and are read once for 2 and 3. Sums of the negatives' exponentials, one
+//     for row and part.
 //  3. Blocks own the same units: every block makes the statistics of its rows and columns from
 //     those sums, which costs less than another barrier; then weights, and du, one for row and
 //     part.
