@@ -312,7 +312,7 @@ def _self_attacked(
     if found is None:
         (dx,) = torch.autograd.grad(z, view, dz)
         return attack.step(x_p, dx)
-    (dy,) = torch.autograd.grad(z, GradientEdge(found.node, 0), dz)
+    (dy,) = torch.autograd.grad(z, [GradientEdge(found.node, 0)], dz)
     return attack.stem_step(x_p, dy, **found.convolution)
 
 

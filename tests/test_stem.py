@@ -202,6 +202,13 @@ class Scaled(nn.Module):
         return (x - 0.5) / torch.tensor([-0.2, 0.3, 0.4], dtype=x.dtype).view(3, 1, 1)
 
 
+class Mirrored(Normalize):
+    """Normalises, and turns signs over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.mean - x) / self.std
+
+
 class Twice(nn.Module):
     """Sees the view beside its convolution."""
 
@@ -242,6 +249,7 @@ class Checkpointed(nn.Module):
 REFUSED = {
     "seen twice": lambda: (Twice(),),
     "negative std": lambda: (Scaled(), stem3()),
+    "other signs": lambda: (Mirrored([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]), stem3()),
     "scaled": lambda: (nn.Hardtanh(-1, 2), stem3()),
     "groups": lambda: (nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 8, 1)),
     "dilation": lambda: (stem3(dilation=2, padding=2),),
