@@ -69,12 +69,13 @@ def stem_step(
     gradient at its output and x its input, or what the input is an increasing function of, channel
     by channel. The weight is rounded to the dtype of `dy`, as autocast does for the convolution,
     sums are fp32 (fp64 for fp64), and the step is that of `linf_step`: |result - x| <= eps holds
-    exactly, the sign of NaN is 0.
+    exactly wherever `x` lies in [lo, hi], the sign of NaN is 0.
 
-    The kernel of `impl="cuda"` takes fp16 or bf16 `dy` with 64, 128 or 192 channels, fp32 or fp16
-    `x` with 3, and a `weight` of 3x3 with stride and padding 1 or of 7x7 with stride 2 and padding
-    3. Fastest is `dy` in channels_last. Where a number of `dy` is not finite, pixels up to one
-    beyond those that it reaches may stay where they are.
+    The kernel of `impl="cuda"` takes fp16 or bf16 `dy` with 64, 128 or 192 channels and fewer than
+    about 2^30 numbers an image, fp32 or fp16 `x` with 3 channels, and a `weight` of 3x3 with stride
+    and padding 1 or of 7x7 with stride 2 and padding 3. Fastest is `dy` in channels_last. Where a
+    number of `dy` is not finite, pixels up to one beyond those that it reaches may stay where they
+    are.
 
     Args:
         dy: Gradient at the convolution's output.
