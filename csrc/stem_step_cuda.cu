@@ -29,7 +29,6 @@
 namespace clae_fast {
 namespace {
 
-constexpr int kMaxWarps = 8;
 constexpr int kStages = 2;        // dY rows in shared memory, one of them on its way
 constexpr int kWindow = 4;        // dY pixels that a position depends on in a row
 constexpr int kChunk = 64;        // channels of a stage
@@ -42,6 +41,7 @@ template <int kSize>
 struct Stem {
   static constexpr int kStride = kSize == 3 ? 1 : 2;
   static constexpr int kPadding = kSize / 2;
+  static constexpr int kMaxWarps = 8;         // of a block: what registers allow at kSize 7
   static constexpr int kApart = 2 / kStride;  // dY pixels from position to position
   // matrix tiles of a warp. Tile t has positions t, t + kTiles, ...: so a tile's window at an
   // offset is, but for that offset, another tile's, and a fragment serves both.
@@ -320,7 +320,7 @@ __device__ void take_step(const X (&x)[Stem<kSize>::kNumbers],
 }
 
 template <class Half, class X, int kSize>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1)
+__global__ void __launch_bounds__(Stem<kSize>::kMaxWarps * 32, 1)
     stem_step_kernel(StemStepArgs args, Bounds given, Schedule schedule) {
   using S = Stem<kSize>;
   __shared__ float4 channels[3];
@@ -421,7 +421,7 @@ cudaError_t launch(const StemStepArgs& args, const Bounds& bounds, cudaStream_t 
   const int weight_bytes = args.C / kChunk * S::kWeightBytes;
   // the bounds and what the system takes
   const int left = shared - 1024 - weight_bytes;
-  const int warps = std::min<int>(kMaxWarps, left / int(sizeof(Workspace<kSize>)));
+  const int warps = std::min<int>(S::kMaxWarps, left / int(sizeof(Workspace<kSize>)));
   if (warps < 1) return cudaErrorInvalidConfiguration;
 
   Schedule schedule;
