@@ -118,13 +118,12 @@ def test_tiles_may_be_narrow(loss, N):
 @pytest.mark.parametrize("loss", ["nt_xent", "queue"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_blocks_of_rows_shared_among_programs(loss, exact, monkeypatch):
-    x, y = operands(loss, 40, 6, dtype=torch.float16)
+    x, y = operands(loss, 24, 6, dtype=torch.float16)
     results = []
-    for programs in (1, 2, 7):
+    for programs in (1, 3):
         monkeypatch.setattr(_softmax, "_splits", lambda *_, splits=programs: splits)
         results.append(run(loss, x, y, 0.2, exact=exact, tiles=SMALL)[1])
-    for shared in results[1:]:
-        torch.testing.assert_close(shared, results[0], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
 
 
 def test_splits_fill_the_gpu_evenly(monkeypatch):
@@ -147,17 +146,16 @@ def test_splits_fill_the_gpu_evenly(monkeypatch):
 
 @every_loss
 @pytest.mark.parametrize(
-    ("dtype", "temperature"),
+    ("dtype", "temperature", "noise"),
     [
-        (torch.float16, 0.5),
-        (torch.bfloat16, 0.07),
-        (torch.float16, 0.05),
-        (torch.bfloat16, 0.01),
+        (torch.float16, 0.5, None),
+        (torch.bfloat16, 0.07, 0.3),
+        (torch.float16, 0.05, 0.3),
+        (torch.bfloat16, 0.01, None),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("noise", [None, 0.3], ids=["independent", "separated"])
-def test_gradient_error_of_half_precision_rows(loss, noise, temperature, dtype):
+def test_gradient_error_of_half_precision_rows(loss, dtype, temperature, noise):
     x, y = operands(loss, 96, 64, noise=noise, dtype=dtype)
     value, grads = run(loss, x, y, temperature)
     exact_value, exact_grads = expected(loss, x.double(), y.double(), temperature)
