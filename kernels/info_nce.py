@@ -28,8 +28,16 @@ def info_nce(
     Returns:
         The loss, fp32 [], and the gradients, fp32 [N, D] and [M, D], or [0] where not wanted.
     """
-    options = {"stacked": False, "two_way": symmetric, "exact": exact, "config": config}
-    loss, dz = softmax_loss(anchor, keys, temperature, grads=grads, **options)
+    loss, dz = softmax_loss(
+        anchor,
+        keys,
+        temperature,
+        stacked=False,
+        two_way=symmetric,
+        grads=grads,
+        exact=exact,
+        config=config,
+    )
     danchor, dkeys = dz.split([len(anchor) * grads[0], len(keys) * grads[1]])
     none = dz.new_empty(0)
     return loss, danchor if grads[0] else none, dkeys if grads[1] else none

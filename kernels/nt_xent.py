@@ -24,8 +24,10 @@ def nt_xent_fwd(
     Returns:
         The loss, fp32 [].
     """
-    options = {"stacked": True, "exact": exact, "config": config}
-    return softmax_loss(z0, z1, temperature, grads=(False, False), **options)[0]
+    grads = (False, False)
+    return softmax_loss(z0, z1, temperature, stacked=True, grads=grads, exact=exact, config=config)[
+        0
+    ]
 
 
 def nt_xent_fwd_bwd(
@@ -47,5 +49,5 @@ def nt_xent_fwd_bwd(
     Returns:
         The loss, fp32 [], and dz, fp32 [2N, D]: rows 0 to N - 1 for z0, the others for z1.
     """
-    options = {"stacked": True, "exact": exact, "config": config}
-    return softmax_loss(z0, z1, temperature, grads=(True, True), **options)
+    grads = (True, True)
+    return softmax_loss(z0, z1, temperature, stacked=True, grads=grads, exact=exact, config=config)

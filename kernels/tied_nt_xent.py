@@ -22,5 +22,7 @@ def tied_nt_xent(
     Returns:
         dz, fp32 [N, D].
     """
-    options = {"stacked": True, "exact": exact, "config": config}
-    return softmax_loss(z, None, temperature, grads=(True, False), **options)[1]
+    grads = (True, False)
+    return softmax_loss(
+        z, None, temperature, stacked=True, grads=grads, exact=exact, config=config
+    )[1]
