@@ -65,6 +65,7 @@ def test_linf_step_compiles_without_a_graph_break(impl, dynamic, per_channel):
         torch.testing.assert_close(compiled(x, grad), step(x, grad), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11's own
 def test_default_backend():
     def step(z0, z1, x):
         x_adv = clae_fast.linf_step(x, z0 * z1, alpha=0.1)
