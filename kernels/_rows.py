@@ -211,6 +211,48 @@ def mask_logits(
 
 
 @triton.jit
+def negative_logits(
+    own,
+    own_low,
+    u,
+    u_ptr,
+    u_low_ptr,
+    scale_ptr,
+    own_scale,
+    own_first,
+    own_end,
+    first,
+    end,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Base-2 logits of own rows and columns, -inf for no negatives; the columns and their scale."""
+    tile, tile_low = load_tile(u, u_low_ptr, first, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    dots = products(
+        own,
+        own_low,
+        tile,
+        tile_low,
+        u_ptr,
+        u_low_ptr,
+        own_first,
+        first,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_D,
+    )
+    scale = tl.load(scale_ptr + first + tl.arange(0, BLOCK_N))
+    s2 = dots * own_scale[:, None] * scale[None, :]
+    s2 = mask_logits(s2, own_first, own_end, first, end, N, BLOCK_M, BLOCK_N)
+    return s2, tile, tile_low, scale
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x in [-1/2, 1], as exact for a small x as for a large one."""
     y = 1.0 + x

@@ -55,6 +55,7 @@ from ._rows import (
     log1p,
     mask_logits,
     mean,
+    negative_logits,
     products,
     scaled_rows,
     select_side,
@@ -361,26 +362,25 @@ def _online_kernel(
     shift = tl.zeros([BLOCK_M], tl.float32) - scale2
     neg = tl.zeros([BLOCK_M], tl.float32)
     for first in range(first_column, end, BLOCK_N):
-        tile, tile_low = 0, 0
-        if BLOCK_K == BLOCK_D:
-            tile, tile_low = load_tile(u_ptr, u_low_ptr, first, BLOCK_N, BLOCK_D, False)
-        dots = products(
+        s2, _, _, _ = negative_logits(
             own,
             own_low,
-            tile,
-            tile_low,
+            u_ptr,
             u_ptr,
             u_low_ptr,
+            scale_ptr,
+            own_scale,
             own_first,
+            own_end,
             first,
+            end,
+            N,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
             BLOCK_D,
+            False,
         )
-        offs_n = first + tl.arange(0, BLOCK_N)
-        s2 = dots * own_scale[:, None] * tl.load(scale_ptr + offs_n)[None, :]
-        s2 = mask_logits(s2, own_first, own_end, first, end, N, BLOCK_M, BLOCK_N)
         new_shift = tl.maximum(shift, tl.max(s2, axis=1))
         neg = neg * tl.exp2(shift - new_shift) + tl.sum(tl.exp2(s2 - new_shift[:, None]), axis=1)
         shift = new_shift
@@ -488,26 +488,27 @@ def _gradient_kernel(
     length = tl.cdiv(tl.cdiv(end - first_column, BLOCK_N), tl.num_programs(2)) * BLOCK_N
     start = first_column + tl.program_id(2) * length
     for first in range(start, tl.minimum(start + length, end), BLOCK_N):
-        tile, tile_low = load_tile(u_columns, u_low_ptr, first, BLOCK_N, BLOCK_D, DESCRIPTORS)
-        dots = products(
+        s2, tile, tile_low, scale = negative_logits(
             own,
             own_low,
-            tile,
-            tile_low,
+            u_columns,
             u_ptr,
             u_low_ptr,
+            scale_ptr,
+            own_scale,
             own_first,
+            own_end,
             first,
+            end,
+            N,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
             BLOCK_D,
+            DESCRIPTORS,
         )
         offs_n = first + tl.arange(0, BLOCK_N)
-        scale = tl.load(scale_ptr + offs_n)
         stat = tl.load(stat_ptr + offs_n, mask=offs_n < end, other=float("inf") if ONLINE else 0.0)
-        s2 = dots * own_scale[:, None] * scale[None, :]
-        s2 = mask_logits(s2, own_first, own_end, first, end, N, BLOCK_M, BLOCK_N)
         if RUNNING:
             if ONLINE:
                 weights = tl.exp2(s2 - own_stat[:, None]) + tl.exp2(s2 - stat[None, :])
@@ -585,7 +586,7 @@ def tilings(D: int, *, exact: bool, online: bool = False) -> Tilings:
             return Tilings(Tiling(16, 16, depth, 8, 2), wide)
         return Tilings(Tiling(32, 32, width, 4, 2), Tiling(64, 32, width, 8, 2))
     if width > 256:
-        return Tilings(Tiling(64, 32, 128, 8, 2), Tiling(16, 16, 128, 8, 2))
+        return Tilings(Tiling(64, 32, 128, 8, 2), Tiling(16, 16, 64, 8, 2))
     if width == 256:
         return Tilings(Tiling(64, 64, width, 8, 2), Tiling(64, 32, width, 8, 2))
     if width == 128:

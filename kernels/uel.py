@@ -28,53 +28,12 @@ from ._rows import (
     load_raw,
     load_tile,
     log1p,
-    mask_logits,
-    products,
+    negative_logits,
     scaled_rows,
     select_side,
     store_raw_grad,
     unit,
 )
-
-
-@triton.jit
-def _logits(
-    own,
-    own_low,
-    u_ptr,
-    u_low_ptr,
-    scale_ptr,
-    own_scale,
-    own_first,
-    own_end,
-    first,
-    N,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Base-2 logits of a tile, -inf for what is no negative; its columns, rows and their scale."""
-    tile, tile_low = load_tile(u_ptr, u_low_ptr, first, BLOCK_N, BLOCK_D, False)
-    dots = products(
-        own,
-        own_low,
-        tile,
-        tile_low,
-        u_ptr,
-        u_low_ptr,
-        own_first,
-        first,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        BLOCK_D,
-    )
-    columns = first + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr + columns)
-    s2 = dots * own_scale[:, None] * scale[None, :]
-    s2 = mask_logits(s2, own_first, own_end, first, 2 * N, N, BLOCK_M, BLOCK_N)
-    return s2, columns[None, :], tile, tile_low, scale
 
 
 @triton.jit
@@ -130,9 +89,10 @@ def _uel_kernel(
     # the sum is over all columns but top; the positive's part comes last
     shift, others = pos2, tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, 2 * N, BLOCK_N):
-        s2, columns, _, _, _ = _logits(
+        s2, _, _, _ = negative_logits(
             own,
             own_low,
+            u_ptr,
             u_ptr,
             u_low_ptr,
             scale_ptr,
@@ -140,12 +100,15 @@ def _uel_kernel(
             own_first,
             own_end,
             first,
+            2 * N,
             N,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
             BLOCK_D,
+            False,
         )
+        columns = first + tl.arange(0, BLOCK_N)[None, :]
         tile_top2, index = tl.max(s2, axis=1, return_indices=True)
         index += first
         s2 = tl.where(columns == index[:, None], float("-inf"), s2)
@@ -166,9 +129,10 @@ def _uel_kernel(
     spread = _softplus(top_logit)
     t = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, 2 * N, BLOCK_N):
-        s2, columns, _, _, _ = _logits(
+        s2, _, _, _ = negative_logits(
             own,
             own_low,
+            u_ptr,
             u_ptr,
             u_low_ptr,
             scale_ptr,
@@ -176,12 +140,15 @@ def _uel_kernel(
             own_first,
             own_end,
             first,
+            2 * N,
             N,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
             BLOCK_D,
+            False,
         )
+        columns = first + tl.arange(0, BLOCK_N)[None, :]
         q = tl.exp2(s2 - shift[:, None]) / rest[:, None]
         p = tl.where(columns == top[:, None], 0.0, q * p_rest[:, None])
         spread -= tl.sum(log1p(-p), axis=1)
@@ -195,9 +162,10 @@ def _uel_kernel(
         up = tl.exp2(tl.minimum(exponent, MAX_EXPONENT) + (FP16_BITS - 1))
         du = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(0, 2 * N, BLOCK_N):
-            s2, columns, tile, tile_low, scale = _logits(
+            s2, tile, tile_low, scale = negative_logits(
                 own,
                 own_low,
+                u_ptr,
                 u_ptr,
                 u_low_ptr,
                 scale_ptr,
@@ -205,12 +173,15 @@ def _uel_kernel(
                 own_first,
                 own_end,
                 first,
+                2 * N,
                 N,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
                 BLOCK_D,
+                False,
             )
+            columns = first + tl.arange(0, BLOCK_N)[None, :]
             q = tl.exp2(s2 - shift[:, None]) / rest[:, None]
             p = q * p_rest[:, None]
             weights = p * ((2.0 - t)[:, None] + p / (1.0 - p)) - p_top[:, None] * q
