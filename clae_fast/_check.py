@@ -50,6 +50,12 @@ def same_place(
         )
 
 
+def flag(name: str, value: bool) -> None:
+    """Raises unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
 def temperature(value: float) -> None:
     """Raises unless `value` is a finite number above 0."""
     if not isinstance(value, (int, float)):

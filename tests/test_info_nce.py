@@ -123,6 +123,11 @@ def test_both_directions_need_as_many_keys():
         clae_fast.info_nce(torch.ones(3, 2), torch.ones(4, 2), symmetric=True)
 
 
+def test_bad_flag():
+    with pytest.raises(TypeError, match="symmetric must be True or False, got str"):
+        clae_fast.info_nce(torch.ones(4, 3), torch.ones(4, 3), symmetric="yes")
+
+
 def test_bad_dtype():
     with pytest.raises(TypeError, match="keys must have the dtype of anchor"):
         clae_fast.info_nce(torch.ones(4, 3), torch.ones(4, 3).half())

@@ -194,6 +194,7 @@ def test_fp64_is_the_reference():
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"temperature": math.nan}, ValueError, "temperature must be positive"),
         ({"temperature": "0.5"}, TypeError, "temperature must be a number, got str"),
+        ({"exact": 1}, TypeError, "exact must be True or False, got int"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, reference"),
     ],
 )

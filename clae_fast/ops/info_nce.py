@@ -186,12 +186,14 @@ def info_nce(
             "keys must have shape [M, D] with M >= N for anchor of shape [N, D], "
             f"got {list(keys.shape)} for {list(anchor.shape)}"
         )
+    _check.flag("symmetric", symmetric)
     if symmetric and keys.shape != anchor.shape:
         raise ValueError(
             f"keys must have the shape of anchor, {list(anchor.shape)}, where symmetric, "
             f"got {list(keys.shape)}"
         )
     _check.temperature(temperature)
+    _check.flag("exact", exact)
     impl = _impl.resolve("info_nce", impl, anchor, keys)
     if impl == "reference":
         return reference(anchor, keys, temperature=temperature, symmetric=symmetric)

@@ -136,6 +136,7 @@ def nt_xent(
     _check.projections("z0", z0)
     _check.like("z1", z1, "z0", z0)
     _check.temperature(temperature)
+    _check.flag("exact", exact)
     impl = _impl.resolve("nt_xent", impl, z0, z1, exact=exact)
     if impl == "reference":
         return reference(z0, z1, temperature=temperature)

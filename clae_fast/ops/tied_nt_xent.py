@@ -97,6 +97,7 @@ def tied_nt_xent(
     """
     _check.projections("z", z)
     _check.temperature(temperature)
+    _check.flag("exact", exact)
     z = z.detach()
     impl = _impl.resolve("tied_nt_xent", impl, z)
     if impl == "reference":

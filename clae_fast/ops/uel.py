@@ -159,6 +159,7 @@ def uel(
     _check.projections("z0", z0)
     _check.like("z1", z1, "z0", z0)
     _check.temperature(temperature)
+    _check.flag("exact", exact)
     impl = _impl.resolve("uel", impl, z0, z1)
     if impl == "reference":
         return reference(z0, z1, temperature=temperature)
