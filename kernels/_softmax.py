@@ -740,7 +740,8 @@ def _splits(blocks: int, columns: int, tiles: Tiling, device: torch.device) -> i
         waves = blocks * splits / programs
         return waves / math.ceil(waves)
 
-    return next((s for s in range(1, most) if busy(s) > 0.9), max(1, most))
+    options = range(1, most + 1)
+    return next((splits for splits in options if busy(splits) > 0.9), max(options, key=busy))
 
 
 def _tile_sources(u: Tensor, tiles: Tiling) -> tuple[Tensor | TensorDescriptor, ...]:
