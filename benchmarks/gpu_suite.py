@@ -60,7 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     machine = timing.machine(device)
     print(timing.header(machine), flush=True)
     path = args.results / file_name(str(machine["gpu"]) if "gpu" in machine else None)
-    suite = Suite(Results(path, machine, device.type == "cpu"), device, started + args.budget)
+    try:
+        results = Results(path, machine, device.type == "cpu")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    suite = Suite(results, device, started + args.budget)
     torch.backends.cuda.matmul.allow_tf32 = True
     skipped, failed = [], []
     for stage in args.stage:

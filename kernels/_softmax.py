@@ -61,8 +61,8 @@ from ._rows import (
     select_side,
     store_raw_grad,
     unit,
+    wait_for_all,
 )
-from ._rows import wait_for_all as _wait_for_all
 
 # from here up exp(1 / T) and exp(-1 / T) and sums of them are normal fp32 numbers
 UNSHIFTED_TEMPERATURE = 0.023
@@ -264,7 +264,7 @@ def _negatives_kernel(
         tl.debug_barrier()
 
     if COOPERATIVE:
-        _wait_for_all(lowest_ptr + 1)
+        wait_for_all(lowest_ptr + 1)
         _add_up(
             sums_ptr - program.to(tl.int64) * total,
             tl.num_programs(0),
@@ -453,6 +453,9 @@ def _gradient_kernel(
     z_ptr, stride_n, stride_d, size = select_side(
         x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, N, M, side
     )
+    # the sides share a grid, and the shorter one has no rows for the last of it
+    if tl.program_id(0) * BLOCK_M >= size:
+        return
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     base = side * N
     own_first = base + tl.program_id(0) * BLOCK_M

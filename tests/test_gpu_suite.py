@@ -124,6 +124,17 @@ def test_the_days_file_goes_on(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("text", ["{broken", "[]", "{}"])
+def test_a_corrupt_file_of_the_day_is_left_alone(text, tmp_path, capsys):
+    run(tmp_path, "build")
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(text)
+    capsys.readouterr()
+    assert gpu_suite.main(["--rehearse", "--stage", "build", "--results", str(tmp_path)]) == 2
+    assert "holds no results of the suite" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
 def test_a_failing_case_is_told_and_the_others_run(tmp_path, capsys, monkeypatch):
     def fails():
         raise ValueError("no such luck")

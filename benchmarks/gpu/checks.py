@@ -64,18 +64,10 @@ def _run_tests(suite: Suite, bar: Bar) -> None:
     if suite.rehearsal:
         on_gpu = ["tests/test_check.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *on_gpu]
-    # the tests poison memory by torch's deterministic mode, in which cuBLAS wants this
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    timeout = min(500.0, suite.remaining())
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=max(1.0, min(500.0, suite.remaining())),
-        )
+        # the tests poison memory by torch's deterministic mode, in which cuBLAS wants this
+        done = _run(*command, timeout=timeout, CUBLAS_WORKSPACE_CONFIG=":4096:8")
         output, failed = done.stdout + done.stderr, 0 if done.returncode == 0 else 1
     except subprocess.TimeoutExpired as expired:
         output, failed = f"{expired}", 1
@@ -172,6 +164,19 @@ def sanitizer(suite: Suite) -> Iterator[Case]:
         yield Case("sanitizer", tool, 180, partial(_sanitize, suite, tool, bar), (bar,))
 
 
+def _run(*command: str, timeout: float, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, in the project's root."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=max(1.0, timeout),
+    )
+
+
 def _sanitize(suite: Suite, tool: str, bar: Bar) -> None:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     command = [sys.executable, "-m", "benchmarks.gpu.sanitized", str(suite.device)]
@@ -179,21 +184,15 @@ def _sanitize(suite: Suite, tool: str, bar: Bar) -> None:
         if not Path(program).exists():
             return suite.results.lacks("compute-sanitizer", "is not on the PATH")
         command = [program, "--tool", tool, "--error-exitcode", "9", *command]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    timeout = min(400.0, suite.remaining())
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=max(1.0, min(400.0, suite.remaining())),
-        )
+        done = _run(*command, timeout=timeout, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     except subprocess.TimeoutExpired:
         return suite.results.lacks(f"compute-sanitizer, {tool}", "ran out of time")
     output = done.stdout + done.stderr
     found = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
+    if not (found or done.returncode or suite.rehearsal):
+        return suite.results.lacks(f"compute-sanitizer, {tool}", "printed no summary")
     errors = int(found[1] or found[2]) if found else 0
     row = {"stage": "sanitizer", "tool": tool, "status": done.returncode}
     if errors or done.returncode:

@@ -59,10 +59,15 @@ class Results:
 
     def __post_init__(self) -> None:
         if self.path.exists():
-            earlier = json.loads(self.path.read_text())
-            if earlier["rehearsal"] != self.rehearsal:
+            try:
+                earlier = json.loads(self.path.read_text())
+                rehearsal, self.rows = earlier["rehearsal"], earlier["rows"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path} holds no results of the suite: move it away, or mend it"
+                ) from error
+            if rehearsal != self.rehearsal:
                 raise ValueError(f"{self.path} is of a {'GPU' if self.rehearsal else 'rehearsal'}")
-            self.rows = earlier["rows"]
 
     def add(self, row: Row) -> None:
         """Append a row and write the file anew, in one step."""
