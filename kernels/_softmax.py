@@ -589,7 +589,7 @@ def tilings(D: int, *, exact: bool, online: bool = False) -> Tilings:
             return Tilings(Tiling(16, 16, depth, 8, 2), wide)
         return Tilings(Tiling(32, 32, width, 4, 2), Tiling(64, 32, width, 8, 2))
     if width > 256:
-        return Tilings(Tiling(64, 32, 128, 8, 2), Tiling(16, 16, 64, 8, 2))
+        return Tilings(Tiling(64, 32, 128, 8, 2), Tiling(16, 16384 // width, 64, 8, 2))
     if width == 256:
         return Tilings(Tiling(64, 64, width, 8, 2), Tiling(64, 32, width, 8, 2))
     if width == 128:
