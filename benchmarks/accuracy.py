@@ -120,24 +120,24 @@ def _train(flags: Sequence[str]) -> str:
     return printed.getvalue()
 
 
-def _probe(trainer: Trainer, features: Callable[[Trainer, data.Split], Tensor]) -> dict[str, float]:
-    splits = (trainer.train, trainer.test)
-    x_train, x_test = (features(trainer, split) for split in splits)
-    y_train, y_test = (split.labels.to(x_train.device) for split in splits)
-    sets = (x_train, y_train, x_test, y_test)
+def _probe(
+    trainer: Trainer, features: Callable[[Trainer, data.Split], tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    sets = (*features(trainer, trainer.labelled), *features(trainer, trainer.test))
     return {"knn": knn_accuracy(*sets), "linear": linear_accuracy(*sets)}
 
 
-def _features(trainer: Trainer, split: data.Split) -> Tensor:
+def _features(trainer: Trainer, split: data.Split) -> tuple[Tensor, Tensor]:
     return extract_features(trainer.method.encoder, split, trainer.config, trainer.device)
 
 
-def _pixels(trainer: Trainer, split: data.Split) -> Tensor:
-    """The images as an encoder is given them, flattened to [N, 3 * H * W]."""
+def _pixels(trainer: Trainer, split: data.Split) -> tuple[Tensor, Tensor]:
+    """The images as an encoder is given them, flattened to [N, 3 * H * W], and labels [N]."""
     transform = data.eval_transform(trainer.config.image_size)
     workers = trainer.config.workers
     loader = data.image_loader(split, transform, batch_size=256, workers=workers)
-    return torch.cat([x.flatten(1) for x in loader])
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images).flatten(1), torch.cat(labels)
 
 
 def _row(

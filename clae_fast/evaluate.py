@@ -86,11 +86,11 @@ def linear_accuracy(
 @torch.no_grad()
 def extract_features(
     encoder: Encoder, split: data.Split, config: Config, device: torch.device
-) -> Tensor:
-    """Features h of every image of a split, in order; leaves `encoder` in eval mode.
+) -> tuple[Tensor, Tensor]:
+    """Features h and labels of a split, in order; leaves `encoder` in eval mode.
 
     Returns:
-        The features.  # [N, F]
+        The features and the labels.  # [N, F], [N]
     """
     encoder.eval()
     loader = data.image_loader(
@@ -99,7 +99,9 @@ def extract_features(
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    return torch.cat([encoder.features(to_device(x, device)) for x in loader])
+    batches = [(encoder.features(to_device(x, device)), labels.to(device)) for x, labels in loader]
+    features, labels = zip(*batches, strict=True)
+    return torch.cat(features), torch.cat(labels)
 
 
 def evaluate(folder: RunFolder) -> dict[str, float]:
@@ -118,9 +120,11 @@ def evaluate(folder: RunFolder) -> dict[str, float]:
     method = build_method(config, device)
     method.load_state_dict(state["method"])
     encoder = cast(Encoder, method.encoder)
-    train, test = data.load(config.dataset, data_dir=config.data_dir, limit=config.limit)
-    features = [extract_features(encoder, split, config, device) for split in (train, test)]
-    sets = (features[0], train.labels.to(device), features[1], test.labels.to(device))
+    _, labelled, test = data.load(config.dataset, data_dir=config.data_dir, limit=config.limit)
+    sets = (
+        *extract_features(encoder, labelled, config, device),
+        *extract_features(encoder, test, config, device),
+    )
     results = {
         "knn": knn_accuracy(*sets),
         "linear": linear_accuracy(*sets),

@@ -138,6 +138,7 @@ class Trainer:
     Attributes:
         device: where it trains.
         train: the training images.
+        labelled: those of them that have labels, to evaluate with.
         test: the test images, untouched by training.
         method: encoders and loss.
         step: optimiser steps done.
@@ -150,7 +151,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.train, self.test = data.load(
+        self.train, self.labelled, self.test = data.load(
             config.dataset,
             data_dir=config.data_dir,
             limit=config.limit,

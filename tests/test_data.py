@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from clae_fast import data
 from clae_fast.data import DataError
+from clae_fast.data.split import Arrays
 
 
 def jpeg(value, size=(12, 10)):
@@ -34,36 +35,90 @@ def folder(tmp_path):
     return tmp_path
 
 
+def split_of(labels):
+    """Images of one pixel, which is their row."""
+    pixels = torch.arange(len(labels)).float().reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    return data.Split.whole(Arrays(pixels), labels)
+
+
+class TestSplit:
+    def test_select_keeps_images_and_labels_together(self):
+        split = split_of([5, 6, 7, 8])
+        for indices in (slice(1, 3), [1, 2], torch.tensor([False, True, True, False])):
+            part = split.select(indices)
+            assert part.labels.tolist() == [6, 7]
+            assert [part[i][0].item() for i in range(len(part))] == [1, 2]
+            assert part.select([1])[0][0].item() == 2
+
+    @pytest.mark.parametrize("size", [1, 5, 10, 33, 59])
+    def test_hold_out_takes_its_share_of_each_class(self, size):
+        labels = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)[torch.randperm(60)]
+        rest, held = data.hold_out(split_of(labels.tolist()), size, seed=0)
+        assert (len(rest), len(held)) == (60 - size, size)
+        assert sorted([*rest.rows.tolist(), *held.rows.tolist()]) == list(range(60))
+        assert held.rows.tolist() == sorted(held.rows.tolist())
+        shares = torch.bincount(held.labels, minlength=3) - torch.tensor([30, 20, 10]) * size / 60
+        assert shares.abs().max() < 1
+
+    def test_hold_out_depends_on_the_seed_alone(self):
+        split = split_of([0] * 20)
+        first, again, other = (data.hold_out(split, 5, seed=s)[1].rows for s in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    @pytest.mark.parametrize("size", [-1, 0, 4, 5])
+    def test_hold_out_leaves_no_part_empty(self, size):
+        with pytest.raises(ValueError, match=f"size must be from 1 to 3, got {size}"):
+            data.hold_out(split_of([0, 1, 2, 3]), size, seed=0)
+
+    def test_fingerprint_is_that_of_images_and_labels(self):
+        split = split_of([0, 1, 2, 3])
+        assert split.fingerprint() == split_of([0, 1, 2, 3]).fingerprint()
+        others = [split_of([0, 1, 2, 4]), split.select([0, 1, 2]), split.select([1, 0, 2, 3])]
+        others.append(data.Split.whole(Arrays(split.images.pixels + 1), [0, 1, 2, 3]))
+        others.append(data.Split.whole(Arrays(split.images.pixels.numpy() + 1), [0, 1, 2, 3]))
+        assert len({split.fingerprint()} | {other.fingerprint() for other in others}) == 5
+
+    def test_fingerprint_of_encoded_images(self, folder):
+        load = lambda: data.load("parquet", data_dir=folder).train.fingerprint()  # noqa: E731
+        first = load()
+        assert load() == first
+        write_parquet(folder / "train-00001-of-00002.parquet", [jpeg(200) + b"0"], [6])
+        assert load() != first
+
+
 class TestDigits:
     def test_images_are_sixteenths_upscaled_in_three_channels(self):
-        train, test = data.load("digits")
+        train, _, test = data.load("digits")
         assert (len(train), len(test)) == (1437, 360)
         image = train[0]
         assert image.shape == (3, 16, 16)
         assert torch.equal(image[0], image[1])
-        assert (train.images.min(), train.images.max()) == (0, 1)
+        assert (train.images.pixels.min(), train.images.pixels.max()) == (0, 1)
 
     def test_the_split_is_fixed_stratified_and_disjoint(self):
-        train, test = data.load("digits")
-        again, _ = data.load("digits")
-        assert torch.equal(train.images, again.images)
+        train, _, test = data.load("digits")
+        again, _, _ = data.load("digits")
+        assert train.fingerprint() == again.fingerprint()
         shares = torch.bincount(test.labels) / torch.bincount(
             torch.cat([train.labels, test.labels])
         )
         assert ((shares - 0.2).abs() < 0.01).all()
-        both = torch.cat([train.images, test.images]).flatten(1)
+        both = torch.stack(
+            [split[i] for split in (train, test) for i in range(len(split))]
+        ).flatten(1)
         assert len(both.unique(dim=0)) == 1797
 
     def test_limit_takes_the_head_of_both_splits(self):
-        train, _ = data.load("digits")
-        head, test = data.load("digits", limit=10)
+        train, _, _ = data.load("digits")
+        head, _, test = data.load("digits", limit=10)
         assert (len(head), len(test)) == (10, 10)
-        assert torch.equal(head.images, train.images[:10])
+        assert all(torch.equal(head[i], train[i]) for i in range(10))
 
 
 class TestParquet:
     def test_shards_are_read_in_order(self, folder):
-        train, test = data.load("parquet", data_dir=folder)
+        train, _, test = data.load("parquet", data_dir=folder)
         assert train.labels.tolist() == [4, 5, 6]
         assert test.labels.tolist() == [7]
         assert [np.asarray(train[i])[0, 0, 0] for i in range(3)] == [0, 100, 200]
@@ -71,12 +126,12 @@ class TestParquet:
 
     def test_one_whole_file_goes_before_shards(self, folder):
         write_parquet(folder / "train.parquet", [jpeg(9)], [1])
-        train, _ = data.load("parquet", data_dir=str(folder))
+        train, _, _ = data.load("parquet", data_dir=str(folder))
         assert train.labels.tolist() == [1]
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 99])
     def test_limit(self, folder, limit):
-        train, test = data.load("parquet", data_dir=folder, limit=limit)
+        train, _, test = data.load("parquet", data_dir=folder, limit=limit)
         assert train.labels.tolist() == [4, 5, 6][:limit]
         assert len(test) == 1
 
@@ -87,14 +142,14 @@ class TestParquet:
             Image.new(mode, (4, 4)).save(buffer, "PNG")
             images.append(buffer.getvalue())
         write_parquet(folder / "train.parquet", images, [0, 1, 2])
-        train, _ = data.load("parquet", data_dir=folder)
+        train, _, _ = data.load("parquet", data_dir=folder)
         assert [train[i].mode for i in range(3)] == ["RGB"] * 3
 
     def test_a_truncated_image_names_file_and_row(self, folder):
         whole = jpeg(3, size=(64, 64))
         broken = [jpeg(0), whole[: len(whole) // 2], b"", b"no image"]
         write_parquet(folder / "train.parquet", broken, [0, 1, 2, 3])
-        train, _ = data.load("parquet", data_dir=folder)
+        train, _, _ = data.load("parquet", data_dir=folder)
         assert train[0].mode == "RGB"
         for row in (1, 2, 3):
             with pytest.raises(DataError, match=rf"train\.parquet, row {row}: damaged image"):
@@ -149,7 +204,7 @@ class TestCifar:
         return tmp_path
 
     def test_both_splits_are_read(self, root):
-        train, test = data.load("cifar10", data_dir=root, limit=3)
+        train, _, test = data.load("cifar10", data_dir=root, limit=3)
         assert train.labels.tolist() == [0, 0, 1]
         assert test.labels.tolist() == [5, 5]
         assert train[2].size == (32, 32)
@@ -284,6 +339,7 @@ class TestLoaders:
     def test_every_image_is_loaded_once_in_order(self, photographs):
         transform = data.eval_transform(8)
         loader = data.image_loader(photographs, transform, batch_size=3, workers=0)
-        images = torch.cat(list(loader))
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         expected = torch.stack([transform(photographs[i]) for i in range(8)])
         assert torch.equal(images, expected)
+        assert labels.tolist() == list(range(8))

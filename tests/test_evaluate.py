@@ -99,7 +99,9 @@ class TestRun:
         trainer.restore(folder)
         trainer.method.train()
         encoder = trainer.method.encoder
-        features = extract_features(encoder, trainer.test, folder.config, torch.device("cpu"))
+        device = torch.device("cpu")
+        features, labels = extract_features(encoder, trainer.test, folder.config, device)
+        assert torch.equal(labels, trainer.test.labels)
         assert not encoder.training
         transform = data.eval_transform(8)
         images = torch.stack([transform(trainer.test[i]) for i in range(32)])

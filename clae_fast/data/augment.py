@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from clae_fast.data.datasets import Split
+from clae_fast.data.split import Split
 
 
 def augmentation(

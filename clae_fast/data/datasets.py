@@ -1,44 +1,19 @@
 """Labelled image sets, as a train and a test split that decode one image at a time."""
 
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
+
+from clae_fast.data.split import Arrays, DataError, Split, Splits
 
 DATASETS = ("digits", "parquet", "cifar10", "cifar100")
-
-
-class DataError(Exception):
-    """Data that cannot be used; the message names the file, and the row where there is one."""
-
-
-def _as_is(image: Any) -> Any:
-    return image
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images and labels of a training or test set.
-
-    Attributes:
-        images: stored images; `open_image` turns one into a PIL image or a float tensor [3, H, W].
-        labels: class numbers [N], int64, from 0.
-    """
-
-    images: Sequence[Any] | Any
-    labels: Tensor  # [N]
-    open_image: Callable[[Any], Any] = _as_is
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.open_image(self.images[index])
 
 
 def load(
@@ -47,8 +22,8 @@ def load(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     download: bool = False,
-) -> tuple[Split, Split]:
-    """Returns the train and test split of a data set.
+) -> Splits:
+    """Returns the splits of a data set: to train on, labelled, and to test on.
 
     Args:
         name: "digits" (scikit-learn's, embedded), "parquet" (train*.parquet and test*.parquet in
@@ -62,21 +37,18 @@ def load(
         ValueError: an unknown name, or a parquet set without `data_dir`.
     """
     if name == "digits":
-        splits = _digits()
-        return _head(splits[0], limit), _head(splits[1], limit)
-    if name == "parquet":
+        train, test = _digits()
+    elif name == "parquet":
         if data_dir is None:
             raise ValueError("data_dir is required for the parquet data set")
-        return _parquet(Path(data_dir), "train", limit), _parquet(Path(data_dir), "test", limit)
-    if name in ("cifar10", "cifar100"):
+        train, test = (_parquet(Path(data_dir), split, limit) for split in ("train", "test"))
+    elif name in ("cifar10", "cifar100"):
         root = Path(data_dir or "data")
         train, test = (_cifar(name, root, train=t, download=download) for t in (True, False))
-        return _head(train, limit), _head(test, limit)
-    raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
-
-
-def _head(split: Split, limit: int | None) -> Split:
-    return Split(split.images[:limit], split.labels[:limit], split.open_image)
+    else:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+    train, test = (split.select(slice(limit)) for split in (train, test))
+    return Splits(train, train, test)
 
 
 def _digits() -> tuple[Split, Split]:
@@ -88,9 +60,11 @@ def _digits() -> tuple[Split, Split]:
     grey = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
     grey = nn.functional.interpolate(grey, size=(16, 16), mode="bilinear")
     images = grey.expand(-1, 3, -1, -1).contiguous()  # [N, 3, 16, 16]
-    labels = torch.from_numpy(digits.target)
-    rows = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    train, test = (Split(images[row], labels[row]) for row in rows)
+    whole = Split.whole(Arrays(images), digits.target, [str(name) for name in digits.target_names])
+    rows = train_test_split(
+        range(len(whole)), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    train, test = (whole.select(row) for row in rows)
     return train, test
 
 
@@ -106,7 +80,7 @@ def _cifar(name: str, root: Path, *, train: bool, download: bool) -> Split:
         raise DataError(
             f"{name} is not in {root} (or is damaged): unpack it there, or add --download"
         ) from error
-    return Split(data.data, torch.tensor(data.targets), Image.fromarray)
+    return Split.whole(Arrays(data.data), data.targets, data.classes)
 
 
 class _Encoded(NamedTuple):
@@ -115,11 +89,23 @@ class _Encoded(NamedTuple):
     row: int
 
 
-def _decode(image: _Encoded) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(image.data)).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{image.file}, row {image.row}: damaged image ({error})") from error
+@dataclass(frozen=True)
+class _Shards:
+    records: list[_Encoded]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def open(self, row: int) -> Image.Image:
+        image = self.records[row]
+        try:
+            return Image.open(io.BytesIO(image.data)).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{image.file}, row {image.row}: damaged image ({error})") from error
+
+    def digest(self, rows: Sequence[int]) -> bytes:
+        sizes = [len(self.records[row].data) for row in rows]
+        return hashlib.sha256(repr(sizes).encode()).digest()
 
 
 def _parquet(folder: Path, name: str, limit: int | None) -> Split:
@@ -139,7 +125,7 @@ def _parquet(folder: Path, name: str, limit: int | None) -> Split:
         _read_parquet(file, wanted, images, labels)
     if not images:
         raise DataError(f"{files[0]}: no rows")
-    return Split(images, torch.tensor(labels), _decode)
+    return Split.whole(_Shards(images), labels)
 
 
 def _read_parquet(

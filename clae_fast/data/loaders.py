@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from clae_fast.data.augment import TwoViews
-from clae_fast.data.datasets import Split
+from clae_fast.data.split import Split
 
 
 class BatchSchedule(Sampler[list[tuple[int, int]]]):
@@ -76,14 +76,14 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.transform(self.split[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.split[index]), self.split.labels[index]
 
 
 def image_loader(
     split: Split, transform: v2.Compose, *, batch_size: int, workers: int
 ) -> DataLoader:
-    """Loads every image of a split once, in order, as [N, 3, H, W], with `workers` or fewer."""
+    """Loads a split once, in order, with `workers` or fewer: images [N, 3, H, W] and labels [N]."""
     return DataLoader(
         _Images(split, transform),
         batch_size=batch_size,

@@ -1,0 +1,137 @@
+"""A split of a data set: images that open one at a time, their labels, and what identifies them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from PIL import Image
+from torch import Tensor
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message names the file, and the row where there is one."""
+
+
+class Images(Protocol):
+    """Stored images; what opens them is picklable and works in any process."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, row: int) -> Any:
+        """Image `row` as a PIL image in RGB or a float tensor [3, H, W].
+
+        Raises:
+            DataError: it cannot be read; the message names it.
+        """
+
+    def digest(self, rows: Sequence[int]) -> bytes:
+        """Cheap bytes that change with the stored images `rows`."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels, a choice of the rows of what is stored.
+
+    Attributes:
+        images: where the images are.
+        labels: class numbers [N], int64, from 0; -1 where an image has none.
+        rows: the stored images that belong to it, [N].
+        classes: names of the classes by number, where they are known.
+    """
+
+    images: Images
+    labels: Tensor  # [N]
+    rows: Tensor  # [N]
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def whole(
+        cls, images: Images, labels: ArrayLike, classes: Sequence[str] | None = None
+    ) -> "Split":
+        """All of `images`."""
+        labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        return cls(images, labels, torch.arange(len(images)), tuple(classes) if classes else None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images.open(int(self.rows[index]))
+
+    def select(self, indices: Any) -> "Split":
+        """The part at `indices`, which index a tensor."""
+        return replace(self, labels=self.labels[indices], rows=self.rows[indices])
+
+    def fingerprint(self) -> str:
+        """A digest of what the images and labels are, wherever they are stored.
+
+        Encoded images count by name and size and not by content, which would have to be read.
+        """
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        digest.update(self.images.digest(self.rows.tolist()))
+        return digest.hexdigest()
+
+
+class Splits(NamedTuple):
+    """What a data set is used for.
+
+    Attributes:
+        train: what contrastive training reads.
+        labelled: the labelled training images, which evaluation fits on; `train` for most sets.
+        test: the test set, which no training touches.
+    """
+
+    train: Split
+    labelled: Split
+    test: Split
+
+
+def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
+    """Splits off a validation part with the same share of every class, to within one image.
+
+    Args:
+        split: labelled images.
+        size: images to hold out.
+        seed: which ones.
+
+    Returns:
+        The rest and the held out part, each in the order of `split`.
+
+    Raises:
+        ValueError: `size` leaves either part empty.
+    """
+    total = len(split)
+    if not 0 < size < total:
+        raise ValueError(f"size must be from 1 to {total - 1}, got {size}")
+    order = np.random.default_rng(seed).permutation(total)
+    order = order[np.argsort(split.labels.numpy()[order], kind="stable")]
+    # every (total / size)-th image of an order by class, shuffled within each
+    held = np.zeros(total, dtype=bool)
+    held[order[(2 * np.arange(size) + 1) * total // (2 * size)]] = True
+    return split.select(torch.from_numpy(~held)), split.select(torch.from_numpy(held))
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Decoded images in memory: a float tensor [N, 3, H, W], or bytes [N, H, W, 3]."""
+
+    pixels: Tensor | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def open(self, row: int) -> Any:
+        """Image `row`: a tensor, or a PIL image of bytes."""
+        image = self.pixels[row]
+        return image if isinstance(image, Tensor) else Image.fromarray(image)
+
+    def digest(self, rows: Sequence[int]) -> bytes:
+        """Of the pixels themselves."""
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(np.asarray(self.pixels[row]).tobytes())
+        return digest.digest()
