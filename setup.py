@@ -22,14 +22,16 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).parent.resolve() / "csrc"
 
 # *_simd.cpp is compiled once for every instruction set; csrc/isa.cpp chooses one at run time.
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
 ISAS = {
     "x86_64": {
         "portable": "",
         "avx2": "-mavx2 -mfma",
-        "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512",
+        "avx512": AVX512,
+        "avx512_bf16": f"{AVX512} -mavx512bf16",
     },
+    "aarch64": {"neon": ""},
 }
-
 
 BUILD = os.environ.get("CLAE_FAST_BUILD", "auto")
 if BUILD not in ("auto", "cuda", "cpu", "none"):
@@ -92,7 +94,7 @@ class NinjaBuildExt(build_ext):
         ]
         compiler = find_compiler()
         cxxflags = (
-            "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math "
+            "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math "
             "-ffp-contract=fast -g0 -Wall -Wextra " + os.environ.get("CXXFLAGS", "")
         )
         lines = [
@@ -128,10 +130,10 @@ class NinjaBuildExt(build_ext):
                 lines.append(f"build {obj}: nvcc {ninja_path(source)}")
                 objects.append(obj)
             # nvcc links its own static cudart; a g++ link succeeds and then fails at import
-            link = f"{quote(nvcc)} -shared --cudart=static -Xcompiler=-fopenmp $in -o $out"
+            link = f"{quote(nvcc)} -shared --cudart=static $in -o $out"
             link += " -Xlinker=--exclude-libs,ALL"
         else:
-            link = f"{compiler} -shared -fopenmp $in -o $out -Wl,--exclude-libs,ALL"
+            link = f"{compiler} -shared $in -o $out -Wl,--exclude-libs,ALL"
         lines += ["rule link", f"  command = {link}"]
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         (objects_dir / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -1,19 +1,31 @@
 version: str
 cuda: bool
 
+# address, dtype, elements from row to row
+_Rows = tuple[int, int, int]
+
 def isas() -> list[str]: ...
-def nt_xent_workspace(isa: str, N: int, D: int, grad: bool) -> int: ...
+def nt_xent_workspace(isa: str, dtype: int, N: int, D: int, grad: bool) -> int: ...
 def nt_xent(
     isa: str,
-    z0: int,
-    z1: int,
-    stride0: int,
-    stride1: int,
+    z0: _Rows,
+    z1: _Rows,
     N: int,
     D: int,
     temperature: float,
     threads: int,
     loss: int,
+    dz: int,
+    workspace: int,
+) -> None: ...
+def tied_nt_xent_workspace(isa: str, dtype: int, N: int, D: int) -> int: ...
+def tied_nt_xent(
+    isa: str,
+    z: _Rows,
+    N: int,
+    D: int,
+    temperature: float,
+    threads: int,
     dz: int,
     workspace: int,
 ) -> None: ...

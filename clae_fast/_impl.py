@@ -25,7 +25,7 @@ _DEFAULT = os.environ.get("CLAE_FAST_IMPL", "auto")
 # the preferred one of a device comes first
 _IMPLS = {
     "nt_xent": ("native", "cuda", "triton"),
-    "tied_nt_xent": ("triton", "torch"),
+    "tied_nt_xent": ("native", "triton", "torch"),
     "info_nce": ("triton", "torch"),
     "uel": ("triton", "torch"),
     "linf_step": ("native", "triton", "cuda"),

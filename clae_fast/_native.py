@@ -77,17 +77,15 @@ def nt_xent(
     grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss in fp32 and, where wanted, its gradient in fp32, d z0 above d z1: [], [2N, D]."""
-    z0, z1 = _fp32_rows(z0), _fp32_rows(z1)
+    z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
     loss = torch.empty((), dtype=torch.float32)
     dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
-    workspace = torch.empty(_C.nt_xent_workspace(_isa, N, D, grad), dtype=torch.uint8)
+    workspace = _workspace(_C.nt_xent_workspace(_isa, _DTYPES[z0.dtype], N, D, grad))
     _C.nt_xent(
         _isa,
-        z0.data_ptr(),
-        z1.data_ptr(),
-        z0.stride(0),
-        z1.stride(0),
+        _rows(z0),
+        _rows(z1),
         N,
         D,
         temperature,
@@ -97,6 +95,28 @@ def nt_xent(
         workspace.data_ptr(),
     )
     return loss, dz
+
+
+def tied_nt_xent(
+    z: Tensor,  # [N, D]
+    temperature: float,
+) -> Tensor:
+    """The gradient in fp32, [N, D]."""
+    z = _in_rows(z)
+    N, D = z.shape
+    dz = torch.empty((N, D), dtype=torch.float32)
+    workspace = _workspace(_C.tied_nt_xent_workspace(_isa, _DTYPES[z.dtype], N, D))
+    _C.tied_nt_xent(
+        _isa,
+        _rows(z),
+        N,
+        D,
+        temperature,
+        torch.get_num_threads(),
+        dz.data_ptr(),
+        workspace.data_ptr(),
+    )
+    return dz
 
 
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
@@ -235,7 +255,15 @@ def _current_stream(tensor: Tensor) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def _fp32_rows(z: Tensor) -> Tensor:
-    """`z` in fp32 with contiguous rows, itself where it is that already."""
-    z = z.float()
+def _in_rows(z: Tensor) -> Tensor:
+    """`z` with each row in one piece, itself where it is that already."""
     return z if z.stride(1) == 1 else z.contiguous()
+
+
+def _rows(z: Tensor) -> tuple[int, int, int]:
+    """What C++ knows of `z`, which has to outlive the call."""
+    return z.data_ptr(), _DTYPES[z.dtype], z.stride(0)
+
+
+def _workspace(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)

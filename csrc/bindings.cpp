@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <tuple>
 
 #include "isa.h"
 #include "linf_step.h"
 #include "nt_xent.h"
 #include "stem_step.h"
+#include "tied_nt_xent.h"
 
 namespace py = pybind11;
 
@@ -15,6 +17,13 @@ namespace {
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// address, dtype, elements from row to row
+using PyRows = std::tuple<std::uintptr_t, int, int64_t>;
+
+clae_fast::Rows rows(const PyRows& z) {
+  return {pointer<const void>(std::get<0>(z)), clae_fast::DType(std::get<1>(z)), std::get<2>(z)};
 }
 
 clae_fast::LinfStepArgs linf_step_args(std::uintptr_t x,
@@ -55,19 +64,35 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
 
-  m.def("nt_xent_workspace", [](const std::string& isa, int64_t N, int64_t D, bool grad) {
-    return clae_fast::nt_xent_workspace(clae_fast::parse_isa(isa), N, D, grad);
-  });
+  m.def("nt_xent_workspace",
+        [](const std::string& isa, int dtype, int64_t N, int64_t D, bool grad) {
+          return clae_fast::nt_xent_workspace(clae_fast::parse_isa(isa), clae_fast::DType(dtype), N,
+                                              D, grad);
+        });
 
-  m.def("nt_xent", [](const std::string& isa, std::uintptr_t z0, std::uintptr_t z1, int64_t stride0,
-                      int64_t stride1, int64_t N, int64_t D, float temperature, int threads,
-                      std::uintptr_t loss, std::uintptr_t dz, std::uintptr_t workspace) {
+  m.def("nt_xent", [](const std::string& isa, const PyRows& z0, const PyRows& z1, int64_t N,
+                      int64_t D, float temperature, int threads, std::uintptr_t loss,
+                      std::uintptr_t dz, std::uintptr_t workspace) {
     const auto chosen = clae_fast::parse_isa(isa);
     py::gil_scoped_release nogil;
-    clae_fast::nt_xent(chosen, {pointer<const float>(z0), pointer<const float>(z1), stride0,
-                                stride1, N, D, temperature, threads, pointer<float>(loss),
-                                pointer<float>(dz), pointer<unsigned char>(workspace)});
+    clae_fast::nt_xent(chosen,
+                       {rows(z0), rows(z1), N, D, temperature, threads, pointer<float>(loss),
+                        pointer<float>(dz), pointer<unsigned char>(workspace)});
   });
+
+  m.def("tied_nt_xent_workspace", [](const std::string& isa, int dtype, int64_t N, int64_t D) {
+    return clae_fast::tied_nt_xent_workspace(clae_fast::parse_isa(isa), clae_fast::DType(dtype), N,
+                                             D);
+  });
+
+  m.def("tied_nt_xent",
+        [](const std::string& isa, const PyRows& z, int64_t N, int64_t D, float temperature,
+           int threads, std::uintptr_t dz, std::uintptr_t workspace) {
+          const auto chosen = clae_fast::parse_isa(isa);
+          py::gil_scoped_release nogil;
+          clae_fast::tied_nt_xent(chosen, {rows(z), N, D, temperature, threads, pointer<float>(dz),
+                                           pointer<unsigned char>(workspace)});
+        });
 
   m.def("linf_step_cpu",
         [](const std::string& isa, std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,

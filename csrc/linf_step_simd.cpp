@@ -2,24 +2,14 @@
 // The numbers come out the same on all of them, and the same as in the reference.
 #include <cstdint>
 
+#include "half.h"
 #include "linf_step.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
-
-CLAE_FAST_INLINE int32_t to_bits(float value) {
-  int32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-CLAE_FAST_INLINE float from_bits(int32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // Whether rounding `value` towards `centre` moves it away from 0. Written without a choice, which
 // would keep the loop from being vectorised.
@@ -38,7 +28,7 @@ struct Fp32 {
 
 struct Bf16 {
   using Storage = uint16_t;
-  static CLAE_FAST_INLINE float load(uint16_t half) { return from_bits(int32_t(half) << 16); }
+  static CLAE_FAST_INLINE float load(uint16_t half) { return load_bf16(half); }
   static CLAE_FAST_INLINE uint16_t store(float value, float centre) {
     const int32_t bits = to_bits(value);
     const int32_t inexact = (bits & 0xffff) != 0;
@@ -49,15 +39,7 @@ struct Bf16 {
 
 struct Fp16 {
   using Storage = uint16_t;
-  static CLAE_FAST_INLINE float load(uint16_t half) {
-    const int32_t magnitude = half & 0x7fff;
-    const int32_t sign = (int32_t(half) & 0x8000) << 16;
-    // the exponents of fp32 are 112 above; those of inf and NaN are 224 above
-    const int32_t bias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;
-    const int32_t normal = (magnitude << 13) + bias;
-    const int32_t subnormal = to_bits(float(magnitude) * 0x1p-24f);
-    return from_bits((magnitude < 0x0400 ? subnormal : normal) | sign);
-  }
+  static CLAE_FAST_INLINE float load(uint16_t half) { return load_fp16(half); }
   static CLAE_FAST_INLINE uint16_t store(float value, float centre) {
     const int32_t magnitude = to_bits(value) & 0x7fffffff;
     const int32_t sign = int32_t(uint32_t(to_bits(value)) >> 16) & 0x8000;
@@ -158,19 +140,21 @@ void step(const LinfStepArgs& args, int threads) {
   const int64_t length = C == 1 ? kRun : each ? row : args.channel_stride;
   const int64_t runs = (args.size + length - 1) / length;
 
-#pragma omp parallel for num_threads(threads) schedule(static) if (args.size > kRun)
-  for (int64_t r = 0; r < runs; ++r) {
-    const int64_t begin = r * length;
-    const int64_t size = begin + length < args.size ? length : args.size - begin;
-    if (each) {
-      step_run<X, G, true>(x + begin, grad + begin, x0 + begin, out + begin, size,
-                           {table, table + row, table + 2 * row, table + 3 * row});
-    } else {
-      const float* c = table + r % C;
-      step_run<X, G, false>(x + begin, grad + begin, x0 + begin, out + begin, size,
-                            {c, c + C, c + 2 * C, c + 3 * C});
+  parallel(args.size > kRun ? threads : 1, [&](Team& team, int rank) {
+    const Range mine = share(runs, team, rank);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      const int64_t begin = r * length;
+      const int64_t size = begin + length < args.size ? length : args.size - begin;
+      if (each) {
+        step_run<X, G, true>(x + begin, grad + begin, x0 + begin, out + begin, size,
+                             {table, table + row, table + 2 * row, table + 3 * row});
+      } else {
+        const float* c = table + r % C;
+        step_run<X, G, false>(x + begin, grad + begin, x0 + begin, out + begin, size,
+                              {c, c + C, c + 2 * C, c + 3 * C});
+      }
     }
-  }
+  });
 }
 
 template <class X>

@@ -3,16 +3,14 @@
 
 #include <cstdint>
 
-#include "dtype.h"
 #include "isa.h"
+#include "rows.h"
 
 namespace clae_fast {
 
 struct NtXentArgs {
-  const float* z0;  // [N, D], rows stride0 apart
-  const float* z1;  // [N, D], rows stride1 apart
-  int64_t stride0;
-  int64_t stride1;
+  Rows z0;  // [N, D]
+  Rows z1;  // [N, D], of the same dtype
   int64_t N;
   int64_t D;
   float temperature;
@@ -23,7 +21,7 @@ struct NtXentArgs {
 };
 
 // Bytes of scratch: O(N D), never O(N^2).
-int64_t nt_xent_workspace(Isa isa, int64_t N, int64_t D, bool grad);
+int64_t nt_xent_workspace(Isa isa, DType dtype, int64_t N, int64_t D, bool grad);
 
 void nt_xent(Isa isa, const NtXentArgs& args);
 

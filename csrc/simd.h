@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #define CLAE_FAST_INLINE inline __attribute__((always_inline))
 
 namespace clae_fast {
@@ -30,6 +34,25 @@ CLAE_FAST_INLINE Vec load(const float* p) {
   return v;
 }
 CLAE_FAST_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512BF16__)
+constexpr bool kDotBf16 = true;
+#else
+constexpr bool kDotBf16 = false;
+#endif
+
+// acc and the products of both bf16 numbers in each lane.
+CLAE_FAST_INLINE Vec dot_bf16(Vec acc, IVec a, IVec b) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  const int32_t upper = int32_t(0xffff0000);
+  acc += (Vec)(a << 16) * (Vec)(b << 16);
+  return acc + (Vec)(a & upper) * (Vec)(b & upper);
+#endif
+}
+
+CLAE_FAST_INLINE Vec maximum(Vec a, Vec b) { return a < b ? b : a; }
 
 CLAE_FAST_INLINE float horizontal_sum(Vec v) {
   float sum = 0.f;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clae_fast import _check, _impl
+from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.tied_nt_xent import tied_nt_xent as reference
 
@@ -25,6 +25,8 @@ def _tied_nt_xent_impl(
         from clae_fast.kernels.tied_nt_xent import tied_nt_xent
 
         return tied_nt_xent(z, temperature, exact)
+    if impl == "native":
+        return _native.tied_nt_xent(z, temperature)
     with torch.autocast(z.device.type, enabled=False):
         u, norm = unit_rows(z)
         N = len(u)
@@ -76,7 +78,7 @@ def tied_nt_xent(
         z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. A constant here.
         temperature: T, above 0.
         exact: As in :func:`nt_xent`.
-        impl: "auto", "reference", "torch" or "triton".
+        impl: "auto", "reference", "native", "torch" or "triton".
 
     Returns:
         The gradient, [N, D], in fp32, in fp64 for fp64: it can be scaled before a cast to half

@@ -1,0 +1,36 @@
+// Halves of fp32: exact loads of fp16 and bf16, for loops that the compiler vectorises.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace clae_fast {
+namespace CLAE_FAST_ISA {
+
+CLAE_FAST_INLINE int32_t to_bits(float value) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+CLAE_FAST_INLINE float from_bits(int32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+CLAE_FAST_INLINE float load_bf16(uint16_t half) { return from_bits(int32_t(half) << 16); }
+
+CLAE_FAST_INLINE float load_fp16(uint16_t half) {
+  const int32_t magnitude = half & 0x7fff;
+  const int32_t sign = (int32_t(half) & 0x8000) << 16;
+  // the exponents of fp32 are 112 above; those of inf and NaN are 224 above
+  const int32_t bias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;
+  const int32_t normal = (magnitude << 13) + bias;
+  const int32_t subnormal = to_bits(float(magnitude) * 0x1p-24f);
+  return from_bits((magnitude < 0x0400 ? subnormal : normal) | sign);
+}
+
+}  // namespace CLAE_FAST_ISA
+}  // namespace clae_fast

@@ -1,0 +1,117 @@
+#include "parallel.h"
+
+#include <dirent.h>
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <cstring>
+
+namespace clae_fast {
+namespace {
+
+// Linking libgomp would put a second copy of it, with threads of its own, beside torch's in many
+// builds of torch. Its entry points are looked up in the process instead; LLVM's and Intel's
+// runtimes have them too.
+struct OpenMP {
+  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
+  int (*in_parallel)() = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+
+  bool complete() const { return parallel && in_parallel && thread_num && num_threads; }
+};
+
+template <class Function>
+void look_up(void* library, const char* name, Function*& function) {
+  function = reinterpret_cast<Function*>(dlsym(library, name));
+}
+
+int find_in(dl_phdr_info* info, size_t, void* found) {
+  const char* file = std::strrchr(info->dlpi_name, '/');
+  if (file == nullptr) return 0;
+  if (!std::strstr(file, "libgomp") && !std::strstr(file, "libomp") &&
+      !std::strstr(file, "libiomp")) {
+    return 0;
+  }
+  void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return 0;
+  OpenMP candidate;
+  look_up(library, "GOMP_parallel", candidate.parallel);
+  look_up(library, "omp_in_parallel", candidate.in_parallel);
+  look_up(library, "omp_get_thread_num", candidate.thread_num);
+  look_up(library, "omp_get_num_threads", candidate.num_threads);
+  if (!candidate.complete()) return 0;
+  *static_cast<OpenMP*>(found) = candidate;
+  // other packages bring copies that torch does not use
+  return std::strstr(info->dlpi_name, "torch") != nullptr;
+}
+
+bool has_threads() {
+  DIR* tasks = opendir("/proc/self/task");
+  if (tasks == nullptr) return true;
+  int count = 0;
+  while (const dirent* task = readdir(tasks)) count += task->d_name[0] != '.';
+  closedir(tasks);
+  return count > 1;
+}
+
+// A forked child has none of its parent's threads, and the runtime would wait for them for ever.
+bool had_threads = false;
+bool lost_threads = false;
+const int registered = pthread_atfork([] { had_threads = has_threads(); },
+                                      nullptr,
+                                      [] { lost_threads |= had_threads; });
+
+const OpenMP& openmp() {
+  static const OpenMP found = [] {
+    OpenMP runtime;
+    dl_iterate_phdr(find_in, &runtime);
+    return runtime;
+  }();
+  return found;
+}
+
+struct Job {
+  void (*body)(void* context, Team& team, int rank);
+  void* context;
+  Team* team;
+};
+
+void run_job(void* context) {
+  const Job& job = *static_cast<Job*>(context);
+  // fewer than asked for where the runtime has a limit; every thread finds the same number
+  job.team->set_size(openmp().num_threads());
+  job.body(job.context, *job.team, openmp().thread_num());
+}
+
+}  // namespace
+
+void relax(int spins) {
+  if (spins > 1000) sched_yield();
+}
+
+int Team::size() const { return __atomic_load_n(&size_, __ATOMIC_RELAXED); }
+
+void Team::set_size(int size) { __atomic_store_n(&size_, size, __ATOMIC_RELAXED); }
+
+void Team::barrier() {
+  const int passed = __atomic_load_n(&passed_, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == size()) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&passed_, passed + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  for (int spins = 0; __atomic_load_n(&passed_, __ATOMIC_ACQUIRE) == passed; ++spins) relax(spins);
+}
+
+void run_team(int threads, void (*body)(void*, Team&, int), void* context) {
+  Team team;
+  const bool alone = threads <= 1 || lost_threads || !openmp().complete() || openmp().in_parallel();
+  if (alone) return body(context, team, 0);
+  Job job{body, context, &team};
+  openmp().parallel(run_job, &job, unsigned(threads), 0);
+}
+
+}  // namespace clae_fast

@@ -1,0 +1,366 @@
+// Rows made ready to be multiplied, and their products in register tiles; for *_simd.cpp alone.
+//
+// Products run over cells of 32 bits: one fp32 number, or two bf16 numbers that are neighbours
+// along the depth of the product, which some processors multiply and add at once.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include <cstdint>
+
+#include "half.h"
+#include "rows.h"
+#include "simd.h"
+
+namespace clae_fast {
+namespace CLAE_FAST_ISA {
+namespace {
+
+// The register tile: kRows x kCols accumulators, with room for one row of vectors and a broadcast.
+#if defined(__ARM_NEON)
+constexpr int kRows = 8, kVecs = 3;
+#else
+constexpr int kRows = kWidth == 16 ? 12 : 6, kVecs = 2;
+#endif
+constexpr int kCols = kVecs * kWidth;
+
+// The most rows and columns of a tile in memory; it and its rows stay in the L2 cache.
+constexpr int kMaxBlock = 96;
+static_assert(kMaxBlock % kRows == 0 && kMaxBlock % kCols == 0, "a block holds whole tiles");
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kEps = 1e-12;  // of F.normalize
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows in fp32, normalised.
+struct Fp32 {
+  typedef float Cell __attribute__((may_alias));
+  typedef Vec CellVec;
+  static constexpr int kPack = 1;  // numbers in a cell
+
+  static CLAE_FAST_INLINE CellVec load_cells(const Cell* p) { return load(p); }
+  static CLAE_FAST_INLINE Vec multiply_add(Vec acc, Cell a, CellVec b) { return acc + a * b; }
+};
+
+// Rows of bf16 as they came but for a power of two, with a factor that makes them unit rows: their
+// products are exact.
+struct Bf16 {
+  typedef int32_t Cell __attribute__((may_alias));
+  typedef IVec CellVec;
+  static constexpr int kPack = 2;
+
+  static CLAE_FAST_INLINE CellVec load_cells(const Cell* p) {
+    CellVec v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static CLAE_FAST_INLINE Vec multiply_add(Vec acc, Cell a, CellVec b) {
+    return dot_bf16(acc, a - CellVec{}, b);
+  }
+};
+
+// Takes arrays out of a workspace, or counts their bytes where there is none yet.
+struct Carver {
+  unsigned char* base;
+  int64_t bytes = 0;
+
+  template <class Element>
+  Element* take(int64_t count) {
+    unsigned char* pointer = base + bytes;
+    bytes += round_up(count * int64_t(sizeof(Element)), 64);
+    return reinterpret_cast<Element*>(pointer);
+  }
+};
+
+template <class T>
+struct Packed {
+  typedef typename T::Cell Cell;
+  int64_t D;
+  int64_t depth;     // cells of a row
+  int64_t ld;        // cells from row to row
+  int64_t width;     // cells from row to row of `pairs`, numbers of a row of gradients
+  Cell* rows;        // [count, ld] with kPack neighbours of a row in a cell, 0 in the padding
+  Cell* panels;      // [count / kCols, depth, kCols] the same, transposed in panels
+  Cell* pairs;       // [count / kPack, width] with kPack neighbours of a column in a cell
+  float* factor;     // [count] what makes a row a unit row; fp32 rows are that already
+  double* inv_norm;  // [count] 1 / |z|, negative where eps replaced the norm
+};
+
+template <class T>
+Packed<T> carve_rows(Carver& carver, int64_t count, int64_t D) {
+  typedef typename T::Cell Cell;
+  Packed<T> p;
+  p.D = D;
+  p.depth = (D + T::kPack - 1) / T::kPack;
+  // the extra vector keeps rows off each other's cache sets
+  p.width = round_up(D, kCols) + kWidth;
+  p.ld = T::kPack == 1 ? p.width : round_up(p.depth, kWidth) + kWidth;
+  p.rows = carver.take<Cell>(count * p.ld);
+  p.panels = carver.take<Cell>(count * p.depth);
+  p.pairs = T::kPack == 1 ? p.rows : carver.take<Cell>(count / T::kPack * p.width);
+  p.factor = T::kPack == 1 ? nullptr : carver.take<float>(count);
+  p.inv_norm = carver.take<double>(count);
+  return p;
+}
+
+CLAE_FAST_INLINE void load_row(const Rows& source, int64_t row, int64_t D, float* out) {
+  const int64_t at = row * source.stride;
+  if (source.dtype == DType::fp32) {
+    memcpy(out, static_cast<const float*>(source.data) + at, D * sizeof *out);
+    return;
+  }
+  const uint16_t* halves = static_cast<const uint16_t*>(source.data) + at;
+  if (source.dtype == DType::bf16) {
+    for (int64_t d = 0; d < D; ++d) out[d] = load_bf16(halves[d]);
+  } else {
+    for (int64_t d = 0; d < D; ++d) out[d] = load_fp16(halves[d]);
+  }
+}
+
+CLAE_FAST_INLINE double squared_norm(const float* z, int64_t D) {
+  double sum = 0;
+  for (int64_t d = 0; d < D; ++d) sum += double(z[d]) * double(z[d]);
+  return sum;
+}
+
+// Row i of `p` becomes row `row` of `source`.
+void pack_row(const Packed<Fp32>& p, int64_t i, const Rows& source, int64_t row) {
+  float* u = p.rows + i * p.ld;
+  load_row(source, row, p.D, u);
+  const double norm = sqrt(squared_norm(u, p.D));
+  const bool clamped = norm < kEps;
+  const double inv = 1 / (clamped ? kEps : norm);
+  p.inv_norm[i] = clamped ? -inv : inv;
+  for (int64_t d = 0; d < p.D; ++d) u[d] = float(u[d] * inv);
+  memset(u + p.D, 0, (p.ld - p.D) * sizeof *u);
+}
+
+void pack_row(const Packed<Bf16>& p, int64_t i, const Rows& source, int64_t row) {
+  const uint16_t* z = static_cast<const uint16_t*>(source.data) + row * source.stride;
+  double square = 0;
+  for (int64_t d = 0; d < p.D; ++d) square += double(load_bf16(z[d])) * double(load_bf16(z[d]));
+  const double norm = sqrt(square);
+  const bool clamped = norm < kEps;
+  const double floored = clamped ? kEps : norm;
+  p.inv_norm[i] = clamped ? -1 / floored : 1 / floored;
+  // exact, and keeps products far from the ends of fp32's range
+  const int exponent = isfinite(norm) ? ilogb(floored) : 0;
+  const double scale = ldexp(1., -exponent);
+  p.factor[i] = float(ldexp(1., exponent) / floored);
+  Bf16::Cell* cells = p.rows + i * p.ld;
+  memset(cells, 0, p.ld * sizeof *cells);
+  char* out = reinterpret_cast<char*>(cells);
+  for (int64_t d = 0; d < p.D; ++d) {
+    const uint16_t half = uint16_t(to_bits(float(load_bf16(z[d]) * scale)) >> 16);
+    memcpy(out + d * sizeof half, &half, sizeof half);
+  }
+}
+
+template <class T>
+void pad_row(const Packed<T>& p, int64_t i) {
+  memset(p.rows + i * p.ld, 0, p.ld * sizeof *p.rows);
+  p.inv_norm[i] = 0;
+  if (T::kPack > 1) p.factor[i] = 0;
+}
+
+CLAE_FAST_INLINE float unit(const Packed<Fp32>& p, int64_t i, int64_t d) {
+  return p.rows[i * p.ld + d];
+}
+
+CLAE_FAST_INLINE float unit(const Packed<Bf16>& p, int64_t i, int64_t d) {
+  uint16_t half;
+  memcpy(&half, reinterpret_cast<const char*>(p.rows + i * p.ld) + d * sizeof half, sizeof half);
+  return load_bf16(half) * p.factor[i];
+}
+
+void pack_pairs(const Packed<Fp32>&, int64_t, int64_t) {}
+
+void pack_pairs(const Packed<Bf16>& p, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 2) {
+    const char* upper = reinterpret_cast<const char*>(p.rows + i * p.ld);
+    const char* lower = reinterpret_cast<const char*>(p.rows + (i + 1) * p.ld);
+    Bf16::Cell* cells = p.pairs + i / 2 * p.width;
+    memset(cells, 0, p.width * sizeof *cells);
+    char* out = reinterpret_cast<char*>(cells);
+    for (int64_t d = 0; d < p.D; ++d) {
+      memcpy(out + 4 * d, upper + 2 * d, 2);
+      memcpy(out + 4 * d + 2, lower + 2 * d, 2);
+    }
+  }
+}
+
+// The other forms of the rows from `begin` to `end`, whole panels of them.
+template <class T>
+void pack_panels(const Packed<T>& p, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j += kCols) {
+    typename T::Cell* panel = p.panels + j * p.depth;
+    for (int64_t k = 0; k < p.depth; ++k) {
+      for (int c = 0; c < kCols; ++c) panel[k * kCols + c] = p.rows[(j + c) * p.ld + k];
+    }
+  }
+  pack_pairs(p, begin, end);
+}
+
+template <class T>
+double cosine(const Packed<T>& p, int64_t i, const Packed<T>& q, int64_t j) {
+  double sum = 0;
+  for (int64_t d = 0; d < p.D; ++d) sum += double(unit(p, i, d)) * double(unit(q, j, d));
+  return sum;
+}
+
+// dz = scale (du - u (u . du)) / |z| of row i, or scale du / eps where the row was only scaled.
+template <class T>
+void store_raw_grad(const Packed<T>& p, int64_t i, const float* du, double scale, float* dz) {
+  const bool clamped = p.inv_norm[i] < 0;
+  double radial = 0;
+  for (int64_t d = 0; d < p.D && !clamped; ++d) radial += double(unit(p, i, d)) * double(du[d]);
+  const double inv = fabs(p.inv_norm[i]) * scale;
+  const float along = float(radial);
+  for (int64_t d = 0; d < p.D; ++d) dz[d] = float((du[d] - along * unit(p, i, d)) * inv);
+}
+
+// acc += A B over `depth` cells: A's rows are `lda` apart (its columns where transposed), B's
+// `ldb`.
+template <class T, bool transposed>
+CLAE_FAST_INLINE void multiply(const typename T::Cell* a,
+                               int64_t lda,
+                               const typename T::Cell* b,
+                               int64_t ldb,
+                               int64_t depth,
+                               Vec (&acc)[kRows][kVecs]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    typename T::CellVec row[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) row[v] = T::load_cells(b + k * ldb + v * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const typename T::Cell x = transposed ? a[k * lda + i] : a[i * lda + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = T::multiply_add(acc[i][v], x, row[v]);
+    }
+  }
+}
+
+// C += A B for `rows` x `cols` of C, rounded up to register tiles.
+template <class T, bool transposed>
+void accumulate(const typename T::Cell* a,
+                int64_t lda,
+                const typename T::Cell* b,
+                int64_t ldb,
+                int64_t depth,
+                float* c,
+                int64_t ldc,
+                int64_t rows,
+                int64_t cols) {
+  for (int64_t j = 0; j < cols; j += kCols) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      Vec acc[kRows][kVecs];
+      float* tile = c + i * ldc + j;
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) acc[m][v] = load(tile + m * ldc + v * kWidth);
+      }
+      multiply<T, transposed>(a + (transposed ? i : i * lda), lda, b + j, ldb, depth, acc);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) store(tile + m * ldc + v * kWidth, acc[m][v]);
+      }
+    }
+  }
+}
+
+// y = u_i . v_j * scale + shift of the register tile at row i of `p` and column j of `q`.
+template <class T>
+CLAE_FAST_INLINE void similarities(const Packed<T>& p,
+                                   int64_t i,
+                                   const Packed<T>& q,
+                                   int64_t j,
+                                   float scale,
+                                   float shift,
+                                   Vec (&y)[kRows][kVecs]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) y[m][v] = Vec{};
+  }
+  multiply<T, false>(p.rows + i * p.ld, p.ld, q.panels + j * q.depth, kCols, q.depth, y);
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      if (T::kPack == 1) {
+        y[m][v] = y[m][v] * scale + shift;
+      } else {
+        y[m][v] = y[m][v] * (scale * p.factor[i + m]) * load(q.factor + j + v * kWidth) + shift;
+      }
+    }
+  }
+}
+
+// The cells along `count` rows or columns.
+template <class T>
+constexpr int64_t cells(int64_t count) {
+  return (count + T::kPack - 1) / T::kPack;
+}
+
+// A tile of weights, as the left operand of a product over its columns or over its rows.
+template <class T>
+struct Weights;
+
+template <>
+struct Weights<Fp32> {
+  static constexpr int kLd = kMaxBlock;  // of `over_columns`
+  alignas(64) float over_columns[kMaxBlock * kMaxBlock];
+  const float* over_rows() const { return over_columns; }
+
+  CLAE_FAST_INLINE void put(int64_t i, int64_t j, const Vec (&w)[kRows][kVecs]) {
+    float* tile = over_columns + i * kMaxBlock + j;
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) store(tile + m * kMaxBlock + v * kWidth, w[m][v]);
+    }
+  }
+};
+
+template <>
+struct Weights<Bf16> {
+  static constexpr int kLd = kMaxBlock / 2;
+  alignas(64) Bf16::Cell over_columns[kMaxBlock * kMaxBlock / 2];
+  alignas(64) Bf16::Cell paired_rows[kMaxBlock / 2 * kMaxBlock];
+  const Bf16::Cell* over_rows() const { return paired_rows; }
+
+  CLAE_FAST_INLINE void put(int64_t i, int64_t j, const Vec (&w)[kRows][kVecs]) {
+    typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+    for (int m = 0; m < kRows; m += 2) {
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t column = j + v * kWidth;
+        const IVec upper = rounded(w[m][v]), lower = rounded(w[m + 1][v]);
+        const IVec low_half = upper >> 16 & 0xffff;
+        const HalfVec first = __builtin_convertvector(low_half, HalfVec);
+        const HalfVec second = __builtin_convertvector(lower >> 16 & 0xffff, HalfVec);
+        const IVec pair = low_half | (lower & int32_t(0xffff0000));
+        char* row = reinterpret_cast<char*>(over_columns + (i + m) * kLd) + 2 * column;
+        __builtin_memcpy(row, &first, sizeof first);
+        __builtin_memcpy(row + 4 * kLd, &second, sizeof second);
+        __builtin_memcpy(paired_rows + (i + m) / 2 * kMaxBlock + column, &pair, sizeof pair);
+      }
+    }
+  }
+
+ private:
+  // bf16 to nearest even, in the upper half
+  static CLAE_FAST_INLINE IVec rounded(Vec w) {
+    const IVec bits = (IVec)w;
+    return bits + 0x7fff + (bits >> 16 & 1);
+  }
+};
+
+}  // namespace
+}  // namespace CLAE_FAST_ISA
+}  // namespace clae_fast
