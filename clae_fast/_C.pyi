@@ -29,6 +29,21 @@ def tied_nt_xent(
     dz: int,
     workspace: int,
 ) -> None: ...
+def info_nce(
+    isa: str,
+    anchor: _Rows,
+    keys: _Rows,
+    N: int,
+    M: int,
+    D: int,
+    temperature: float,
+    symmetric: bool,
+    threads: int,
+    loss: int,
+    danchor: int,
+    dkeys: int,
+    workspace: int,
+) -> int: ...
 def nt_xent_cuda_workspace(N: int, D: int, grad: bool) -> int: ...
 def nt_xent_cuda(
     z0: int,

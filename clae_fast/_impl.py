@@ -26,7 +26,7 @@ _DEFAULT = os.environ.get("CLAE_FAST_IMPL", "auto")
 _IMPLS = {
     "nt_xent": ("native", "cuda", "triton"),
     "tied_nt_xent": ("native", "triton", "torch"),
-    "info_nce": ("triton", "torch"),
+    "info_nce": ("native", "triton", "torch"),
     "uel": ("triton", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),

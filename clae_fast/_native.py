@@ -9,6 +9,7 @@ import ctypes
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,6 +118,41 @@ def tied_nt_xent(
         workspace.data_ptr(),
     )
     return dz
+
+
+def info_nce(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    temperature: float,
+    symmetric: bool,
+    grad_anchor: bool,
+    grad_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and the wanted gradients in fp32, [N, D] and [M, D]; others have no elements."""
+    anchor, keys = _in_rows(anchor), _in_rows(keys)
+    N, D = anchor.shape
+    M = len(keys)
+    loss = torch.empty((), dtype=torch.float32)
+    danchor = torch.empty((N, D) if grad_anchor else 0, dtype=torch.float32)
+    dkeys = torch.empty((M, D) if grad_keys else 0, dtype=torch.float32)
+    call = partial(
+        _C.info_nce,
+        _isa,
+        _rows(anchor),
+        _rows(keys),
+        N,
+        M,
+        D,
+        temperature,
+        symmetric,
+        torch.get_num_threads(),
+        loss.data_ptr(),
+        danchor.data_ptr(),
+        dkeys.data_ptr(),
+    )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
+    return loss, danchor, dkeys
 
 
 def nt_xent_cuda_takes(n: int, D: int) -> bool:

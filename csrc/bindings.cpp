@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "info_nce.h"
 #include "isa.h"
 #include "linf_step.h"
 #include "nt_xent.h"
@@ -92,6 +93,30 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release nogil;
           clae_fast::tied_nt_xent(chosen, {rows(z), N, D, temperature, threads, pointer<float>(dz),
                                            pointer<unsigned char>(workspace)});
+        });
+
+  m.def("info_nce",
+        [](const std::string& isa, const PyRows& anchor, const PyRows& keys, int64_t N, int64_t M,
+           int64_t D, float temperature, bool symmetric, int threads, std::uintptr_t loss,
+           std::uintptr_t danchor, std::uintptr_t dkeys, std::uintptr_t workspace) {
+          const auto chosen = clae_fast::parse_isa(isa);
+          const clae_fast::InfoNceArgs args{rows(anchor),
+                                            rows(keys),
+                                            N,
+                                            M,
+                                            D,
+                                            temperature,
+                                            symmetric,
+                                            threads,
+                                            pointer<float>(loss),
+                                            pointer<float>(danchor),
+                                            pointer<float>(dkeys),
+                                            pointer<unsigned char>(workspace)};
+          py::gil_scoped_release nogil;
+          // without a workspace the call tells how many bytes it takes
+          if (workspace == 0) return clae_fast::info_nce_workspace(chosen, args);
+          clae_fast::info_nce(chosen, args);
+          return int64_t(0);
         });
 
   m.def("linf_step_cpu",

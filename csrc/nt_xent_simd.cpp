@@ -9,8 +9,9 @@ int64_t nt_xent_workspace(DType dtype, int64_t N, int64_t D, bool grad) {
 }
 
 void nt_xent(const NtXentArgs& args) {
-  symmetric({args.z0, args.z1, args.N, 2 * args.N, args.D, /*positive=*/args.N, /*copies=*/1.,
-             args.temperature, args.threads, args.loss, args.dz, args.workspace});
+  float* dz1 = args.dz ? args.dz + args.N * args.D : nullptr;
+  symmetric({args.z0, args.z1, args.N, 2 * args.N, args.D, /*positive=*/args.N, Pairs::all,
+             args.temperature, args.threads, args.loss, args.dz, dz1, args.workspace});
 }
 
 }  // namespace CLAE_FAST_ISA

@@ -16,7 +16,10 @@
 namespace clae_fast {
 namespace CLAE_FAST_ISA {
 
-#if defined(__AVX512F__)
+// The tests set CLAE_FAST_WIDTH and CLAE_FAST_DOT_BF16 to run, on any processor, what these would.
+#if defined(CLAE_FAST_WIDTH)
+constexpr int kWidth = CLAE_FAST_WIDTH;
+#elif defined(__AVX512F__)
 constexpr int kWidth = 16;
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
@@ -35,7 +38,7 @@ CLAE_FAST_INLINE Vec load(const float* p) {
 }
 CLAE_FAST_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(CLAE_FAST_DOT_BF16)
 constexpr bool kDotBf16 = true;
 #else
 constexpr bool kDotBf16 = false;

@@ -4,9 +4,10 @@
 // positive's row, c how often a negative counts, neg_i = c sum_j E_ij, pos_i = E_ip:
 //   loss_i = softplus(log neg_i - log pos_i),  q_i = neg_i / (neg_i + pos_i)
 //   d loss / d u_i = 1/(nT) [ sum_j E_ij (r_i + r_j) u_j - q u_p ],  r = 1/(neg + pos)
-// with q = q_i + q_p in NT-Xent, where p is another row. A tile above the diagonal serves its rows
-// and its columns: n^2 D FLOPs for the loss, 3 n^2 D more for the gradient. Below T = 0.023
-// exp(-2/T) leaves fp32's range: row maxima instead of the shift.
+// with q = q_i + q_p where p is another row. InfoNCE is the same with anchors and keys for rows and
+// pairs of one of each alone; a row without a loss has r = q = 0. A tile above the diagonal serves
+// its rows and its columns: n^2 D FLOPs for the loss, 3 n^2 D more for the gradient. Below T =
+// 0.023 exp(-2/T) leaves fp32's range: row maxima instead of the shift.
 //
 // Two tiles that share no block of rows may run side by side. Tiles are ordered as the rounds of a
 // tournament and each waits only for the earlier ones of its own two blocks, so every sum has one
@@ -14,6 +15,7 @@
 #pragma once
 
 #include "parallel.h"
+#include "softmax.h"
 #include "tile.h"
 
 namespace clae_fast {
@@ -28,6 +30,14 @@ inline int block_rows(int64_t n) {
                                                                               : kMaxBlock;
 }
 
+// Which pairs are negatives, and which rows have a loss.
+enum class Pairs {
+  all,        // every other row but the positive
+  twice,      // the same, each counted twice
+  both_ways,  // rows of `first` with rows of `second`
+  one_way,    // the same, but rows of `second` have no loss
+};
+
 // The rows of `first` above those of `second`, if there are two views.
 struct SymmetricArgs {
   Rows first;   // [N, D]
@@ -36,11 +46,12 @@ struct SymmetricArgs {
   int64_t n;
   int64_t D;
   int64_t positive;  // distance of a row's positive: N, or 0 for itself
-  double copies;     // how often a negative counts
+  Pairs pairs;
   float temperature;
   int threads;
-  float* loss;  // [1] or null
-  float* dz;    // [n, D] or null
+  float* loss;     // [1], null where it is not wanted
+  float* dfirst;   // [N, D], null where it is not wanted
+  float* dsecond;  // [n - N, D], null where it is not wanted
   unsigned char* workspace;
 };
 
@@ -48,25 +59,24 @@ template <class T>
 struct Scratch {
   int64_t n, D, offset, padded, blocks;
   int block;
-  Packed<T> u;       // [padded, D]
-  float* du;         // [padded, u.width]
-  double* neg;       // [padded] sum of E, or of 2^(y - peak)
-  double* loss;      // [padded]
-  double* positive;  // [padded] log2 of pos, with the shift in the fixed-shift form
-  float* peak;       // [padded] row maximum of y over the negatives, online form
-  float* r;          // [padded] 1 / (neg + pos); online form: its log2
-  float* q;          // [padded]
-  int* next;         // [2] the next tile of a pass
-  int* done;         // [2, blocks] tiles finished of a block, in each pass
+  bool crossed;  // an anchor's negatives are keys alone, and the other way round
+  Packed<T> u;   // [padded, D]
+  float* du;     // [padded, u.width]
+  double* neg;   // [padded] sum of E, or of 2^(y - peak)
+  double* loss;  // [padded]
+  float* peak;   // [padded] row maximum of y over the negatives, online form
+  float* r;      // [padded] 1 / (neg + pos); online form: its log2
+  float* q;      // [padded]
+  int* next;     // [2] the next tile of a pass
+  int* done;     // [2, blocks] tiles finished of a block, in each pass
   int64_t bytes;
 };
 
 template <class T>
-Scratch<T> carve(int64_t n, int64_t D, int64_t offset, bool grad, unsigned char* base) {
+Scratch<T> carve(int64_t n, int64_t D, bool grad, unsigned char* base) {
   Scratch<T> s;
   s.n = n;
   s.D = D;
-  s.offset = offset;
   s.block = block_rows(n);
   s.blocks = (n + s.block - 1) / s.block;
   s.padded = s.blocks * s.block;
@@ -75,7 +85,6 @@ Scratch<T> carve(int64_t n, int64_t D, int64_t offset, bool grad, unsigned char*
   s.du = carver.take<float>(grad ? s.padded * s.u.width : 0);
   s.neg = carver.take<double>(s.padded);
   s.loss = carver.take<double>(s.padded);
-  s.positive = carver.take<double>(s.padded);
   s.peak = carver.take<float>(s.padded);
   s.r = carver.take<float>(s.padded);
   s.q = carver.take<float>(s.padded);
@@ -87,7 +96,7 @@ Scratch<T> carve(int64_t n, int64_t D, int64_t offset, bool grad, unsigned char*
 
 template <class T>
 int64_t positive_of(const Scratch<T>& s, int64_t row) {
-  return row + s.offset < s.n ? row + s.offset : row - s.offset;
+  return row < s.offset ? row + s.offset : row - s.offset;
 }
 
 // All ones where (row, column) is a negative pair inside the matrix.
@@ -97,7 +106,19 @@ CLAE_FAST_INLINE IVec negatives(const Scratch<T>& s, int64_t i, int64_t j) {
   for (int l = 0; l < kWidth; ++l) column[l] = int32_t(j + l);
   const int32_t n = int32_t(s.n), row = int32_t(i), positive = int32_t(positive_of(s, i));
   const IVec inside = (column < n) & (row < n ? ~IVec{} : IVec{});
-  return inside & (column != row) & (column != positive);
+  const IVec others = inside & (column != row) & (column != positive);
+  if (!s.crossed) return others;
+  const IVec is_key = column >= int32_t(s.offset);
+  return others & (row < s.offset ? is_key : ~is_key);
+}
+
+// Are all of the rows from i and all of the columns from j on the same side of `offset`, or all on
+// different sides?
+template <class T>
+bool on_sides(const Scratch<T>& s, int64_t i, int64_t rows, int64_t j, int64_t cols, bool same) {
+  const bool above = i + rows <= s.offset, below = i >= s.offset;
+  const bool left = j + cols <= s.offset, right = j >= s.offset;
+  return same ? (above && left) || (below && right) : (above && right) || (below && left);
 }
 
 // Does the register tile at (i, j) hold anything but negatives?
@@ -105,7 +126,7 @@ template <class T>
 bool is_special(const Scratch<T>& s, int64_t i, int64_t j) {
   auto crosses = [&](int64_t shift) { return j < i + shift + kRows && i + shift < j + kCols; };
   return crosses(0) || crosses(s.offset) || crosses(-s.offset) || i + kRows > s.n ||
-         j + kCols > s.n;
+         j + kCols > s.n || (s.crossed && !on_sides(s, i, kRows, j, kCols, false));
 }
 
 // Sets a register tile to 0 at all but negative pairs.
@@ -213,10 +234,16 @@ void sum_tile_online(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
   }
 }
 
+// Does any row of the block at I have a gradient that is wanted?
+template <class T>
+bool is_wanted(const Scratch<T>& s, const SymmetricArgs& args, int64_t I) {
+  return (I < args.N && args.dfirst) || (I + s.block > args.N && args.dsecond);
+}
+
 // Adds W U to the tile's rows of dU and, off the diagonal, W^T U to its columns' rows. Where rows
 // have factors f, W_ij f_i f_j takes W's place and dU_i / f_i comes out.
 template <class T, bool online>
-void grad_tile(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
+void grad_tile(const Scratch<T>& s, const SymmetricArgs& args, float scale, int64_t I, int64_t J) {
   Weights<T> w;
   const int64_t rows = smaller(s.n - I, s.block);
   const int64_t cols = smaller(s.n - J, s.block);
@@ -246,9 +273,11 @@ void grad_tile(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
   }
   const Packed<T>& u = s.u;
   const int64_t width = round_up(s.D, kCols);
-  accumulate<T, false>(w.over_columns, w.kLd, u.pairs + J / T::kPack * u.width, u.width,
-                       cells<T>(cols), s.du + I * u.width, u.width, rows, width);
-  if (I == J) return;
+  if (is_wanted(s, args, I)) {
+    accumulate<T, false>(w.over_columns, w.kLd, u.pairs + J / T::kPack * u.width, u.width,
+                         cells<T>(cols), s.du + I * u.width, u.width, rows, width);
+  }
+  if (I == J || !is_wanted(s, args, J)) return;
   accumulate<T, true>(w.over_rows(), kMaxBlock, u.pairs + I / T::kPack * u.width, u.width,
                       cells<T>(rows), s.du + J * u.width, u.width, cols, width);
 }
@@ -285,7 +314,8 @@ void play(const Scratch<T>& s, int pass, Tile tile) {
     wait(I, round + 1);
     if (J < s.blocks) {
       wait(J, round + 1);
-      tile(I * s.block, J * s.block);
+      const bool empty = s.crossed && on_sides(s, I * s.block, s.block, J * s.block, s.block, true);
+      if (!empty) tile(I * s.block, J * s.block);
       finish(J);
     }
     finish(I);
@@ -308,18 +338,24 @@ void pack_block(const Scratch<T>& s, const SymmetricArgs& args, int64_t I) {
 
 // loss_i, q_i and r_i of one row from its sum over the negatives.
 template <class T, bool online>
-void finish_row(const Scratch<T>& s, double copies, int64_t i) {
-  const double neg = copies * s.neg[i];
-  const double log_neg = log2(neg) + (online && neg > 0 ? double(s.peak[i]) : 0.);
-  const double log_pos = s.positive[i];
-  const double x = (log_neg - log_pos) / kLog2e;
-  const double decay = exp(-fabs(x));
-  const double high = x > 0 ? 1. : decay, low = x > 0 ? decay : 1.;
-  s.loss[i] = (x > 0 ? x : 0.) + log1p(decay);
-  s.q[i] = float(high / (high + low));
-  const double log_den = log_pos + s.loss[i] * kLog2e;
-  s.r[i] = online ? float(-log_den) : float(1 / (neg + ::exp2(log_pos)));
+void finish_row(const Scratch<T>& s, const SymmetricArgs& args, double scale, int64_t i) {
+  if (args.pairs == Pairs::one_way && i >= args.N) {
+    s.loss[i] = 0;
+    s.q[i] = 0;
+    s.r[i] = online ? -INFINITY : 0;
+    return;
+  }
+  const double similarity = cosine(s.u, i, s.u, positive_of(s, i));
+  const double log_pos = (online ? similarity : similarity - 1) * scale;
+  const double neg = (args.pairs == Pairs::twice ? 2 : 1) * s.neg[i];
+  const RowLoss row = row_loss(log2(neg) + (online && neg > 0 ? double(s.peak[i]) : 0.), log_pos);
+  s.loss[i] = row.loss;
+  s.q[i] = float(row.q);
+  s.r[i] = online ? float(-row.log_den) : float(1 / (neg + ::exp2(log_pos)));
 }
+
+// How many rows have a loss.
+int64_t losses(const SymmetricArgs& args) { return args.pairs == Pairs::one_way ? args.N : args.n; }
 
 // dz_i from dU_i: the positive's share, then back through the normalisation.
 template <class T>
@@ -329,14 +365,16 @@ void finish_grad(const Scratch<T>& s, const SymmetricArgs& args, int64_t i) {
   const float weight = p == i ? s.q[i] : s.q[i] + s.q[p];
   const float factor = T::kPack == 1 ? 1.f : 1.f / s.u.factor[i];
   for (int64_t d = 0; d < s.D; ++d) du[d] = du[d] * factor - weight * unit(s.u, p, d);
-  const double scale = 1 / (double(s.n) * double(args.temperature));
-  store_raw_grad(s.u, i, du, scale, args.dz + i * s.D);
+  const double scale = 1 / (double(losses(args)) * double(args.temperature));
+  float* dz = i < args.N ? args.dfirst + i * s.D : args.dsecond + (i - args.N) * s.D;
+  store_raw_grad(s.u, i, du, scale, dz);
 }
 
 template <class T, bool online>
 void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
   const double scale = kLog2e / args.temperature;
   const float scale32 = float(scale);
+  const bool grad = args.dfirst || args.dsecond;
   memset(s.next, 0, 2 * sizeof *s.next);
   memset(s.done, 0, 2 * s.blocks * sizeof *s.done);
   parallel(args.threads, [&](Team& team, int rank) {
@@ -348,7 +386,7 @@ void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
         s.peak[i] = -INFINITY;
         s.r[i] = 0;
       }
-      if (!args.dz) continue;
+      if (!grad) continue;
       memset(s.du + b * s.block * s.u.width, 0, s.block * s.u.width * sizeof(float));
     }
     team.barrier();
@@ -356,27 +394,26 @@ void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
       online ? sum_tile_online(s, scale32, I, J) : sum_tile_fixed(s, scale32, I, J);
     });
     team.barrier();
+    for (int64_t i = rows.begin; i < rows.end; ++i) finish_row<T, online>(s, args, scale, i);
+    if (!grad) return;
+    team.barrier();
+    play(s, 1, [&](int64_t I, int64_t J) { grad_tile<T, online>(s, args, scale32, I, J); });
+    team.barrier();
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const double similarity = cosine(s.u, i, s.u, positive_of(s, i));
-      s.positive[i] = (online ? similarity : similarity - 1) * scale;
-      finish_row<T, online>(s, args.copies, i);
+      if (i < args.N ? args.dfirst : args.dsecond) finish_grad(s, args, i);
     }
-    if (!args.dz) return;
-    team.barrier();
-    play(s, 1, [&](int64_t I, int64_t J) { grad_tile<T, online>(s, scale32, I, J); });
-    team.barrier();
-    for (int64_t i = rows.begin; i < rows.end; ++i) finish_grad(s, args, i);
   });
   if (!args.loss) return;
   double total = 0;
   for (int64_t i = 0; i < s.n; ++i) total += s.loss[i];
-  args.loss[0] = float(total / double(s.n));
+  args.loss[0] = float(total / double(losses(args)));
 }
 
 template <class T>
 void run_symmetric(const SymmetricArgs& args) {
-  const bool grad = args.dz != nullptr;
-  const auto s = carve<T>(args.n, args.D, args.positive, grad, args.workspace);
+  auto s = carve<T>(args.n, args.D, args.dfirst || args.dsecond, args.workspace);
+  s.offset = args.positive;
+  s.crossed = args.pairs == Pairs::both_ways || args.pairs == Pairs::one_way;
   args.temperature < kMinShift ? run_symmetric<T, true>(s, args) : run_symmetric<T, false>(s, args);
 }
 
@@ -385,8 +422,8 @@ constexpr bool stays_bf16(DType dtype) { return kDotBf16 && dtype == DType::bf16
 
 // Bytes of scratch: O(n D), never O(n^2).
 int64_t symmetric_workspace(DType dtype, int64_t n, int64_t D, bool grad) {
-  return stays_bf16(dtype) ? carve<Bf16>(n, D, 0, grad, nullptr).bytes
-                           : carve<Fp32>(n, D, 0, grad, nullptr).bytes;
+  return stays_bf16(dtype) ? carve<Bf16>(n, D, grad, nullptr).bytes
+                           : carve<Fp32>(n, D, grad, nullptr).bytes;
 }
 
 void symmetric(const SymmetricArgs& args) {

@@ -10,8 +10,8 @@ int64_t tied_nt_xent_workspace(DType dtype, int64_t N, int64_t D) {
 
 // Both views are the same rows: a row is its own positive, and every negative is there twice.
 void tied_nt_xent(const TiedNtXentArgs& args) {
-  symmetric({args.z, args.z, args.N, args.N, args.D, /*positive=*/0, /*copies=*/2.,
-             args.temperature, args.threads, nullptr, args.dz, args.workspace});
+  symmetric({args.z, args.z, args.N, args.N, args.D, /*positive=*/0, Pairs::twice, args.temperature,
+             args.threads, nullptr, args.dz, nullptr, args.workspace});
 }
 
 }  // namespace CLAE_FAST_ISA

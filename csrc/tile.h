@@ -29,7 +29,6 @@ constexpr int kCols = kVecs * kWidth;
 constexpr int kMaxBlock = 96;
 static_assert(kMaxBlock % kRows == 0 && kMaxBlock % kCols == 0, "a block holds whole tiles");
 
-constexpr double kLog2e = 1.4426950408889634;
 constexpr double kEps = 1e-12;  // of F.normalize
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -326,6 +325,10 @@ struct Weights<Fp32> {
       for (int v = 0; v < kVecs; ++v) store(tile + m * kMaxBlock + v * kWidth, w[m][v]);
     }
   }
+  // One vector, for products over columns alone.
+  CLAE_FAST_INLINE void put_columns(int64_t i, int64_t j, Vec w) {
+    store(over_columns + i * kMaxBlock + j, w);
+  }
 };
 
 template <>
@@ -336,21 +339,22 @@ struct Weights<Bf16> {
   const Bf16::Cell* over_rows() const { return paired_rows; }
 
   CLAE_FAST_INLINE void put(int64_t i, int64_t j, const Vec (&w)[kRows][kVecs]) {
-    typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
     for (int m = 0; m < kRows; m += 2) {
       for (int v = 0; v < kVecs; ++v) {
         const int64_t column = j + v * kWidth;
-        const IVec upper = rounded(w[m][v]), lower = rounded(w[m + 1][v]);
-        const IVec low_half = upper >> 16 & 0xffff;
-        const HalfVec first = __builtin_convertvector(low_half, HalfVec);
-        const HalfVec second = __builtin_convertvector(lower >> 16 & 0xffff, HalfVec);
-        const IVec pair = low_half | (lower & int32_t(0xffff0000));
-        char* row = reinterpret_cast<char*>(over_columns + (i + m) * kLd) + 2 * column;
-        __builtin_memcpy(row, &first, sizeof first);
-        __builtin_memcpy(row + 4 * kLd, &second, sizeof second);
+        put_columns(i + m, column, w[m][v]);
+        put_columns(i + m + 1, column, w[m + 1][v]);
+        const IVec pair =
+            (rounded(w[m][v]) >> 16 & 0xffff) | (rounded(w[m + 1][v]) & int32_t(0xffff0000));
         __builtin_memcpy(paired_rows + (i + m) / 2 * kMaxBlock + column, &pair, sizeof pair);
       }
     }
+  }
+  CLAE_FAST_INLINE void put_columns(int64_t i, int64_t j, Vec w) {
+    typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+    const HalfVec halves = __builtin_convertvector(rounded(w) >> 16 & 0xffff, HalfVec);
+    __builtin_memcpy(reinterpret_cast<char*>(over_columns + i * kLd) + 2 * j, &halves,
+                     sizeof halves);
   }
 
  private:

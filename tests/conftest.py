@@ -30,6 +30,22 @@ def nan_empty():
 
 
 @pytest.fixture
+def threads():
+    """A context in which torch has another number of threads."""
+
+    @contextlib.contextmanager
+    def running_with(count):
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return running_with
+
+
+@pytest.fixture
 def cuda_device(monkeypatch):
     """Where impl="cuda" runs: the GPU, or emulated on the CPU where it cannot."""
     if torch.cuda.is_available() and _native.has_cuda():

@@ -9,92 +9,163 @@ from clae_fast.ops import _rows
 from clae_fast.testing import (
     assert_accurate,
     assert_bitwise_equal,
+    implementations,
     projections,
+    running,
     value_and_grads,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
+# the interpreter's turn is in test_kernels_rows.py
+IMPLEMENTATIONS = [name for name in implementations("info_nce") if name != "triton"]
+NATIVE = [name for name in IMPLEMENTATIONS if name.startswith("native")]
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
-def check(anchor, keys, temperature, **options):
+
+def check(implementation, anchor, keys, temperature, **options):
     options = {"temperature": temperature, **options}
-    loss, grads = value_and_grads(clae_fast.info_nce, anchor, keys, **options)
-    loss_alone = clae_fast.info_nce(anchor, keys, **options)
+    with running(implementation) as impl:
+        loss, grads = value_and_grads(clae_fast.info_nce, anchor, keys, impl=impl, **options)
+        loss_alone = clae_fast.info_nce(anchor, keys, impl=impl, **options)
+        # where keys are constants, one pass over them makes both
+        loss_of_anchor, (danchor,) = value_and_grads(
+            lambda a: clae_fast.info_nce(a, keys, impl=impl, **options), anchor
+        )
     eager_loss, eager_grads = value_and_grads(reference.info_nce, anchor, keys, **options)
     exact_loss, exact_grads = value_and_grads(
         reference.info_nce, anchor.double(), keys.double(), **options
     )
-    for value in (loss, loss_alone):
+    for value in (loss, loss_alone, loss_of_anchor):
         assert_accurate(value, eager_loss, exact_loss, temperature=temperature, what="loss")
     for name, grad, eager, exact in zip(
-        ("danchor", "dkeys"), grads, eager_grads, exact_grads, strict=True
+        ("danchor", "dkeys", "danchor alone"),
+        (*grads, danchor),
+        (*eager_grads, eager_grads[0]),
+        (*exact_grads, exact_grads[0]),
+        strict=True,
     ):
         assert_accurate(grad, eager, exact, temperature=temperature, what=name)
 
 
+@every_implementation
 @pytest.mark.parametrize("temperature", [0.5, 0.1, 0.07, 0.05, 0.02, 0.005])
 @pytest.mark.parametrize("noise", [None, 0.1, 1e-3], ids=["independent", "near", "equal"])
 @pytest.mark.parametrize(("N", "M"), [(2, 2), (1, 4), (33, 33), (20, 61)])
-def test_against_fp64(N, M, noise, temperature):
+def test_against_fp64(implementation, N, M, noise, temperature):
     anchor, keys = projections(M, 17, noise=noise)
-    check(anchor[:N], keys, temperature)
+    check(implementation, anchor[:N], keys, temperature)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 0.05])
-def test_both_directions(temperature):
-    check(*projections(20, 17, noise=0.1), temperature, symmetric=True)
+@every_implementation
+@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.01])
+def test_both_directions(implementation, temperature):
+    check(implementation, *projections(20, 17, noise=0.1), temperature, symmetric=True)
+    check(implementation, *projections(131, 9, noise=0.1), temperature, symmetric=True)
 
 
+@every_implementation
+@pytest.mark.parametrize("temperature", [0.2, 0.02])
+# several blocks of anchors, groups of them, and more tiles of keys than chunks
+@pytest.mark.parametrize(("N", "M"), [(7, 3500), (200, 203), (401, 790)])
+def test_many_keys(implementation, N, M, temperature):
+    anchor, keys = projections(M, 10, noise=0.5)
+    check(implementation, anchor[:N], keys, temperature)
+
+
+@every_implementation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_inputs(dtype):
-    check(*projections(23, 12, dtype=dtype), 0.1)
+def test_half_precision_inputs(implementation, dtype):
+    check(implementation, *projections(23, 12, dtype=dtype), 0.1)
+    check(implementation, *projections(115, 7, dtype=dtype), 0.05, symmetric=True)
 
 
-def test_rows_around_the_norm_floor():
+@every_implementation
+def test_rows_around_the_norm_floor(implementation):
     anchor, keys = projections(9, 6)
     anchor[0], anchor[1], anchor[2] = 0, 1e-13, anchor[2] * 1e-6
     keys[2], keys[3], keys[4] = 0, 1e-13, keys[4] * 1e-6
-    check(anchor, keys, 0.1)
+    check(implementation, anchor, keys, 0.1)
 
 
 def test_blocks_of_rows(monkeypatch):
     anchor, keys = projections(13, 6)
     monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 4 * 13 + 1)
-    check(anchor, keys, 0.1)
+    check("torch", anchor, keys, 0.1)
 
 
-def test_one_key_has_no_loss():
-    loss, grads = value_and_grads(clae_fast.info_nce, *projections(1, 5))
+@pytest.mark.parametrize("implementation", NATIVE)
+@pytest.mark.parametrize("both", [True, False], ids=["both", "anchor"])
+def test_the_number_of_threads_changes_nothing(implementation, both, threads):
+    anchor, keys = projections(500, 13)
+
+    def run():
+        with running(implementation) as impl:
+            loss = lambda a, k: clae_fast.info_nce(a, k, impl=impl)  # noqa: E731
+            if both:
+                return value_and_grads(loss, anchor[:100], keys)
+            return value_and_grads(lambda a: loss(a, keys), anchor[:100])
+
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            value, grads = run()
+        results.append((value, *grads))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert_bitwise_equal(actual, expected)
+
+
+@every_implementation
+def test_one_key_has_no_loss(implementation):
+    with running(implementation) as impl:
+        loss, grads = value_and_grads(clae_fast.info_nce, *projections(1, 5), impl=impl)
     assert loss == 0
     assert not any(grad.any() for grad in grads)
 
 
+@every_implementation
 @pytest.mark.parametrize("which", [0, 1])
-def test_only_the_requested_gradient(which, monkeypatch):
+def test_only_the_requested_gradient(implementation, which):
     operands = list(projections(6, 4))
-    both = value_and_grads(clae_fast.info_nce, *operands)[1]
-    operands[which].requires_grad_()
-    loss = clae_fast.info_nce(*operands)
+    with running(implementation) as impl:
+        both = value_and_grads(clae_fast.info_nce, *operands, impl=impl)[1]
+        operands[which].requires_grad_()
+        loss = clae_fast.info_nce(*operands, impl=impl)
     # the other one was not even computed
     assert [saved.numel() for saved in loss.grad_fn.saved_tensors][1 - which] == 0
     loss.backward()
-    assert_bitwise_equal(operands[which].grad, both[which])
+    torch.testing.assert_close(operands[which].grad, both[which])
     assert operands[1 - which].grad is None
 
 
-def test_strided_inputs():
+@every_implementation
+def test_strided_inputs(implementation):
     anchor, keys = (torch.cat([z, z], 1)[:, :6] for z in projections(9, 6))
-    strided = value_and_grads(clae_fast.info_nce, anchor, keys)
-    dense = value_and_grads(clae_fast.info_nce, anchor.contiguous(), keys.contiguous())
+    with running(implementation) as impl:
+        strided = value_and_grads(clae_fast.info_nce, anchor, keys, impl=impl)
+        dense = value_and_grads(
+            clae_fast.info_nce, anchor.contiguous(), keys.contiguous(), impl=impl
+        )
     torch.testing.assert_close(strided, dense)
 
 
-def test_nan_reaches_loss_and_gradients():
-    anchor, keys = projections(5, 6)
-    keys[4, 1] = math.nan
-    loss, grads = value_and_grads(clae_fast.info_nce, anchor, keys)
+@every_implementation
+@pytest.mark.parametrize(("which", "row"), [(0, 1), (1, 1), (1, 4)])
+def test_nan_reaches_loss_and_gradients(implementation, which, row):
+    operands = projections(5, 6)
+    operands[which][row, 1] = math.nan
+    anchor, keys = operands[0][:3], operands[1]
+    with running(implementation) as impl:
+        loss, (danchor, _) = value_and_grads(clae_fast.info_nce, anchor, keys, impl=impl)
+        alone, (danchor_alone,) = value_and_grads(
+            lambda a: clae_fast.info_nce(a, keys, impl=impl), anchor
+        )
     assert loss.isnan()
-    assert all(grad.isnan().all() for grad in grads)
+    assert alone.isnan()
+    reached = [row] if which == 0 else [0, 1, 2]
+    assert danchor[reached].isnan().all()
+    assert danchor_alone[reached].isnan().all()
 
 
 def test_double_backward_raises():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from clae_fast import _check, _impl
+from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.info_nce import info_nce as reference
 
@@ -37,6 +37,8 @@ def _info_nce_impl(
         from clae_fast.kernels.info_nce import info_nce
 
         return info_nce(anchor, keys, temperature, symmetric, (grad_anchor, grad_keys), exact)
+    if impl == "native":
+        return _native.info_nce(anchor, keys, temperature, symmetric, grad_anchor, grad_keys)
     loss, danchor, dkeys = _one_way(anchor, keys, temperature, grad_anchor, grad_keys)
     if not symmetric:
         return loss, danchor, dkeys
@@ -161,7 +163,7 @@ def info_nce(
         temperature: T, above 0.
         symmetric: Take the loss in both directions; needs M = N.
         exact: As in :func:`nt_xent`.
-        impl: "auto", "reference", "torch" or "triton".
+        impl: "auto", "reference", "native", "torch" or "triton".
 
     Returns:
         The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for M = 1.

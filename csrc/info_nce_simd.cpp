@@ -1,0 +1,233 @@
+// InfoNCE where keys have no gradient, as in a queue, in one pass over the keys; otherwise in tiles
+// of the symmetric matrix over anchors and keys, of which only pairs of an anchor and a key count.
+//
+// The pass keeps, for every anchor, the largest logit so far, m, the sum of 2^(y - m) over the
+// negatives and the sum of 2^(y - m) k, with k the unit row of a key: 4 N M D FLOPs for loss and
+// gradient, and no key is stored in another form than a tile's.
+#include "info_nce.h"
+#include "softmax.h"
+#include "symmetric.h"
+
+namespace clae_fast {
+namespace CLAE_FAST_ISA {
+namespace {
+
+// Anchors and their sums that stay in the L2 cache while keys go by.
+constexpr int64_t kGroup = 4 * kMaxBlock;
+// Chunks of keys are for threads to share. Their number does not depend on that of the threads, and
+// so neither does a result.
+constexpr int64_t kTasks = 32;
+
+template <class T>
+struct Pass {
+  int64_t padded, groups, tiles, chunks;
+  Packed<T> u;    // [padded, D] of the anchors
+  float* du;      // [chunks, padded, u.width] sum of 2^(y - peak) k, where it is wanted
+  double* sum;    // [chunks, padded] sum of 2^(y - peak)
+  float* peak;    // [chunks, padded]
+  double* loss;   // [N]
+  int* next;      // [1] the next task
+  Carver carver;  // of what follows: a tile of keys for every thread
+};
+
+template <class T>
+Pass<T> carve_pass(const InfoNceArgs& args) {
+  Pass<T> p;
+  p.padded = round_up(args.N, kMaxBlock);
+  p.groups = (args.N + kGroup - 1) / kGroup;
+  p.tiles = (args.M + kMaxBlock - 1) / kMaxBlock;
+  p.chunks = smaller(p.tiles, (kTasks + p.groups - 1) / p.groups);
+  p.carver = {args.workspace};
+  p.u = carve_rows<T>(p.carver, p.padded, args.D);
+  p.du = p.carver.template take<float>(args.danchor ? p.chunks * p.padded * p.u.width : 0);
+  p.sum = p.carver.template take<double>(p.chunks * p.padded);
+  p.peak = p.carver.template take<float>(p.chunks * p.padded);
+  p.loss = p.carver.template take<double>(args.N);
+  p.next = p.carver.template take<int>(1);
+  return p;
+}
+
+template <class T>
+void pack_keys(const Packed<T>& k, const InfoNceArgs& args, int64_t J) {
+  for (int64_t j = 0; j < kMaxBlock; ++j) {
+    if (J + j < args.M) {
+      pack_row(k, j, args.keys, J + j);
+    } else {
+      pad_row(k, j);
+    }
+  }
+  pack_panels(k, 0, kMaxBlock);
+}
+
+// Adds a tile of keys to the sums of a block of anchors.
+template <class T>
+void add_tile(const Pass<T>& p,
+              const InfoNceArgs& args,
+              int64_t chunk,
+              int64_t I,
+              const Packed<T>& k,
+              int64_t J) {
+  alignas(64) float y[kMaxBlock * kMaxBlock];
+  Weights<T> w;
+  const float scale = float(kLog2e / args.temperature);
+  const int64_t rows = smaller(args.N - I, kMaxBlock), cols = smaller(args.M - J, kMaxBlock);
+  for (int64_t j = 0; j < cols; j += kCols) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      Vec tile[kRows][kVecs];
+      similarities(p.u, I + i, k, j, scale, 0.f, tile);
+      for (int m = 0; m < kRows; ++m) {
+        for (int v = 0; v < kVecs; ++v) {
+          store(y + (i + m) * kMaxBlock + j + v * kWidth, tile[m][v]);
+        }
+      }
+    }
+  }
+  const int64_t first = chunk * p.padded + I;
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = y + i * kMaxBlock;
+    // keys that are no negatives: those behind the last, and the positive
+    const int64_t width = round_up(cols, kCols);
+    for (int64_t j = cols; j < width; ++j) row[j] = -INFINITY;
+    if (J <= I + i && I + i < J + cols) row[I + i - J] = -INFINITY;
+    Vec top = splat(p.peak[first + i]);
+    for (int64_t j = 0; j < width; j += kWidth) top = maximum(top, load(row + j));
+    float peak = top[0];
+    for (int l = 1; l < kWidth; ++l) peak = peak < top[l] ? top[l] : peak;
+    float* du = args.danchor ? p.du + (first + i) * p.u.width : nullptr;
+    if (peak > p.peak[first + i]) {
+      const double shrink = ::exp2(double(p.peak[first + i]) - peak);
+      p.sum[first + i] *= shrink;
+      for (int64_t d = 0; d < p.u.width && du; ++d) du[d] *= float(shrink);
+      p.peak[first + i] = peak;
+    }
+    const Vec from = splat(peak == -INFINITY ? 0.f : peak);  // -inf - -inf would be NaN
+    Vec sum = {};
+    for (int64_t j = 0; j < width; j += kWidth) {
+      Vec e = exp2<true>(load(row + j) - from);
+      sum += e;
+      if (T::kPack > 1) e *= load(k.factor + j);
+      w.put_columns(i, j, e);
+    }
+    p.sum[first + i] += horizontal_sum(sum);
+  }
+  if (!args.danchor) return;
+  for (int64_t i = rows; i < round_up(rows, kRows); ++i) {
+    for (int64_t j = 0; j < cols; j += kWidth) w.put_columns(i, j, Vec{});
+  }
+  accumulate<T, false>(w.over_columns, w.kLd, k.pairs, k.width, cells<T>(cols),
+                       p.du + first * p.u.width, p.u.width, rows, round_up(args.D, kCols));
+}
+
+// Loss and gradient of one anchor from the sums of all chunks; `k` has room for a row.
+template <class T>
+void finish_anchor(const Pass<T>& p, const InfoNceArgs& args, const Packed<T>& k, int64_t i) {
+  float peak = -INFINITY;
+  for (int64_t c = 0; c < p.chunks; ++c) {
+    const float other = p.peak[c * p.padded + i];
+    peak = peak < other ? other : peak;
+  }
+  const double from = peak == -INFINITY ? 0. : peak;
+  double neg = 0;
+  for (int64_t c = 0; c < p.chunks; ++c) {
+    const double weight = ::exp2(p.peak[c * p.padded + i] - from);
+    neg += p.sum[c * p.padded + i] * weight;
+  }
+  pack_row(k, 0, args.keys, i);
+  const double log_pos = cosine(p.u, i, k, 0) * (kLog2e / args.temperature);
+  const RowLoss row = row_loss(log2(neg) + from, log_pos);
+  p.loss[i] = row.loss;
+  if (!args.danchor) return;
+  float* du = p.du + i * p.u.width;
+  for (int64_t c = 0; c < p.chunks; ++c) {
+    const float* part = p.du + (c * p.padded + i) * p.u.width;
+    const float weight = float(::exp2(p.peak[c * p.padded + i] - row.log_den));
+    for (int64_t d = 0; d < args.D; ++d) du[d] = (c ? du[d] : 0.f) + weight * part[d];
+  }
+  for (int64_t d = 0; d < args.D; ++d) du[d] -= float(row.q) * unit(k, 0, d);
+  const double scale = 1 / (double(args.N) * double(args.temperature));
+  store_raw_grad(p.u, i, du, scale, args.danchor + i * args.D);
+}
+
+template <class T>
+void run_pass(const InfoNceArgs& args) {
+  Pass<T> p = carve_pass<T>(args);
+  *p.next = 0;
+  const int64_t tile_bytes = [&] {
+    Carver counted{nullptr};
+    carve_rows<T>(counted, kMaxBlock, args.D);
+    return counted.bytes;
+  }();
+  parallel(args.threads, [&](Team& team, int rank) {
+    Carver carver{args.workspace, p.carver.bytes + rank * tile_bytes};
+    const Packed<T> k = carve_rows<T>(carver, kMaxBlock, args.D);
+    const Range blocks = share(p.padded / kMaxBlock, team, rank);
+    for (int64_t I = blocks.begin * kMaxBlock; I < blocks.end * kMaxBlock; I += kMaxBlock) {
+      for (int64_t i = I; i < I + kMaxBlock; ++i) {
+        if (i < args.N) {
+          pack_row(p.u, i, args.anchor, i);
+        } else {
+          pad_row(p.u, i);
+        }
+      }
+    }
+    team.barrier();
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(p.next, 1, __ATOMIC_RELAXED);
+      if (task >= p.groups * p.chunks) break;
+      const int64_t chunk = task / p.groups, begin = task % p.groups * kGroup;
+      const int64_t end = smaller(begin + kGroup, args.N);
+      const int64_t first = chunk * p.padded + begin, count = round_up(end - begin, kMaxBlock);
+      for (int64_t i = first; i < first + count; ++i) {
+        p.sum[i] = 0;
+        p.peak[i] = -INFINITY;
+      }
+      if (args.danchor) {
+        memset(p.du + first * p.u.width, 0, count * p.u.width * sizeof(float));
+      }
+      for (int64_t t = chunk * p.tiles / p.chunks; t < (chunk + 1) * p.tiles / p.chunks; ++t) {
+        pack_keys(k, args, t * kMaxBlock);
+        for (int64_t I = begin; I < end; I += kMaxBlock) {
+          add_tile(p, args, chunk, I, k, t * kMaxBlock);
+        }
+      }
+    }
+    team.barrier();
+    const Range rows = share(args.N, team, rank);
+    for (int64_t i = rows.begin; i < rows.end; ++i) finish_anchor(p, args, k, i);
+  });
+  double total = 0;
+  for (int64_t i = 0; i < args.N; ++i) total += p.loss[i];
+  args.loss[0] = float(total / double(args.N));
+}
+
+template <class T>
+int64_t pass_workspace(const InfoNceArgs& args) {
+  Carver carver = carve_pass<T>(args).carver;
+  for (int rank = 0; rank < args.threads; ++rank) carve_rows<T>(carver, kMaxBlock, args.D);
+  return carver.bytes;
+}
+
+bool is_symmetric(const InfoNceArgs& args) { return args.symmetric || args.dkeys; }
+
+}  // namespace
+
+int64_t info_nce_workspace(const InfoNceArgs& args) {
+  if (is_symmetric(args)) {
+    return symmetric_workspace(args.anchor.dtype, args.N + args.M, args.D,
+                               args.danchor || args.dkeys);
+  }
+  return stays_bf16(args.anchor.dtype) ? pass_workspace<Bf16>(args) : pass_workspace<Fp32>(args);
+}
+
+void info_nce(const InfoNceArgs& args) {
+  if (is_symmetric(args)) {
+    symmetric({args.anchor, args.keys, args.N, args.N + args.M, args.D, /*positive=*/args.N,
+               args.symmetric ? Pairs::both_ways : Pairs::one_way, args.temperature, args.threads,
+               args.loss, args.danchor, args.dkeys, args.workspace});
+  } else {
+    stays_bf16(args.anchor.dtype) ? run_pass<Bf16>(args) : run_pass<Fp32>(args);
+  }
+}
+
+}  // namespace CLAE_FAST_ISA
+}  // namespace clae_fast
