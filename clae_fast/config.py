@@ -37,10 +37,21 @@ class Config:
     )
     color_jitter_prob: float = _option(0.8, "probability of the colour jitter")
     grey_prob: float = _option(0.0, "probability of a grey view")
+    blur_prob: tuple[float, float] = _option(
+        (0.0, 0.0), "probability of Gaussian blur, of view p and of view q"
+    )
+    solarize_prob: tuple[float, float] = _option(
+        (0.0, 0.0), "probability of solarization, of view p and of view q"
+    )
     mean: tuple[float, float, float] = _option(
         (0.5, 0.5, 0.5), "mean that the encoder subtracts from pixels in 0..1"
     )
     std: tuple[float, float, float] = _option((0.5, 0.5, 0.5), "and what it then divides by")
+    on_corrupt: str = _option(
+        "fail",
+        "what an unreadable image does: end the run, or be left out and counted",
+        choices=("fail", "skip"),
+    )
     workers: int = _option(0, "loader processes, at most one a core; 0 loads in the main process")
 
     method: str = _option("simclr", "contrastive method", choices=("simclr", "plain", "uel"))
@@ -86,7 +97,7 @@ class Config:
             self._require(name, lambda v: v > 0, "positive")
         for name in _NOT_NEGATIVE:
             self._require(name, lambda v: v >= 0, "0 or more")
-        for name in ("color_jitter_prob", "grey_prob"):
+        for name in ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
             self._require(name, lambda v: v <= 1, "at most 1")
         self._require("crop_min_scale", lambda v: v <= 1, "at most 1")
         if self.color_jitter[3] > 0.5:
@@ -138,7 +149,8 @@ _POSITIVE = (
     "batch_size", "log_every", "checkpoint_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "color_jitter", "color_jitter_prob", "grey_prob", "workers", "adv_weight", "eps", "step_size",
+    "color_jitter", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob", "workers",
+    "adv_weight", "eps", "step_size",
     "hidden_dim", "momentum", "weight_decay", "warmup_epochs", "milestones", "factors", "seed",
 )  # fmt: skip
 

@@ -98,17 +98,23 @@ def extract_features(
         data.eval_transform(config.image_size),
         batch_size=config.batch_size,
         workers=config.workers,
+        pin_memory=device.type == "cuda",
     )
     batches = [(encoder.features(to_device(x, device)), labels.to(device)) for x, labels in loader]
     features, labels = zip(*batches, strict=True)
     return torch.cat(features), torch.cat(labels)
 
 
-def evaluate(folder: RunFolder) -> dict[str, float]:
+def evaluate(folder: RunFolder, splits: data.Splits | None = None) -> dict[str, float]:
     """Evaluates the last checkpoint of a run and writes its results.json.
 
+    Args:
+        folder: the run.
+        splits: its data set, if it is loaded already.
+
     Returns:
-        "knn" and "linear", accuracies in per cent, and the optimiser "step" they belong to.
+        "knn" and "linear", accuracies in per cent, the optimiser "step" they belong to, and how
+        many images were "corrupt" and skipped.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -120,7 +126,13 @@ def evaluate(folder: RunFolder) -> dict[str, float]:
     method = build_method(config, device)
     method.load_state_dict(state["method"])
     encoder = cast(Encoder, method.encoder)
-    _, labelled, test = data.load(config.dataset, data_dir=config.data_dir, limit=config.limit)
+    splits = splits or data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        limit=config.limit,
+        on_corrupt=config.on_corrupt,
+    )
+    _, labelled, test = splits
     sets = (
         *extract_features(encoder, labelled, config, device),
         *extract_features(encoder, test, config, device),
@@ -129,6 +141,7 @@ def evaluate(folder: RunFolder) -> dict[str, float]:
         "knn": knn_accuracy(*sets),
         "linear": linear_accuracy(*sets),
         "step": state["step"],
+        "corrupt": len(test.corrupt),
     }
     folder.write_json("results.json", results)
     return results

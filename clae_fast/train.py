@@ -51,7 +51,7 @@ def _main(argv: Sequence[str] | None) -> None:
         folder = RunFolder.create(out, config)
     try:
         trainer.fit(folder)
-        results = evaluate(folder)
+        results = evaluate(folder, trainer.splits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with --resume {folder.path}") from None
     print(report(results))

@@ -1,5 +1,6 @@
 """The training loop: epochs, log points, checkpoints and resume. It knows no method's formula."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -137,6 +138,7 @@ class Trainer:
 
     Attributes:
         device: where it trains.
+        splits: the data set.
         train: the training images.
         labelled: those of them that have labels, to evaluate with.
         test: the test images, untouched by training.
@@ -151,12 +153,14 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.train, self.labelled, self.test = data.load(
+        self.splits = data.load(
             config.dataset,
             data_dir=config.data_dir,
             limit=config.limit,
             download=config.download,
+            on_corrupt=config.on_corrupt,
         )
+        self.train, self.labelled, self.test = self.splits
         torch.manual_seed(config.seed)
         self.method = build_method(config, self.device)
         self.attack = build_attack(config)
@@ -273,15 +277,10 @@ class Trainer:
 
     def _views(self) -> data.TwoViews:
         config = self.config
-        transform = data.augmentation(
-            config.image_size,
-            crop_min_scale=config.crop_min_scale,
-            flip=config.flip,
-            color_jitter=config.color_jitter,
-            color_jitter_prob=config.color_jitter_prob,
-            grey_prob=config.grey_prob,
+        recipe = data.Recipe(
+            **{field.name: getattr(config, field.name) for field in dataclasses.fields(data.Recipe)}
         )
-        return data.TwoViews(self.train, transform, seed=config.seed)
+        return data.TwoViews(self.train, config.image_size, recipe, seed=config.seed)
 
     def _batches(self) -> data.BatchSchedule:
         config = self.config

@@ -1,5 +1,10 @@
 import io
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +13,6 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from torchvision import datasets
-from torchvision.transforms import v2
 
 from clae_fast import data
 from clae_fast.data import DataError
@@ -125,25 +129,30 @@ class TestParquet:
         assert (train[0].size, train[0].mode) == ((12, 10), "RGB")
 
     def test_one_whole_file_goes_before_shards(self, folder):
-        write_parquet(folder / "train.parquet", [jpeg(9)], [1])
+        write_parquet(folder / "train.parquet", [jpeg(9)] * 2, [1, 2])
         train, _, _ = data.load("parquet", data_dir=str(folder))
-        assert train.labels.tolist() == [1]
+        assert train.labels.tolist() == [1, 2]
 
-    @pytest.mark.parametrize("limit", [1, 2, 3, 99])
+    @pytest.mark.parametrize("limit", [2, 3, 99])
     def test_limit(self, folder, limit):
         train, _, test = data.load("parquet", data_dir=folder, limit=limit)
         assert train.labels.tolist() == [4, 5, 6][:limit]
         assert len(test) == 1
 
-    def test_grey_and_transparent_images_become_rgb(self, folder):
-        images = []
-        for mode in ("L", "RGBA", "P"):
-            buffer = io.BytesIO()
-            Image.new(mode, (4, 4)).save(buffer, "PNG")
-            images.append(buffer.getvalue())
-        write_parquet(folder / "train.parquet", images, [0, 1, 2])
-        train, _, _ = data.load("parquet", data_dir=folder)
-        assert [train[i].mode for i in range(3)] == ["RGB"] * 3
+    def test_large_sets_are_read_a_row_group_at_a_time(self, folder, monkeypatch):
+        images = [jpeg(10 * i) for i in range(7)]
+        records = [{"bytes": image, "path": None} for image in images]
+        table = pa.table({"img": records, "label": [0, 1] * 3 + [0]})
+        parquet.write_table(table, folder / "train.parquet", row_group_size=3)
+        small = data.load("parquet", data_dir=folder).train
+        monkeypatch.setattr("clae_fast.data.shards._IN_MEMORY", 0)
+        large = data.load("parquet", data_dir=folder).train
+        assert (len(small.images.records), large.images.records) == (3, None)
+        for split in (small, large, pickle.loads(pickle.dumps(large))):
+            assert [np.asarray(split[i])[0, 0, 0] for i in range(7)] == list(range(0, 70, 10))
+        assert large.fingerprint() == small.fingerprint()
+        monkeypatch.setattr("clae_fast.data.shards._LARGE_GROUP", 0)
+        assert data.load("parquet", data_dir=folder).train.images.records is not None
 
     def test_a_truncated_image_names_file_and_row(self, folder):
         whole = jpeg(3, size=(64, 64))
@@ -157,13 +166,19 @@ class TestParquet:
 
     def test_a_row_without_bytes_is_named(self, folder):
         write_parquet(folder / "train.parquet", [jpeg(0), None], [0, 1])
+        train, _, _ = data.load("parquet", data_dir=folder)
         with pytest.raises(DataError, match=r"train\.parquet, row 1: img holds no bytes"):
-            data.load("parquet", data_dir=folder)
+            train[1]
 
     @pytest.mark.parametrize("label", [None, -1, 0.5])
     def test_a_bad_label_is_named(self, folder, label):
         write_parquet(folder / "train.parquet", [jpeg(0)], [label])
         with pytest.raises(DataError, match=r"row 0: label must be a class number, got"):
+            data.load("parquet", data_dir=folder)
+
+    def test_images_that_are_no_records_are_refused(self, folder):
+        parquet.write_table(pa.table({"img": [b"1"], "label": [0]}), folder / "train.parquet")
+        with pytest.raises(DataError, match=r"img must hold records with bytes, holds binary"):
             data.load("parquet", data_dir=folder)
 
     @pytest.mark.parametrize("columns", [{"img": [1]}, {"picture": [1], "label": [1]}])
@@ -188,6 +203,18 @@ class TestParquet:
             data.load("parquet", data_dir=folder)
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+
+
+def write_png(file, pixels=PIXELS):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+
+
+def refuse(*_, **__):
+    raise OSError("Name or service not known")
+
+
 class TestCifar:
     @pytest.fixture
     def root(self, tmp_path, monkeypatch):
@@ -196,150 +223,395 @@ class TestCifar:
         folder.mkdir()
         names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
         for value, name in enumerate(names):
-            batch = {"data": np.full((2, 3072), value, np.uint8), "labels": [value, value]}
+            batch = {"data": np.full((2, 3072), value, np.uint8), "labels": [9 - value, value]}
             (folder / name).write_bytes(pickle.dumps(batch))
-        meta = {"label_names": [str(i) for i in range(10)]}
+        meta = {"label_names": [f"class {i}" for i in range(10)]}
         (folder / "batches.meta").write_bytes(pickle.dumps(meta))
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
         return tmp_path
 
     def test_both_splits_are_read(self, root):
-        train, _, test = data.load("cifar10", data_dir=root, limit=3)
-        assert train.labels.tolist() == [0, 0, 1]
-        assert test.labels.tolist() == [5, 5]
+        train, labelled, test = data.load("cifar10", data_dir=root, limit=3)
+        assert labelled is train
+        assert train.labels.tolist() == [9, 0, 8]
+        assert test.labels.tolist() == [4, 5]
+        assert train.classes[9] == "class 9"
         assert train[2].size == (32, 32)
         assert np.asarray(test[0]).max() == 5
 
+    def test_damaged_files_are_noticed(self, root, monkeypatch):
+        monkeypatch.undo()
+        with pytest.raises(DataError, match=r"cifar10 is not in .*, or damaged"):
+            data.load("cifar10", data_dir=root)
+
     def test_missing_files_say_what_to_do(self, tmp_path):
-        with pytest.raises(DataError, match=r"cifar100 is not in .* or add --download"):
+        with pytest.raises(DataError, match=r"cifar100 is not in .*: unpack https:.* --download"):
             data.load("cifar100", data_dir=tmp_path)
 
     def test_no_network(self, tmp_path, monkeypatch):
-        def refuse(*_, **__):
-            raise OSError("Name or service not known")
-
         monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
-        with pytest.raises(DataError, match=r"cannot fetch cifar10 into .*: Name or service"):
+        with pytest.raises(DataError, match=r"cannot fetch cifar10 into .* \(Name or .* https://"):
             data.load("cifar10", data_dir=tmp_path, download=True)
 
 
-def test_unknown_names_and_missing_folder_argument():
-    with pytest.raises(ValueError, match=r"dataset must be one of digits, .* got 'mnist'"):
-        data.load("mnist")
-    with pytest.raises(ValueError, match="data_dir is required"):
-        data.load("parquet")
+class TestStl10:
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        """STL-10's files: 4 labelled, 6 other and 2 test images, whose pixels count up."""
+        folder = tmp_path / datasets.STL10.base_folder
+        folder.mkdir()
+        first = 0
+        for name, count in (("train", 4), ("unlabeled", 6), ("test", 2)):
+            images = np.zeros((count, 3, 96, 96), np.uint8)
+            images[:] = np.arange(first, first + count).reshape(-1, 1, 1, 1)
+            # columns come first in these files
+            images[:, 0, 5, 0] = 200
+            images.tofile(folder / f"{name}_X.bin")
+            first += count
+        np.array([1, 10, 2, 1], np.uint8).tofile(folder / "train_y.bin")
+        np.array([3, 10], np.uint8).tofile(folder / "test_y.bin")
+        (folder / "class_names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+        monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *_: True)
+        return tmp_path
+
+    def test_training_has_the_images_without_labels_too(self, root):
+        train, labelled, test = data.load("stl10", data_dir=root)
+        assert train.labels.tolist() == [0, 9, 1, 0] + [-1] * 6
+        assert labelled.labels.tolist() == [0, 9, 1, 0]
+        assert test.labels.tolist() == [2, 9]
+        assert [np.asarray(train[i])[9, 9, 0] for i in range(10)] == list(range(10))
+        assert [np.asarray(labelled[i])[9, 9, 0] for i in range(4)] == list(range(4))
+        assert [np.asarray(test[i])[9, 9, 0] for i in range(2)] == [10, 11]
+        assert train[0].getpixel((5, 0)) == (200, 0, 0)
+        assert labelled.classes[9] == "class 9"
+
+    def test_missing_files_say_what_to_do(self, tmp_path):
+        with pytest.raises(DataError, match=r"stl10 is not in .*: unpack http.* --download"):
+            data.load("stl10", data_dir=tmp_path)
+
+    def test_no_network(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("torchvision.datasets.stl10.download_and_extract_archive", refuse)
+        with pytest.raises(DataError, match=r"cannot fetch stl10 into .* \(Name or .* http"):
+            data.load("stl10", data_dir=tmp_path, download=True)
 
 
-SIMCLR = {
-    "crop_min_scale": 0.2,
-    "flip": True,
-    "color_jitter": (0.4, 0.4, 0.4, 0.1),
-    "color_jitter_prob": 0.8,
-    "grey_prob": 0.2,
-}
-CROP_ONLY = SIMCLR | {"flip": False, "color_jitter": (0.0, 0.0, 0.0, 0.0), "grey_prob": 0.0}
+class TestTinyImagenet:
+    @pytest.fixture
+    def root(self, tmp_path):
+        """The released layout, with two classes."""
+        folder = tmp_path / "tiny-imagenet-200"
+        for wnid in ("n01", "n02"):
+            for i in range(2):
+                write_png(folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+            (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
+        for i in range(3):
+            write_png(folder / "val" / "images" / f"val_{i}.JPEG")
+        (folder / "wnids.txt").write_text("n02\nn01\n")
+        (folder / "words.txt").write_text("n01\tgoldfish, Carassius\nn02\tbullfrog\nn03\tother\n")
+        boxes = "\t0\t0\t62\t62\n"
+        (folder / "val" / "val_annotations.txt").write_text(
+            f"val_0.JPEG\tn02{boxes}val_1.JPEG\tn01{boxes}val_2.JPEG\tn02{boxes}"
+        )
+        return tmp_path
+
+    @pytest.mark.parametrize("inside", ["", "tiny-imagenet-200"])
+    def test_val_is_the_test_set(self, root, inside):
+        train, labelled, test = data.load("tiny_imagenet", data_dir=root / inside)
+        assert labelled is train
+        assert train.labels.tolist() == [0, 0, 1, 1]
+        assert test.labels.tolist() == [1, 0, 1]
+        assert train.classes == test.classes == ("goldfish, Carassius", "bullfrog")
+        assert train[3].size == test[2].size == (6, 8)
+
+    def test_damage_is_named(self, root):
+        annotations = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+        annotations.write_text("val_0.JPEG\tn09\t0\n")
+        with pytest.raises(DataError, match=r"annotations\.txt, line 1: 'n09' is not in wnids"):
+            data.load("tiny_imagenet", data_dir=root)
+        annotations.unlink()
+        with pytest.raises(DataError, match=r"val_annotations\.txt: No such file"):
+            data.load("tiny_imagenet", data_dir=root)
+
+    def test_missing_files_say_what_to_do(self, tmp_path):
+        with pytest.raises(DataError, match=r"tiny_imagenet is not in .*: unpack http.*--download"):
+            data.load("tiny_imagenet", data_dir=tmp_path)
+
+    def test_it_is_fetched_once_and_moved_when_whole(self, root, tmp_path, monkeypatch):
+        archive = shutil.make_archive(str(tmp_path / "archive"), "zip", root, "tiny-imagenet-200")
+        fetched, target = [], tmp_path / "new" / "data"
+
+        def download(url, root, *, filename, md5):
+            fetched.append((url, md5))
+            shutil.copy(archive, os.path.join(root, filename))
+
+        utils = "torchvision.datasets.utils."
+        monkeypatch.setattr(
+            utils + "download_url", lambda *a, **k: download(a[0], a[1], filename=a[2], md5=a[3])
+        )
+        for _ in range(2):
+            train = data.load("tiny_imagenet", data_dir=target, download=True).train
+            assert len(train) == 4
+        assert fetched == [
+            (
+                "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                "90528d7ca1a48142e341f4ef8d21d0de",
+            )
+        ]
+        assert sorted(os.listdir(target)) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
+
+    def test_no_network(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
+        with pytest.raises(
+            DataError, match=r"cannot fetch tiny_imagenet into .* \(Name or .* http"
+        ):
+            data.load("tiny_imagenet", data_dir=tmp_path, download=True)
+        assert os.listdir(tmp_path) == []
 
 
-@pytest.fixture
-def photographs(folder):
-    """Eight images of different content in a split that decodes them."""
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(8):
-        buffer = io.BytesIO()
-        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(buffer, "PNG")
-        images.append(buffer.getvalue())
-    write_parquet(folder / "train.parquet", images, list(range(8)))
-    return data.load("parquet", data_dir=folder)[0]
+class TestFolder:
+    @pytest.fixture
+    def root(self, tmp_path):
+        for part, classes in (("train", ("cat", "dog")), ("val", ("dog",))):
+            for name in classes:
+                write_png(tmp_path / part / name / "b.png")
+                write_png(tmp_path / part / name / "deeper" / "a.JPG")
+        (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+        (tmp_path / "train" / ".cache").mkdir()
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["val", "test"])
+    def test_folders_are_classes(self, root, name):
+        (root / "val").rename(root / name)
+        train, labelled, test = data.load("folder", data_dir=root)
+        assert labelled is train
+        assert train.labels.tolist() == [0, 0, 1, 1]
+        assert test.labels.tolist() == [1, 1]
+        assert train.classes == test.classes == ("cat", "dog")
+        assert np.array_equal(np.asarray(train[0]), PIXELS)
+
+    def test_test_goes_before_val(self, root):
+        write_png(root / "test" / "cat" / "a.png")
+        assert data.load("folder", data_dir=root).test.labels.tolist() == [0]
+
+    def test_limit_takes_every_class(self, root):
+        assert data.load("folder", data_dir=root, limit=2).train.labels.tolist() == [0, 1]
+
+    def test_names_may_be_any_bytes(self, root):
+        odd = os.fsencode(root / "train" / "cat") + b"/\xff \xc3\xa9.png"
+        os.rename(root / "train" / "cat" / "b.png", odd)
+        train = data.load("folder", data_dir=root).train
+        assert [train[i].size for i in range(4)] == [(6, 8)] * 4
+        assert len(train.fingerprint()) == 64
+
+    def test_no_image_is_read_at_start(self, root):
+        for file in root.rglob("*.png"):
+            file.write_bytes(b"")
+        assert len(data.load("folder", data_dir=root).train) == 4
+
+    def test_fingerprint_is_that_of_names_sizes_and_labels(self, root, tmp_path):
+        def fingerprint(where=root):
+            return data.load("folder", data_dir=where).train.fingerprint()
+
+        first = fingerprint()
+        moved = shutil.copytree(root, tmp_path / "elsewhere")
+        assert fingerprint(moved) == first
+        (root / "train" / "cat" / "b.png").write_bytes(b"")
+        changed = fingerprint()
+        (root / "train" / "cat" / "b.png").rename(root / "train" / "cat" / "c.png")
+        renamed = fingerprint()
+        (root / "train" / "cat" / "c.png").unlink()
+        assert len({first, changed, renamed, fingerprint()}) == 4
+
+    def test_a_file_that_went_missing_is_part_of_the_fingerprint(self, root):
+        train = data.load("folder", data_dir=root).train
+        before = train.fingerprint()
+        (root / "train" / "cat" / "b.png").unlink()
+        assert train.fingerprint() != before
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            ("rm -r train val; rmdir .", "there is no folder ROOT$"),
+            ("rm -r train val", "ROOT has no folder train, but is empty"),
+            ("rm -r train", "ROOT has no folder train, but val$"),
+            ("rm -r val", "ROOT has no folder test or val beside train"),
+            ("rm -r train/*", "ROOT/train has no folders: each class needs one"),
+            ("rm -r train/dog/*", r"ROOT/train/dog holds no image \(.jpg, .jpeg"),
+            ("rm -r val/dog/*", r"ROOT/val holds no image \(.jpg, .jpeg"),
+            ("rm -r val/*", "ROOT/val has no folders"),
+            ("mv val/dog val/bird", "ROOT/val/bird: ROOT/train has no such class"),
+            ("rm -r train/cat", "folder: all labelled images are of one class"),
+        ],
+    )
+    def test_bad_layouts_are_named(self, root, damage, message):
+        where = root / "set"
+        where.mkdir()
+        for part in ("train", "val"):
+            (root / part).rename(where / part)
+        subprocess.run(damage.replace("rmdir .", "rmdir ../set"), shell=True, cwd=where, check=True)
+        with pytest.raises(DataError, match=message.replace("ROOT", str(where))):
+            data.load("folder", data_dir=where)
+
+    def test_a_folder_that_cannot_be_listed(self, root, monkeypatch):
+        # as os.walk does where it has no permission; root has it everywhere
+        for file in (root / "train" / "dog").rglob("*.*"):
+            file.unlink()
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(DataError, match="train/dog: Permission denied"):
+            data.load("folder", data_dir=root)
 
 
-class TestAugmentation:
-    def test_parameters_reach_torchvision(self):
-        crop, flip, jitter, grey, *_ = data.augmentation(32, **SIMCLR).transforms
-        assert (tuple(crop.size), tuple(crop.scale)) == ((32, 32), (0.2, 1.0))
-        assert (flip.p, jitter.p, grey.p) == (0.5, 0.8, 0.2)
-        (color,) = jitter.transforms
-        assert tuple(color.brightness) == pytest.approx((0.6, 1.4))
-        assert tuple(color.hue) == pytest.approx((-0.1, 0.1))
+class TestImagenet100:
+    LISTED = (Path(data.__file__).parent / "imagenet100.txt").read_text().split()
 
-    def test_what_is_switched_off_is_left_out(self):
-        kinds = [type(t) for t in data.augmentation(16, **CROP_ONLY).transforms]
-        assert kinds == [v2.RandomResizedCrop, v2.ToImage, v2.ToDtype, v2.ToPureTensor]
+    def write(self, root, train, val):
+        for part, wnids in (("train", train), ("val", val)):
+            for wnid in wnids:
+                (root / part / wnid).mkdir(parents=True)
+                (root / part / wnid / "a.JPEG").write_bytes(b"")
 
-    def test_views_are_plain_float_pixels(self, photographs):
-        views = data.TwoViews(photographs, data.augmentation(16, **SIMCLR), seed=0)
-        for view in views[0, 3]:
-            assert type(view) is torch.Tensor
-            assert (view.shape, view.dtype) == ((3, 16, 16), torch.float32)
-            assert 0 <= view.min() < view.max() <= 1
+    def test_the_list_is_that_of_tian_et_al(self):
+        assert len(set(self.LISTED)) == 100
+        assert sorted(self.LISTED) == self.LISTED
+        # its first and last in the published order
+        assert {"n02869837", "n01749939", "n01855672", "n02090622"} <= set(self.LISTED)
 
-    def test_a_view_depends_on_seed_epoch_index_and_view_alone(self, photographs):
-        transform = data.augmentation(16, **SIMCLR)
-        views = data.TwoViews(photographs, transform, seed=5)
-        p, q = views[2, 3]
-        torch.manual_seed(123)
-        _ = views[0, 1]
-        again = data.TwoViews(photographs, transform, seed=5)[2, 3]
-        assert torch.equal(p, again[0])
-        assert torch.equal(q, again[1])
-        others = [q, views[3, 3][0], views[2, 4][0]]
-        others.append(data.TwoViews(photographs, transform, seed=6)[2, 3][0])
-        assert not any(torch.equal(p, other) for other in others)
+    def test_a_hundred_folders_are_taken_as_they_are(self, tmp_path):
+        names = [f"n{i:03}" for i in range(100)]
+        self.write(tmp_path, names, names)
+        train, labelled, test = data.load("imagenet100", data_dir=tmp_path)
+        assert labelled is train
+        assert train.labels.tolist() == test.labels.tolist() == list(range(100))
+        assert train.classes == tuple(names)
 
-    def test_the_global_generator_is_left_alone(self, photographs):
-        views = data.TwoViews(photographs, data.augmentation(16, **SIMCLR), seed=0)
-        state = torch.get_rng_state()
-        _ = views[0, 0]
-        assert torch.equal(torch.get_rng_state(), state)
+    def test_the_listed_ones_are_taken_of_imagenet(self, tmp_path):
+        names = [*self.LISTED, "n00000001", "n99999999"]
+        self.write(tmp_path, names, names)
+        train, _, test = data.load("imagenet100", data_dir=tmp_path)
+        assert train.classes == test.classes == tuple(self.LISTED)
+        assert train.labels.tolist() == test.labels.tolist() == list(range(100))
 
-    def test_evaluation_sees_the_middle(self):
-        image = torch.zeros(3, 8, 16)
-        image[:, :, 4:12] = 1
-        assert torch.equal(data.eval_transform(8)(image), torch.ones(3, 8, 8))
+    def test_a_list_in_the_folder_goes_first(self, tmp_path):
+        self.write(tmp_path, ["n1", "n2", "n3"], ["n1", "n2", "n3"])
+        (tmp_path / "imagenet100.txt").write_text("n3\nn1\n")
+        assert data.load("imagenet100", data_dir=tmp_path).test.classes == ("n1", "n3")
+
+    def test_missing_classes_are_named(self, tmp_path):
+        self.write(tmp_path, [*self.LISTED[1:], "n1", "n2"], self.LISTED)
+        with pytest.raises(DataError, match=f"lacks 1 of the 100 in .*, such as {self.LISTED[0]}"):
+            data.load("imagenet100", data_dir=tmp_path)
 
 
-class TestBatchSchedule:
-    def test_an_epoch_is_a_permutation_that_changes(self):
-        batches = list(data.BatchSchedule(10, 5, epochs=2, seed=0))
-        epochs = [[key for batch in batches[i : i + 2] for key in batch] for i in (0, 2)]
-        for epoch, keys in enumerate(epochs):
-            assert {e for e, _ in keys} == {epoch}
-            assert sorted(i for _, i in keys) == list(range(10))
-        assert [i for _, i in epochs[0]] != [i for _, i in epochs[1]]
+class TestHub:
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        """A data set of the hub's layout in a folder."""
+        datasets = pytest.importorskip("datasets")
+        images = [Image.fromarray(PIXELS), Image.fromarray(PIXELS[:, :, 0]), None]
+        features = datasets.Features(
+            picture=datasets.Image(),
+            kind=datasets.ClassLabel(names=["cat", "dog"]),
+            name=datasets.Value("string"),
+        )
+        for part, labels in (
+            ("train", [0, 1, 1]),
+            ("test", [-1, -1, -1]),
+            ("validation", [1, 0, 0]),
+        ):
+            table = {"picture": images, "kind": labels, "name": ["a", "b", "c"]}
+            records = datasets.Dataset.from_dict(table, features=features)
+            (tmp_path / "set").mkdir(exist_ok=True)
+            records.to_parquet(tmp_path / "set" / f"{part}-00000-of-00001.parquet")
+        return tmp_path
 
-    @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 5, 8, 9])
-    def test_starting_late_skips_and_changes_nothing(self, start):
-        settings = {"epochs": 3, "seed": 1}
-        whole = data.BatchSchedule(10, 3, **settings)
-        rest = data.BatchSchedule(10, 3, **settings, start=start)
-        assert whole.steps_per_epoch == 3
-        assert list(rest) == list(whole)[start:]
-        assert len(rest) == 9 - start
+    def load(self, root):
+        return data.load(f"hf/{root}/set", data_dir=root / "cache")
 
-    def test_a_batch_larger_than_the_set_is_refused(self):
-        with pytest.raises(ValueError, match="batch_size must be at most the 10 images, got 11"):
-            data.BatchSchedule(10, 11, epochs=1, seed=0)
+    def test_columns_are_found_by_their_kind(self, root):
+        train, labelled, test = self.load(root)
+        assert labelled is train
+        assert train.labels.tolist() == [0, 1, 1]
+        # the test split has no labels
+        assert test.labels.tolist() == [1, 0, 0]
+        assert train.classes == ("cat", "dog")
+        assert np.array_equal(np.asarray(train[0]), PIXELS)
+        assert train[1].mode == "RGB"
+        with pytest.raises(DataError, match=r"hf/.*set, row 2: picture is empty"):
+            train[2]
+        assert np.asarray(pickle.loads(pickle.dumps(train))[0]).shape == (8, 6, 3)
+
+    def test_fingerprint(self, root):
+        train, _, test = self.load(root)
+        assert train.fingerprint() == self.load(root).train.fingerprint() != test.fingerprint()
+        assert train.select([0]).fingerprint() != train.select([1]).fingerprint()
+
+    def test_splits_that_are_missing(self, root):
+        (root / "set" / "validation-00000-of-00001.parquet").unlink()
+        with pytest.raises(DataError, match="has no split test or validation with labels, but tra"):
+            self.load(root)
+        (root / "set" / "train-00000-of-00001.parquet").unlink()
+        with pytest.raises(DataError, match="has no split train, but test"):
+            self.load(root)
+
+    def test_columns_that_are_missing(self, root):
+        write_parquet(root / "set" / "train-00000-of-00001.parquet", [jpeg(0)], [0])
+        for part in ("test", "validation"):
+            (root / "set" / f"{part}-00000-of-00001.parquet").unlink()
+        with pytest.raises(DataError, match="needs a column of images and one of class labels"):
+            self.load(root)
+
+    def test_what_cannot_be_loaded_is_one_line(self, tmp_path):
+        pytest.importorskip("datasets")
+        with pytest.raises(DataError, match=r"cannot load hf//no/where \(.*hf/FOLDER") as error:
+            data.load("hf//no/where")
+        assert "\n" not in str(error.value)
+
+    def test_without_the_package(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(DataError, match=r"hf/x needs the package datasets: pip install 'clae"):
+            data.load("hf/x")
 
 
-class TestLoaders:
-    def test_workers_do_not_change_the_views(self, photographs):
-        views = data.TwoViews(photographs, data.augmentation(8, **SIMCLR), seed=0)
-        runs = []
-        for workers in (0, 2):
-            batches = data.BatchSchedule(8, 3, epochs=2, seed=0)
-            loader = data.view_loader(views, batches, workers=workers, pin_memory=False)
-            runs.append(list(loader))
-        assert len(runs[0]) == 4
-        for (p, q), (p2, q2) in zip(*runs, strict=True):
-            assert p.shape == (3, 3, 8, 8)
-            assert torch.equal(p, p2)
-            assert torch.equal(q, q2)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mnist", "dataset must be one of digits, .* got 'mnist'"),
+        ("hf/", "dataset must be one of digits, .* got 'hf/'"),
+        ("parquet", "data_dir is required for the parquet data set"),
+        ("folder", "data_dir is required for the folder data set"),
+        ("imagenet100", "data_dir is required for the imagenet100 data set"),
+    ],
+)
+def test_unknown_names_and_missing_folder_argument(name, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name)
 
-    def test_every_image_is_loaded_once_in_order(self, photographs):
-        transform = data.eval_transform(8)
-        loader = data.image_loader(photographs, transform, batch_size=3, workers=0)
-        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-        expected = torch.stack([transform(photographs[i]) for i in range(8)])
-        assert torch.equal(images, expected)
-        assert labels.tolist() == list(range(8))
+
+def encoded(mode):
+    """A ramp of brightness in one of PIL's modes, as a PNG or where that lacks it a TIFF."""
+    grey = np.linspace(0, 255, 16, dtype=np.uint8).reshape(4, 4)
+    if mode.startswith("I"):
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode.startswith("P"):
+        image = Image.fromarray(grey).convert("P")
+        if mode == "P+transparency":
+            image.info["transparency"] = bytes(range(256))
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "P+transparency", "RGB", "RGBA", "CMYK", "I;16"]
+)
+def test_every_kind_of_pixel_becomes_rgb(tmp_path, mode):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", [encoded(mode)] * 2, [0, 1])
+    image = data.load("parquet", data_dir=tmp_path).train[0]
+    assert image.mode == "RGB"
+    ramp = np.asarray(image).reshape(16, 3)
+    assert (ramp[:, :1] == ramp).all()
+    if mode != "1":
+        assert np.abs(ramp[:, 0] - np.linspace(0, 255, 16)).max() < 2

@@ -1,19 +1,19 @@
-"""Labelled image sets, as a train and a test split that decode one image at a time."""
+"""Data sets by name."""
 
-import hashlib
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from PIL import Image
-from torch import nn
 
-from clae_fast.data.split import Arrays, DataError, Split, Splits
+from clae_fast.data import folders, hub, published, shards
+from clae_fast.data.corrupt import CorruptImages
+from clae_fast.data.split import DataError, Split, Splits
 
-DATASETS = ("digits", "parquet", "cifar10", "cifar100")
+DATASETS = (
+    "digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "imagenet100", "folder", "parquet",
+    "hf/NAME",
+)  # fmt: skip
+_NEED_FOLDER = ("imagenet100", "folder", "parquet")
 
 
 def load(
@@ -22,143 +22,66 @@ def load(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     download: bool = False,
+    on_corrupt: str = "fail",
 ) -> Splits:
     """Returns the splits of a data set: to train on, labelled, and to test on.
 
     Args:
-        name: "digits" (scikit-learn's, embedded), "parquet" (train*.parquet and test*.parquet in
-            `data_dir`, the Hugging Face image layout), "cifar10" or "cifar100" (torchvision).
-        data_dir: folder of the files; CIFAR defaults to ./data.
-        limit: keep the first `limit` images of each split.
-        download: fetch CIFAR into `data_dir` when it is not there.
+        name: "digits" (scikit-learn's, embedded);
+            "cifar10", "cifar100", "stl10", "tiny_imagenet" (as published, unpacked in `data_dir`);
+            "imagenet100" (`data_dir`/train/WNID and val/WNID, 100 classes or all of ImageNet);
+            "folder" (`data_dir`/train/CLASS and test/CLASS or val/CLASS);
+            "parquet" (train*.parquet and test*.parquet in `data_dir`, the Hugging Face layout);
+            "hf/NAME" (of the Hugging Face hub, which the package `datasets` fetches).
+        data_dir: folder of the files; ./data for those that can be fetched.
+        limit: use `limit` images of each split: the first, or where they are stored class by class,
+            evenly spaced ones.
+        download: fetch a published set into `data_dir` when it is not there.
+        on_corrupt: what an unreadable image does, see `CorruptImages`.
 
     Raises:
         DataError: files are missing, damaged or not laid out as expected.
-        ValueError: an unknown name, or a parquet set without `data_dir`.
+        ValueError: an unknown name, or a set that needs `data_dir` without it.
     """
+    require_dataset(name, data_dir)
+    root = Path(data_dir or "data")
     if name == "digits":
-        train, test = _digits()
-    elif name == "parquet":
-        if data_dir is None:
-            raise ValueError("data_dir is required for the parquet data set")
-        train, test = (_parquet(Path(data_dir), split, limit) for split in ("train", "test"))
+        splits = published.digits()
     elif name in ("cifar10", "cifar100"):
-        root = Path(data_dir or "data")
-        train, test = (_cifar(name, root, train=t, download=download) for t in (True, False))
+        splits = published.cifar(name, root, download=download)
+    elif name == "stl10":
+        splits = published.stl10(root, download=download)
+    elif name == "tiny_imagenet":
+        splits = published.tiny_imagenet(root, download=download)
+    elif name == "imagenet100":
+        splits = folders.imagenet100(root)
+    elif name == "folder":
+        splits = folders.image_folder(root)
+    elif name == "parquet":
+        splits = shards.parquet(root)
     else:
+        splits = hub.hub(name.removeprefix("hf/"), Path(data_dir) if data_dir else None)
+    corrupt = CorruptImages(on_corrupt)
+    train = _limited(splits.train, limit, corrupt)
+    same = splits.labelled is splits.train
+    labelled = train if same else _limited(splits.labelled, limit, corrupt)
+    if len(labelled.labels.unique()) < 2:
+        raise DataError(f"{name}: all labelled images are of one class, evaluation needs two")
+    return Splits(train, labelled, _limited(splits.test, limit, corrupt))
+
+
+def require_dataset(name: str, data_dir: str | Path | None) -> None:
+    """Raises ValueError where `load` would know before it looks for files that it cannot load."""
+    by_name = name.startswith("hf/") and name != "hf/"
+    if not by_name and name not in DATASETS[:-1]:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
-    train, test = (split.select(slice(limit)) for split in (train, test))
-    return Splits(train, train, test)
+    if name in _NEED_FOLDER and data_dir is None:
+        raise ValueError(f"data_dir is required for the {name} data set")
 
 
-def _digits() -> tuple[Split, Split]:
-    """Handwritten digits, 1,797 grey 8x8 images: 1,437 to train on and 360 to test, stratified."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    grey = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
-    grey = nn.functional.interpolate(grey, size=(16, 16), mode="bilinear")
-    images = grey.expand(-1, 3, -1, -1).contiguous()  # [N, 3, 16, 16]
-    whole = Split.whole(Arrays(images), digits.target, [str(name) for name in digits.target_names])
-    rows = train_test_split(
-        range(len(whole)), test_size=0.2, stratify=digits.target, random_state=0
-    )
-    train, test = (whole.select(row) for row in rows)
-    return train, test
-
-
-def _cifar(name: str, root: Path, *, train: bool, download: bool) -> Split:
-    from torchvision import datasets
-
-    cifar = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    try:
-        data = cifar(str(root), train=train, download=download)
-    except OSError as error:
-        raise DataError(f"cannot fetch {name} into {root}: {error}") from error
-    except RuntimeError as error:
-        raise DataError(
-            f"{name} is not in {root} (or is damaged): unpack it there, or add --download"
-        ) from error
-    return Split.whole(Arrays(data.data), data.targets, data.classes)
-
-
-class _Encoded(NamedTuple):
-    data: bytes
-    file: Path
-    row: int
-
-
-@dataclass(frozen=True)
-class _Shards:
-    records: list[_Encoded]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def open(self, row: int) -> Image.Image:
-        image = self.records[row]
-        try:
-            return Image.open(io.BytesIO(image.data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{image.file}, row {image.row}: damaged image ({error})") from error
-
-    def digest(self, rows: Sequence[int]) -> bytes:
-        sizes = [len(self.records[row].data) for row in rows]
-        return hashlib.sha256(repr(sizes).encode()).digest()
-
-
-def _parquet(folder: Path, name: str, limit: int | None) -> Split:
-    """Encoded images of `name`.parquet, or of the shards `name`*.parquet in the order of names."""
-    if not folder.is_dir():
-        raise DataError(f"data_dir: there is no folder {folder}")
-    whole = folder / f"{name}.parquet"
-    files = [whole] if whole.is_file() else sorted(folder.glob(f"{name}*.parquet"))
-    if not files:
-        raise DataError(f"data_dir: {folder} holds no {name}.parquet and no {name}*.parquet shards")
-    images: list[_Encoded] = []
-    labels: list[int] = []
-    for file in files:
-        wanted = None if limit is None else limit - len(images)
-        if wanted == 0:
-            break
-        _read_parquet(file, wanted, images, labels)
-    if not images:
-        raise DataError(f"{files[0]}: no rows")
-    return Split.whole(_Shards(images), labels)
-
-
-def _read_parquet(
-    file: Path, wanted: int | None, images: list[_Encoded], labels: list[int]
-) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            columns = table.schema_arrow.names
-            column = next((name for name in ("img", "image") if name in columns), None)
-            if column is None or "label" not in columns:
-                raise DataError(
-                    f"{file}: needs a column img (or image) and a column label, "
-                    f"has {', '.join(columns)}"
-                )
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[column, "label"]):
-                for image, label in zip(
-                    batch.column(column).to_pylist(), batch.column("label").to_pylist(), strict=True
-                ):
-                    if row == wanted:
-                        return
-                    data = image.get("bytes") if isinstance(image, dict) else None
-                    if data is None:
-                        raise DataError(f"{file}, row {row}: {column} holds no bytes")
-                    if not isinstance(label, int) or label < 0:
-                        raise DataError(
-                            f"{file}, row {row}: label must be a class number, got {label!r}"
-                        )
-                    images.append(_Encoded(data, file, row))
-                    labels.append(label)
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable parquet file ({error})") from error
+def _limited(split: Split, limit: int | None, corrupt: CorruptImages) -> Split:
+    split = replace(split, corrupt=corrupt)
+    if limit is None or limit >= len(split):
+        return split
+    by_class = bool((split.labels.diff() >= 0).all())
+    return split.select(torch.arange(limit) * len(split) // limit if by_class else slice(limit))

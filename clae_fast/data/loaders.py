@@ -1,16 +1,18 @@
 """Loaders: the batches of a whole training run, and of one pass for evaluation."""
 
 import os
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from clae_fast.data.augment import TwoViews
-from clae_fast.data.split import Split
+from clae_fast.data.split import DataError, Split
 
 
 class BatchSchedule(Sampler[list[tuple[int, int]]]):
@@ -49,23 +51,79 @@ class BatchSchedule(Sampler[list[tuple[int, int]]]):
             skip = 0
 
 
+class Batches:
+    """Batches of tensors; images that were skipped for them are named as the batches come."""
+
+    def __init__(self, loader: DataLoader, split: Split) -> None:
+        self._loader = loader
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        readable = False
+        for batch, errors in self._loader:
+            self._split.corrupt.add(errors)
+            if batch:
+                readable = True
+                yield batch
+        if not readable and len(self):
+            raise DataError(f"none of the {len(self._split)} images can be read")
+
+
 def view_loader(
     views: TwoViews, batches: BatchSchedule, *, workers: int, pin_memory: bool
-) -> DataLoader:
+) -> Batches:
     """Loads the scheduled batches as pairs of views, [N, 3, H, W] each, with `workers` or fewer."""
+    loader = _loader(views, workers=workers, pin_memory=pin_memory, batch_sampler=batches)
+    return Batches(loader, views.split)
+
+
+def image_loader(
+    split: Split,
+    transform: v2.Compose,
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool = False,
+) -> Batches:
+    """Loads a split once, in order, with `workers` or fewer: images [N, 3, H, W] and labels [N].
+
+    Corrupt images are left out, where they are skipped.
+    """
+    images = _Images(split, transform)
+    loader = _loader(images, workers=workers, pin_memory=pin_memory, batch_size=batch_size)
+    return Batches(loader, split)
+
+
+def _loader(dataset: Dataset, *, workers: int, **settings: Any) -> DataLoader:
     return DataLoader(
-        views,
-        batch_sampler=batches,
+        dataset,
         num_workers=min(workers, _cores()),
-        pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=_leave_interrupts_to_the_parent,
         # the loader's own seed, unused here, must not move the global generator on a resume
         generator=torch.Generator(),
+        **settings,
     )
 
 
 def _cores() -> int:
     """Cores that this process may use; more loader processes than that get in each other's way."""
     return len(os.sched_getaffinity(0))
+
+
+def _leave_interrupts_to_the_parent(_: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _collate(items: list[tuple[Any, ...]]) -> tuple[list[Tensor], list[str]]:
+    """Stacks the tensors of items (*tensors, errors), passing over those that have none."""
+    errors = [error for *_, found in items for error in found]
+    tensors = [parts for *parts, _ in items if parts]
+    return default_collate(tensors) if tensors else [], errors
 
 
 class _Images(Dataset):
@@ -76,17 +134,11 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(self.split[index]), self.split.labels[index]
-
-
-def image_loader(
-    split: Split, transform: v2.Compose, *, batch_size: int, workers: int
-) -> DataLoader:
-    """Loads a split once, in order, with `workers` or fewer: images [N, 3, H, W] and labels [N]."""
-    return DataLoader(
-        _Images(split, transform),
-        batch_size=batch_size,
-        num_workers=min(workers, _cores()),
-        generator=torch.Generator(),
-    )
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        try:
+            image = self.split[index]
+        except DataError as error:
+            if not self.split.corrupt.skip:
+                raise
+            return ([str(error)],)
+        return self.transform(image), self.split.labels[index], []

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
+
+from clae_fast.data.corrupt import CorruptImages
 
 
 class DataError(Exception):
@@ -41,12 +43,14 @@ class Split:
         labels: class numbers [N], int64, from 0; -1 where an image has none.
         rows: the stored images that belong to it, [N].
         classes: names of the classes by number, where they are known.
+        corrupt: what was found of its images, and of the other splits' of its data set.
     """
 
     images: Images
     labels: Tensor  # [N]
     rows: Tensor  # [N]
     classes: tuple[str, ...] | None = None
+    corrupt: CorruptImages = field(default_factory=CorruptImages, compare=False)
 
     @classmethod
     def whole(

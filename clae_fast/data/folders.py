@@ -1,0 +1,93 @@
+"""Image files in a folder for each class: any data set of that layout, and ImageNet-100 of it."""
+
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from clae_fast.data.encoded import Files
+from clae_fast.data.split import DataError, Split, Splits
+
+
+def image_folder(root: Path) -> Splits:
+    """`root`/train and `root`/test (or val), with a folder of images for each class."""
+    classes = class_folders(root / "train")
+    train, test = images_of(root / "train", classes), _test_folder(root)
+    unknown = sorted(set(class_folders(test)) - set(classes))
+    if unknown:
+        raise DataError(f"{test / unknown[0]}: {root / 'train'} has no such class")
+    return Splits(train, train, images_of(test, classes, of_every=False))
+
+
+def imagenet100(root: Path) -> Splits:
+    """100 classes of ImageNet, from `root`/train and `root`/val.
+
+    They are the folders that are there if these are 100, or else those listed in
+    `root`/imagenet100.txt, or else the list of Tian et al., "Contrastive multiview coding", ECCV
+    2020, which most papers use.
+    """
+    classes = class_folders(root / "train")
+    if len(classes) != 100:
+        own = root / "imagenet100.txt"
+        file = own if own.is_file() else resources.files(__package__) / "imagenet100.txt"
+        wanted = sorted(set(file.read_text().split()))
+        missing = sorted(set(wanted) - set(classes))
+        if missing:
+            raise DataError(
+                f"{root / 'train'} has {len(classes)} classes and lacks {len(missing)} of the "
+                f"{len(wanted)} in {file.name}, such as {missing[0]}"
+            )
+        classes = wanted
+    train = images_of(root / "train", classes)
+    return Splits(train, train, images_of(_test_folder(root), classes))
+
+
+def _test_folder(root: Path) -> Path:
+    for name in ("test", "val"):
+        if (root / name).is_dir():
+            return root / name
+    raise DataError(f"{root} has no folder test or val beside train")
+
+
+def require_folder(path: Path) -> None:
+    """Raises DataError, saying what is there instead, where `path` is no folder."""
+    if path.is_dir():
+        return
+    if not path.parent.is_dir():
+        raise DataError(f"data_dir: there is no folder {path.parent}")
+    there = sorted(entry.name for entry in path.parent.iterdir())
+    listing = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
+    raise DataError(f"{path.parent} has no folder {path.name}, but {listing or 'is empty'}")
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted; hidden ones are no classes."""
+    require_folder(folder)
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} has no folders: each class needs one with its images")
+    return names
+
+
+def images_of(folder: Path, classes: Sequence[str], *, of_every: bool = True) -> Split:
+    """All image files below `folder`/CLASS.
+
+    Args:
+        folder: where the classes' folders are.
+        classes: their names, in the order of the labels; other folders are ignored.
+        of_every: refuse a class without images, and not only to find none at all.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    found = make_dataset(str(folder), numbers, IMG_EXTENSIONS, allow_empty=True)
+    labels = [label for _, label in found]
+    empty = sorted(set(numbers.values()) - set(labels))
+    if empty and (of_every or not labels):
+        path = folder / classes[empty[0]] if of_every else folder
+        # make_dataset passes over folders that it may not list
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            raise DataError(f"{path}: Permission denied")
+        raise DataError(f"{path} holds no image ({', '.join(IMG_EXTENSIONS)})")
+    return Split.whole(Files.below(folder, [path for path, _ in found]), labels, classes)

@@ -1,0 +1,111 @@
+"""Data sets of the Hugging Face hub, or of its layout in a folder, by the package `datasets`."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clae_fast.data.encoded import decode
+from clae_fast.data.split import DataError, Split, Splits
+
+
+@dataclass(frozen=True)
+class Table:
+    """Encoded images of a `datasets.Dataset`, which memory-maps them.
+
+    Attributes:
+        name: what an error calls the set.
+        records: the data set.
+        column: where its images are.
+    """
+
+    name: str
+    records: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def open(self, row: int) -> Image.Image:
+        """Image `row` in RGB."""
+        name = f"{self.name}, row {row}"
+        record = self.records[row][self.column]
+        if record is None:
+            raise DataError(f"{name}: {self.column} is empty")
+        if record["bytes"] is not None:
+            return decode(BytesIO(record["bytes"]), name)
+        return decode(Path(record["path"]), f"{name}, {record['path']}")
+
+    def digest(self, rows: Sequence[int]) -> bytes:
+        """Of the sizes that `datasets` knows."""
+        info = self.records.info
+        digest = hashlib.sha256(np.asarray(rows).tobytes())
+        digest.update(f"{info.dataset_size} {self.records.split} {len(self)}".encode())
+        return digest.digest()
+
+
+def hub(name: str, cache: Path | None) -> Splits:
+    """The splits train and test (or else validation, where test has no labels) of a data set.
+
+    Args:
+        name: as on the hub, or a folder.
+        cache: where `datasets` keeps what it fetched; its own folder by default.
+    """
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError as error:
+        raise DataError(
+            f"hf/{name} needs the package datasets: pip install 'clae_fast[hf]'"
+        ) from error
+    # it announces each attempt; the last one is the error below
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        found = datasets.load_dataset(name, cache_dir=cache and str(cache))
+    except Exception as error:
+        # its own, the hub's, and those of the readers of a dozen formats
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"cannot load hf/{name} ({reason}): check the name and the network, or name a folder "
+            f"that holds a copy, hf/FOLDER"
+        ) from error
+    if "train" not in found:
+        raise DataError(f"hf/{name} has no split train, but {', '.join(found)}")
+    train = _split(name, found["train"])
+    for part in ("test", "validation", "valid", "val"):
+        if part in found:
+            test = _split(name, found[part])
+            # a challenge keeps the labels of its test set to itself
+            if int(test.labels.min()) >= 0:
+                return Splits(train, train, test)
+    raise DataError(
+        f"hf/{name} has no split test or validation with labels, but {', '.join(found)}"
+    )
+
+
+def _split(name: str, records: Any) -> Split:
+    from datasets import ClassLabel, Image
+
+    features = records.features
+    images = [key for key, kind in features.items() if isinstance(kind, Image)]
+    labels = [key for key, kind in features.items() if isinstance(kind, ClassLabel)]
+    labels += [key for key in ("label", "labels") if key in features and key not in labels]
+    if not images or not labels:
+        raise DataError(
+            f"hf/{name} needs a column of images and one of class labels, "
+            f"has {', '.join(f'{key}: {kind}' for key, kind in features.items())}"
+        )
+    label = next((key for key in ("label", "labels", "fine_label") if key in labels), labels[0])
+    numbers = np.asarray(records.with_format("numpy")[label][:])
+    if not len(numbers):
+        raise DataError(f"hf/{name}: split {records.split} is empty")
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise DataError(f"hf/{name}: {label} must hold class numbers, holds {features[label]}")
+    images_only = records.select_columns([images[0]]).cast_column(images[0], Image(decode=False))
+    classes = getattr(features[label], "names", None)
+    return Split.whole(Table(f"hf/{name}", images_only, images[0]), numbers, classes)

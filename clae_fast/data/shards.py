@@ -1,0 +1,166 @@
+"""Encoded images in Parquet shards, the image layout of Hugging Face."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clae_fast.data.encoded import decode
+from clae_fast.data.split import DataError, Split, Splits
+
+# a split of at most so many bytes is kept in memory; of a larger one, an image's row group is read
+_IN_MEMORY = 2**31
+# but not where groups are larger than this, and reading one takes longer than training on an image
+_LARGE_GROUP = 2**26
+# where the schema and the places and statistics of all columns are
+_FOOTER = 2**16
+
+
+def parquet(folder: Path) -> Splits:
+    """The images of train.parquet and test.parquet, or of shards train*.parquet, test*.parquet."""
+    if not folder.is_dir():
+        raise DataError(f"data_dir: there is no folder {folder}")
+    train, test = (_split(folder, name) for name in ("train", "test"))
+    return Splits(train, train, test)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A row group: rows from `start` on of shard `file`, in group `number`, images in `column`."""
+
+    file: Path
+    number: int
+    column: str
+    start: int
+
+    def read(self) -> Any:
+        """The encoded images, a pyarrow.ChunkedArray of records."""
+        from pyarrow.parquet import ParquetFile
+
+        with _readable(self.file), ParquetFile(self.file) as shard:
+            # worker processes are parallel enough
+            table = shard.read_row_group(
+                self.number, columns=[f"{self.column}.bytes"], use_threads=False
+            )
+        return table.column(self.column)
+
+
+# evaluation reads in order
+_last = lru_cache(maxsize=1)(_Group.read)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Records of encoded images.
+
+    Attributes:
+        groups: the row groups.
+        starts: the number of the first image in each.  # [G]
+        total: images in all.
+        records: what is in the groups, where it is kept in memory.
+    """
+
+    groups: tuple[_Group, ...]
+    starts: np.ndarray
+    total: int
+    records: tuple[Any, ...] | None
+
+    def __len__(self) -> int:
+        return self.total
+
+    def open(self, row: int) -> Image.Image:
+        """Image `row` in RGB."""
+        at = int(np.searchsorted(self.starts, row, side="right")) - 1
+        group, offset = self.groups[at], row - int(self.starts[at])
+        name = f"{group.file}, row {group.start + offset}"
+        records = self.records[at] if self.records is not None else _last(group)
+        record = records[offset].as_py()
+        if record is None or record["bytes"] is None:
+            raise DataError(f"{name}: {group.column} holds no bytes")
+        return decode(BytesIO(record["bytes"]), name)
+
+    def digest(self, rows: Sequence[int]) -> bytes:
+        """Of the shards' names, sizes and footers."""
+        digest = hashlib.sha256(np.asarray(rows).tobytes())
+        for file in dict.fromkeys(group.file for group in self.groups):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as shard:
+                shard.seek(max(size - _FOOTER, 0))
+                digest.update(shard.read())
+        return digest.digest()
+
+
+def _split(folder: Path, name: str) -> Split:
+    single = folder / f"{name}.parquet"
+    files = [single] if single.is_file() else sorted(folder.glob(f"{name}*.parquet"))
+    if not files:
+        raise DataError(f"data_dir: {folder} holds no {name}.parquet and no {name}*.parquet shards")
+    groups: list[_Group] = []
+    labels: list[int] = []
+    starts: list[int] = []
+    sizes: list[int] = []
+    for file in files:
+        for group, size, found in _groups(file):
+            groups.append(group)
+            sizes.append(size)
+            starts.append(len(labels))
+            labels += found
+    if not labels:
+        raise DataError(f"{files[0]}: no rows")
+    keep = sum(sizes) <= _IN_MEMORY or max(sizes) > _LARGE_GROUP
+    records = tuple(group.read() for group in groups) if keep else None
+    images = Shards(tuple(groups), np.array(starts), len(labels), records)
+    return Split.whole(images, labels)
+
+
+def _groups(file: Path) -> Iterator[tuple[_Group, int, list[int]]]:
+    """The row groups of a shard, the bytes that their images take, and their labels."""
+    from pyarrow import types
+    from pyarrow.parquet import ParquetFile
+
+    with _readable(file), ParquetFile(file) as shard:
+        schema = shard.schema_arrow
+        column = next((name for name in ("img", "image") if name in schema.names), None)
+        if column is None or "label" not in schema.names:
+            raise DataError(
+                f"{file}: needs a column img (or image) and a column label, "
+                f"has {', '.join(schema.names)}"
+            )
+        kind = schema.field(column).type
+        empty = shard.metadata.num_rows == 0
+        if not empty and not (types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+            raise DataError(f"{file}: {column} must hold records with bytes, holds {kind}")
+        start = 0
+        for number in range(shard.num_row_groups):
+            labels = shard.read_row_group(number, columns=["label"]).column("label").to_pylist()
+            for row, label in enumerate(labels, start):
+                if not isinstance(label, int) or label < 0:
+                    raise DataError(
+                        f"{file}, row {row}: label must be a class number, got {label!r}"
+                    )
+            chunks = shard.metadata.row_group(number)
+            size = sum(
+                chunks.column(i).total_uncompressed_size
+                for i in range(chunks.num_columns)
+                if chunks.column(i).path_in_schema == f"{column}.bytes"
+            )
+            yield _Group(file, number, column, start), size, labels
+            start += len(labels)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable parquet file ({error})") from error
