@@ -49,14 +49,9 @@ Pass<T> carve_pass(const InfoNceArgs& args) {
 
 template <class T>
 void pack_keys(const Packed<T>& k, const InfoNceArgs& args, int64_t J) {
-  for (int64_t j = 0; j < kMaxBlock; ++j) {
-    if (J + j < args.M) {
-      pack_row(k, j, args.keys, J + j);
-    } else {
-      pad_row(k, j);
-    }
-  }
+  pack_rows(k, 0, kMaxBlock, args.keys, J, args.M);
   pack_panels(k, 0, kMaxBlock);
+  if (args.danchor) pack_pairs(k, 0, kMaxBlock);
 }
 
 // Adds a tile of keys to the sums of a block of anchors.
@@ -75,11 +70,7 @@ void add_tile(const Pass<T>& p,
     for (int64_t i = 0; i < rows; i += kRows) {
       Vec tile[kRows][kVecs];
       similarities(p.u, I + i, k, j, scale, 0.f, tile);
-      for (int m = 0; m < kRows; ++m) {
-        for (int v = 0; v < kVecs; ++v) {
-          store(y + (i + m) * kMaxBlock + j + v * kWidth, tile[m][v]);
-        }
-      }
+      store_tile(tile, y + i * kMaxBlock + j, kMaxBlock);
     }
   }
   const int64_t first = chunk * p.padded + I;
@@ -161,15 +152,8 @@ void run_pass(const InfoNceArgs& args) {
     Carver carver{args.workspace, p.carver.bytes + rank * tile_bytes};
     const Packed<T> k = carve_rows<T>(carver, kMaxBlock, args.D);
     const Range blocks = share(p.padded / kMaxBlock, team, rank);
-    for (int64_t I = blocks.begin * kMaxBlock; I < blocks.end * kMaxBlock; I += kMaxBlock) {
-      for (int64_t i = I; i < I + kMaxBlock; ++i) {
-        if (i < args.N) {
-          pack_row(p.u, i, args.anchor, i);
-        } else {
-          pad_row(p.u, i);
-        }
-      }
-    }
+    pack_rows(p.u, blocks.begin * kMaxBlock, blocks.end * kMaxBlock, args.anchor,
+              blocks.begin * kMaxBlock, args.N);
     team.barrier();
     for (;;) {
       const int64_t task = __atomic_fetch_add(p.next, 1, __ATOMIC_RELAXED);

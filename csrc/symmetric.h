@@ -324,16 +324,9 @@ void play(const Scratch<T>& s, int pass, Tile tile) {
 
 template <class T>
 void pack_block(const Scratch<T>& s, const SymmetricArgs& args, int64_t I) {
-  for (int64_t i = I; i < I + s.block; ++i) {
-    if (i < args.N) {
-      pack_row(s.u, i, args.first, i);
-    } else if (i < s.n) {
-      pack_row(s.u, i, args.second, i - args.N);
-    } else {
-      pad_row(s.u, i);
-    }
-  }
+  pack_rows(s.u, I, I + s.block, args.first, args.N, args.second, s.n);
   pack_panels(s.u, I, I + s.block);
+  pack_pairs(s.u, I, I + s.block);
 }
 
 // loss_i, q_i and r_i of one row from its sum over the negatives.
@@ -416,9 +409,6 @@ void run_symmetric(const SymmetricArgs& args) {
   s.crossed = args.pairs == Pairs::both_ways || args.pairs == Pairs::one_way;
   args.temperature < kMinShift ? run_symmetric<T, true>(s, args) : run_symmetric<T, false>(s, args);
 }
-
-// Whether rows of this dtype stay bf16.
-constexpr bool stays_bf16(DType dtype) { return kDotBf16 && dtype == DType::bf16; }
 
 // Bytes of scratch: O(n D), never O(n^2).
 int64_t symmetric_workspace(DType dtype, int64_t n, int64_t D, bool grad) {

@@ -42,6 +42,10 @@ struct Fp32 {
 
   static CLAE_FAST_INLINE CellVec load_cells(const Cell* p) { return load(p); }
   static CLAE_FAST_INLINE Vec multiply_add(Vec acc, Cell a, CellVec b) { return acc + a * b; }
+  // Makes x the numbers of `row` from j on.
+  static CLAE_FAST_INLINE void put(Cell* row, int64_t j, Vec x) {
+    __builtin_memcpy(row + j, &x, sizeof x);
+  }
 };
 
 // Rows of bf16 as they came but for a power of two, with a factor that makes them unit rows: their
@@ -59,7 +63,20 @@ struct Bf16 {
   static CLAE_FAST_INLINE Vec multiply_add(Vec acc, Cell a, CellVec b) {
     return dot_bf16(acc, a - CellVec{}, b);
   }
+  static CLAE_FAST_INLINE void put(Cell* row, int64_t j, Vec x) {
+    typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+    const HalfVec halves = __builtin_convertvector(rounded(x) >> 16 & 0xffff, HalfVec);
+    __builtin_memcpy(reinterpret_cast<char*>(row) + 2 * j, &halves, sizeof halves);
+  }
+  // To nearest even, in the upper half.
+  static CLAE_FAST_INLINE IVec rounded(Vec x) {
+    const IVec bits = (IVec)x;
+    return bits + 0x7fff + (bits >> 16 & 1);
+  }
 };
+
+// Whether rows of this dtype stay bf16.
+constexpr bool stays_bf16(DType dtype) { return kDotBf16 && dtype == DType::bf16; }
 
 // Takes arrays out of a workspace, or counts their bytes where there is none yet.
 struct Carver {
@@ -165,6 +182,38 @@ void pad_row(const Packed<T>& p, int64_t i) {
   if (T::kPack > 1) p.factor[i] = 0;
 }
 
+// Rows `begin` to `end` of `p` become those of `source` from `first` on, 0 past its `count` rows.
+template <class T>
+void pack_rows(const Packed<T>& p,
+               int64_t begin,
+               int64_t end,
+               const Rows& source,
+               int64_t first,
+               int64_t count) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = first + i - begin;
+    if (row < count) {
+      pack_row(p, i, source, row);
+    } else {
+      pad_row(p, i);
+    }
+  }
+}
+
+// The same of the N rows of `z0` above the n - N of `z1`.
+template <class T>
+void pack_rows(const Packed<T>& p,
+               int64_t begin,
+               int64_t end,
+               const Rows& z0,
+               int64_t N,
+               const Rows& z1,
+               int64_t n) {
+  const int64_t below = begin > N ? begin : smaller(end, N);
+  pack_rows(p, begin, below, z0, begin, N);
+  pack_rows(p, below, end, z1, below - N, n - N);
+}
+
 CLAE_FAST_INLINE float unit(const Packed<Fp32>& p, int64_t i, int64_t d) {
   return p.rows[i * p.ld + d];
 }
@@ -175,6 +224,7 @@ CLAE_FAST_INLINE float unit(const Packed<Bf16>& p, int64_t i, int64_t d) {
   return load_bf16(half) * p.factor[i];
 }
 
+// The pairs of the rows from `begin` to `end`.
 void pack_pairs(const Packed<Fp32>&, int64_t, int64_t) {}
 
 void pack_pairs(const Packed<Bf16>& p, int64_t begin, int64_t end) {
@@ -191,7 +241,7 @@ void pack_pairs(const Packed<Bf16>& p, int64_t begin, int64_t end) {
   }
 }
 
-// The other forms of the rows from `begin` to `end`, whole panels of them.
+// The panels of the rows from `begin` to `end`, whole ones.
 template <class T>
 void pack_panels(const Packed<T>& p, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; j += kCols) {
@@ -200,7 +250,6 @@ void pack_panels(const Packed<T>& p, int64_t begin, int64_t end) {
       for (int c = 0; c < kCols; ++c) panel[k * kCols + c] = p.rows[(j + c) * p.ld + k];
     }
   }
-  pack_pairs(p, begin, end);
 }
 
 template <class T>
@@ -219,6 +268,15 @@ void store_raw_grad(const Packed<T>& p, int64_t i, const float* du, double scale
   const double inv = fabs(p.inv_norm[i]) * scale;
   const float along = float(radial);
   for (int64_t d = 0; d < p.D; ++d) dz[d] = float((du[d] - along * unit(p, i, d)) * inv);
+}
+
+// A register tile to memory with rows `ld` apart.
+CLAE_FAST_INLINE void store_tile(const Vec (&y)[kRows][kVecs], float* tile, int64_t ld) {
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) store(tile + m * ld + v * kWidth, y[m][v]);
+  }
 }
 
 // acc += A B over `depth` cells: A's rows are `lda` apart (its columns where transposed), B's
@@ -264,11 +322,7 @@ void accumulate(const typename T::Cell* a,
         for (int v = 0; v < kVecs; ++v) acc[m][v] = load(tile + m * ldc + v * kWidth);
       }
       multiply<T, transposed>(a + (transposed ? i : i * lda), lda, b + j, ldb, depth, acc);
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) store(tile + m * ldc + v * kWidth, acc[m][v]);
-      }
+      store_tile(acc, tile, ldc);
     }
   }
 }
@@ -318,16 +372,11 @@ struct Weights<Fp32> {
   const float* over_rows() const { return over_columns; }
 
   CLAE_FAST_INLINE void put(int64_t i, int64_t j, const Vec (&w)[kRows][kVecs]) {
-    float* tile = over_columns + i * kMaxBlock + j;
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) store(tile + m * kMaxBlock + v * kWidth, w[m][v]);
-    }
+    store_tile(w, over_columns + i * kLd + j, kLd);
   }
   // One vector, for products over columns alone.
   CLAE_FAST_INLINE void put_columns(int64_t i, int64_t j, Vec w) {
-    store(over_columns + i * kMaxBlock + j, w);
+    Fp32::put(over_columns + i * kLd, j, w);
   }
 };
 
@@ -344,24 +393,14 @@ struct Weights<Bf16> {
         const int64_t column = j + v * kWidth;
         put_columns(i + m, column, w[m][v]);
         put_columns(i + m + 1, column, w[m + 1][v]);
-        const IVec pair =
-            (rounded(w[m][v]) >> 16 & 0xffff) | (rounded(w[m + 1][v]) & int32_t(0xffff0000));
+        const IVec pair = (Bf16::rounded(w[m][v]) >> 16 & 0xffff) |
+                          (Bf16::rounded(w[m + 1][v]) & int32_t(0xffff0000));
         __builtin_memcpy(paired_rows + (i + m) / 2 * kMaxBlock + column, &pair, sizeof pair);
       }
     }
   }
   CLAE_FAST_INLINE void put_columns(int64_t i, int64_t j, Vec w) {
-    typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
-    const HalfVec halves = __builtin_convertvector(rounded(w) >> 16 & 0xffff, HalfVec);
-    __builtin_memcpy(reinterpret_cast<char*>(over_columns + i * kLd) + 2 * j, &halves,
-                     sizeof halves);
-  }
-
- private:
-  // bf16 to nearest even, in the upper half
-  static CLAE_FAST_INLINE IVec rounded(Vec w) {
-    const IVec bits = (IVec)w;
-    return bits + 0x7fff + (bits >> 16 & 1);
+    Bf16::put(over_columns + i * kLd, j, w);
   }
 };
 
