@@ -1,9 +1,10 @@
-// InfoNCE where keys have no gradient, as in a queue, in one pass over the keys; otherwise in tiles
-// of the symmetric matrix over anchors and keys, of which only pairs of an anchor and a key count.
+// InfoNCE in one of three ways, by what is wanted of it.
 //
-// The pass keeps, for every anchor, the largest logit so far, m, the sum of 2^(y - m) over the
-// negatives and the sum of 2^(y - m) k, with k the unit row of a key: 4 N M D FLOPs for loss and
-// gradient, and no key is stored in another form than a tile's.
+// Where keys have no gradient, as in a queue, one pass over them keeps, for every anchor, its
+// largest logit so far, m, the sum of 2^(y - m) over the negatives and the sum of 2^(y - m) k, with
+// k the unit row of a key: 4 N M D FLOPs for loss and gradient, and no key is stored but a tile's.
+// Where they have one, the softmax of as many anchors as fit a panel serves both gradients: 6 N M
+// D. In both directions, a tile of the symmetric matrix over anchors and keys serves all: 8 N M D.
 #include "info_nce.h"
 #include "softmax.h"
 #include "symmetric.h"
@@ -139,6 +140,12 @@ void finish_anchor(const Pass<T>& p, const InfoNceArgs& args, const Packed<T>& k
   store_raw_grad(p.u, i, du, scale, args.danchor + i * args.D);
 }
 
+void mean_loss(const InfoNceArgs& args, const double* loss) {
+  double total = 0;
+  for (int64_t i = 0; i < args.N; ++i) total += loss[i];
+  args.loss[0] = float(total / double(args.N));
+}
+
 template <class T>
 void run_pass(const InfoNceArgs& args) {
   Pass<T> p = carve_pass<T>(args);
@@ -179,9 +186,7 @@ void run_pass(const InfoNceArgs& args) {
     const Range rows = share(args.N, team, rank);
     for (int64_t i = rows.begin; i < rows.end; ++i) finish_anchor(p, args, k, i);
   });
-  double total = 0;
-  for (int64_t i = 0; i < args.N; ++i) total += p.loss[i];
-  args.loss[0] = float(total / double(args.N));
+  mean_loss(args, p.loss);
 }
 
 template <class T>
@@ -191,23 +196,175 @@ int64_t pass_workspace(const InfoNceArgs& args) {
   return carver.bytes;
 }
 
-bool is_symmetric(const InfoNceArgs& args) { return args.symmetric || args.dkeys; }
+// The most numbers of a panel.
+constexpr int64_t kPanel = int64_t(1) << 21;
+
+struct Panel {
+  int block;  // rows and columns of a task
+  int64_t padded_n, padded_m, rows;
+  Packed<Fp32> u;  // [padded_n, D] of the anchors
+  Packed<Fp32> v;  // [padded_m, D] of the keys
+  float* p;        // [rows, padded_m] softmax of some anchors, 0 at the positives
+  float* q;        // [padded_n] sum of a row of p
+  double* loss;    // [N]
+  float* du;       // [rows, u.width]
+  float* dv;       // [padded_m, v.width]
+  int* next;       // [2 N / rows] the next task of every loop over tasks
+  int64_t bytes;
+};
+
+Panel carve_panel(const InfoNceArgs& args) {
+  Panel s;
+  s.block = block_rows(args.N + args.M);
+  s.padded_n = round_up(args.N, s.block);
+  s.padded_m = round_up(args.M, s.block);
+  s.rows = smaller(kPanel / s.padded_m / s.block * s.block, s.padded_n);
+  if (s.rows == 0) s.rows = s.block;
+  Carver carver{args.workspace};
+  s.u = carve_rows<Fp32>(carver, s.padded_n, args.D);
+  s.v = carve_rows<Fp32>(carver, s.padded_m, args.D);
+  s.p = carver.take<float>(s.rows * s.padded_m);
+  s.q = carver.take<float>(s.padded_n);
+  s.loss = carver.take<double>(args.N);
+  s.du = carver.take<float>(s.rows * s.u.width);
+  s.dv = carver.take<float>(s.padded_m * s.v.width);
+  s.next = carver.take<int>(2 * (s.padded_n / s.rows + 1));
+  s.bytes = carver.bytes;
+  return s;
+}
+
+void pack_block(const Packed<Fp32>& u, const Rows& source, int64_t count, int64_t I, int block) {
+  for (int64_t i = I; i < I + block; ++i) {
+    if (i < count) {
+      pack_row(u, i, source, i);
+    } else {
+      pad_row(u, i);
+    }
+  }
+  pack_panels(u, I, I + block);
+}
+
+// The softmax, the loss and the gradient of a block of anchors, whose panel begins at `first`.
+void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64_t I) {
+  const float scale = float(kLog2e / args.temperature);
+  const int64_t rows = smaller(args.N - I, s.block);
+  float* panel = s.p + (I - first) * s.padded_m;
+  for (int64_t j = 0; j < args.M; j += kCols) {
+    for (int64_t i = 0; i < s.block; i += kRows) {
+      Vec y[kRows][kVecs];
+      similarities(s.u, I + i, s.v, j, scale, 0.f, y);
+      for (int m = 0; m < kRows; ++m) {
+        for (int v = 0; v < kVecs; ++v) {
+          store(panel + (i + m) * s.padded_m + j + v * kWidth, y[m][v]);
+        }
+      }
+    }
+  }
+  const int64_t width = round_up(args.M, kCols);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = panel + i * s.padded_m;
+    for (int64_t j = args.M; j < width; ++j) row[j] = -INFINITY;
+    row[I + i] = -INFINITY;
+    Vec top = splat(-INFINITY);
+    for (int64_t j = 0; j < width; j += kWidth) top = maximum(top, load(row + j));
+    float peak = top[0];
+    for (int l = 1; l < kWidth; ++l) peak = peak < top[l] ? top[l] : peak;
+    const Vec from = splat(peak == -INFINITY ? 0.f : peak);  // -inf - -inf would be NaN
+    double neg = 0;
+    for (int64_t j = 0; j < width; j += s.block) {
+      Vec sum = {};
+      for (int64_t k = j; k < smaller(j + s.block, width); k += kWidth) {
+        const Vec e = exp2<true>(load(row + k) - from);
+        store(row + k, e);
+        sum += e;
+      }
+      neg += double(horizontal_sum(sum));
+    }
+    const double log_pos = cosine(s.u, I + i, s.v, I + i) * (kLog2e / args.temperature);
+    const RowLoss result = row_loss(log2(neg) + from[0], log_pos);
+    s.loss[I + i] = result.loss;
+    s.q[I + i] = float(result.q);
+    const Vec weight = splat(float(::exp2(from[0] - result.log_den)));
+    for (int64_t j = 0; j < width; j += kWidth) store(row + j, load(row + j) * weight);
+  }
+  memset(panel + rows * s.padded_m, 0, (s.block - rows) * s.padded_m * sizeof *panel);
+  if (!args.danchor) return;
+  float* du = s.du + (I - first) * s.u.width;
+  memset(du, 0, s.block * s.u.width * sizeof *du);
+  accumulate<Fp32, false>(panel, s.padded_m, s.v.rows, s.v.width, args.M, du, s.u.width, rows,
+                          round_up(args.D, kCols));
+  const double share_of_mean = 1 / (double(args.N) * double(args.temperature));
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = du + i * s.u.width;
+    for (int64_t d = 0; d < args.D; ++d) row[d] -= s.q[I + i] * unit(s.v, I + i, d);
+    store_raw_grad(s.u, I + i, row, share_of_mean, args.danchor + (I + i) * args.D);
+  }
+}
+
+void run_panels(const InfoNceArgs& args) {
+  const Panel s = carve_panel(args);
+  memset(s.next, 0, 2 * (s.padded_n / s.rows + 1) * sizeof *s.next);
+  parallel(args.threads, [&](Team& team, int rank) {
+    const Range n = share(s.padded_n / s.block, team, rank);
+    const Range m = share(s.padded_m / s.block, team, rank);
+    for (int64_t b = n.begin; b < n.end; ++b) {
+      pack_block(s.u, args.anchor, args.N, b * s.block, s.block);
+    }
+    for (int64_t b = m.begin; b < m.end; ++b) {
+      pack_block(s.v, args.keys, args.M, b * s.block, s.block);
+      memset(s.dv + b * s.block * s.v.width, 0, s.block * s.v.width * sizeof *s.dv);
+    }
+    team.barrier();
+    int* next = s.next;
+    for (int64_t first = 0; first < args.N; first += s.rows, next += 2) {
+      const int64_t end = smaller(first + s.rows, args.N);
+      auto take = [&](int* counter) {
+        return int64_t(__atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)) * s.block;
+      };
+      for (int64_t I = first + take(next); I < end; I = first + take(next)) {
+        softmax_block(s, args, first, I);
+      }
+      team.barrier();
+      for (int64_t J = take(next + 1); J < args.M; J = take(next + 1)) {
+        accumulate<Fp32, true>(s.p + J, s.padded_m, s.u.rows + first * s.u.width, s.u.width,
+                               end - first, s.dv + J * s.v.width, s.v.width,
+                               smaller(args.M - J, s.block), round_up(args.D, kCols));
+      }
+      team.barrier();
+    }
+    const double share_of_mean = 1 / (double(args.N) * double(args.temperature));
+    const Range rows = share(args.M, team, rank);
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      float* dv = s.dv + j * s.v.width;
+      for (int64_t d = 0; d < args.D && j < args.N; ++d) dv[d] -= s.q[j] * unit(s.u, j, d);
+      store_raw_grad(s.v, j, dv, share_of_mean, args.dkeys + j * args.D);
+    }
+  });
+  mean_loss(args, s.loss);
+}
+
+bool in_tiles(const InfoNceArgs& args) {
+  return args.symmetric || (args.dkeys && stays_bf16(args.anchor.dtype));
+}
 
 }  // namespace
 
 int64_t info_nce_workspace(const InfoNceArgs& args) {
-  if (is_symmetric(args)) {
+  if (in_tiles(args)) {
     return symmetric_workspace(args.anchor.dtype, args.N + args.M, args.D,
                                args.danchor || args.dkeys);
   }
+  if (args.dkeys) return carve_panel(args).bytes;
   return stays_bf16(args.anchor.dtype) ? pass_workspace<Bf16>(args) : pass_workspace<Fp32>(args);
 }
 
 void info_nce(const InfoNceArgs& args) {
-  if (is_symmetric(args)) {
+  if (in_tiles(args)) {
     symmetric({args.anchor, args.keys, args.N, args.N + args.M, args.D, /*positive=*/args.N,
                args.symmetric ? Pairs::both_ways : Pairs::one_way, args.temperature, args.threads,
                args.loss, args.danchor, args.dkeys, args.workspace});
+  } else if (args.dkeys) {
+    run_panels(args);
   } else {
     stays_bf16(args.anchor.dtype) ? run_pass<Bf16>(args) : run_pass<Fp32>(args);
   }
