@@ -122,6 +122,21 @@ Packed<T> carve_rows(Carver& carver, int64_t count, int64_t D) {
   return p;
 }
 
+// Sum over d < D of a b in fp64: of vectors at d, and of the products that fill none.
+template <class A, class B, class Product>
+CLAE_FAST_INLINE double dot(int64_t D, A a, B b, Product product) {
+  typedef double DoubleVec __attribute__((vector_size(kWidth * 8)));
+  DoubleVec sums = {};
+  int64_t d = 0;
+  for (; d + kWidth <= D; d += kWidth) {
+    sums += __builtin_convertvector(a(d), DoubleVec) * __builtin_convertvector(b(d), DoubleVec);
+  }
+  double sum = 0;
+  for (int l = 0; l < kWidth; ++l) sum += sums[l];
+  for (; d < D; ++d) sum += product(d);
+  return sum;
+}
+
 CLAE_FAST_INLINE void load_row(const Rows& source, int64_t row, int64_t D, float* out) {
   const int64_t at = row * source.stride;
   if (source.dtype == DType::fp32) {
@@ -137,9 +152,9 @@ CLAE_FAST_INLINE void load_row(const Rows& source, int64_t row, int64_t D, float
 }
 
 CLAE_FAST_INLINE double squared_norm(const float* z, int64_t D) {
-  double sum = 0;
-  for (int64_t d = 0; d < D; ++d) sum += double(z[d]) * double(z[d]);
-  return sum;
+  return dot(
+      D, [&](int64_t d) { return load(z + d); }, [&](int64_t d) { return load(z + d); },
+      [&](int64_t d) { return double(z[d]) * double(z[d]); });
 }
 
 // Row i of `p` becomes row `row` of `source`.
@@ -224,6 +239,17 @@ CLAE_FAST_INLINE float unit(const Packed<Bf16>& p, int64_t i, int64_t d) {
   return load_bf16(half) * p.factor[i];
 }
 
+// Of kWidth elements from d on.
+CLAE_FAST_INLINE Vec units(const Packed<Fp32>& p, int64_t i, int64_t d) {
+  return load(p.rows + i * p.ld + d);
+}
+
+CLAE_FAST_INLINE Vec units(const Packed<Bf16>& p, int64_t i, int64_t d) {
+  uint16_t halves __attribute__((vector_size(kWidth * 2)));
+  memcpy(&halves, reinterpret_cast<const char*>(p.rows + i * p.ld) + 2 * d, sizeof halves);
+  return (Vec)(__builtin_convertvector(halves, IVec) << 16) * p.factor[i];
+}
+
 // The pairs of the rows from `begin` to `end`.
 void pack_pairs(const Packed<Fp32>&, int64_t, int64_t) {}
 
@@ -254,20 +280,21 @@ void pack_panels(const Packed<T>& p, int64_t begin, int64_t end) {
 
 template <class T>
 double cosine(const Packed<T>& p, int64_t i, const Packed<T>& q, int64_t j) {
-  double sum = 0;
-  for (int64_t d = 0; d < p.D; ++d) sum += double(unit(p, i, d)) * double(unit(q, j, d));
-  return sum;
+  return dot(
+      p.D, [&](int64_t d) { return units(p, i, d); }, [&](int64_t d) { return units(q, j, d); },
+      [&](int64_t d) { return double(unit(p, i, d)) * double(unit(q, j, d)); });
 }
 
 // dz = scale (du - u (u . du)) / |z| of row i, or scale du / eps where the row was only scaled.
 template <class T>
 void store_raw_grad(const Packed<T>& p, int64_t i, const float* du, double scale, float* dz) {
   const bool clamped = p.inv_norm[i] < 0;
-  double radial = 0;
-  for (int64_t d = 0; d < p.D && !clamped; ++d) radial += double(unit(p, i, d)) * double(du[d]);
+  const float radial = float(dot(
+      clamped ? 0 : p.D, [&](int64_t d) { return units(p, i, d); },
+      [&](int64_t d) { return load(du + d); },
+      [&](int64_t d) { return double(unit(p, i, d)) * double(du[d]); }));
   const double inv = fabs(p.inv_norm[i]) * scale;
-  const float along = float(radial);
-  for (int64_t d = 0; d < p.D; ++d) dz[d] = float((du[d] - along * unit(p, i, d)) * inv);
+  for (int64_t d = 0; d < p.D; ++d) dz[d] = float((du[d] - radial * unit(p, i, d)) * inv);
 }
 
 // A register tile to memory with rows `ld` apart.
