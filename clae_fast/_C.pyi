@@ -44,6 +44,19 @@ def info_nce(
     dkeys: int,
     workspace: int,
 ) -> int: ...
+def uel_workspace(isa: str, dtype: int, N: int, D: int, threads: int, grad: bool) -> int: ...
+def uel(
+    isa: str,
+    z0: _Rows,
+    z1: _Rows,
+    N: int,
+    D: int,
+    temperature: float,
+    threads: int,
+    loss: int,
+    dz: int,
+    workspace: int,
+) -> None: ...
 def nt_xent_cuda_workspace(N: int, D: int, grad: bool) -> int: ...
 def nt_xent_cuda(
     z0: int,

@@ -27,7 +27,7 @@ _IMPLS = {
     "nt_xent": ("native", "cuda", "triton"),
     "tied_nt_xent": ("native", "triton", "torch"),
     "info_nce": ("native", "triton", "torch"),
-    "uel": ("triton", "torch"),
+    "uel": ("native", "triton", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),
 }

@@ -155,6 +155,34 @@ def info_nce(
     return loss, danchor, dkeys
 
 
+def uel(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float,
+    grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `nt_xent`."""
+    z0, z1 = _in_rows(z0), _in_rows(z1)
+    N, D = z0.shape
+    threads = torch.get_num_threads()
+    loss = torch.empty((), dtype=torch.float32)
+    dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
+    workspace = _workspace(_C.uel_workspace(_isa, _DTYPES[z0.dtype], N, D, threads, grad))
+    _C.uel(
+        _isa,
+        _rows(z0),
+        _rows(z1),
+        N,
+        D,
+        temperature,
+        threads,
+        loss.data_ptr(),
+        0 if dz is None else dz.data_ptr(),
+        workspace.data_ptr(),
+    )
+    return loss, dz
+
+
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
     """Whether `nt_xent_cuda` takes n = 2N rows of D elements: shared memory is the limit."""
     return n <= (4096 if D <= 128 else 2048) and D <= 256

@@ -10,6 +10,7 @@
 #include "nt_xent.h"
 #include "stem_step.h"
 #include "tied_nt_xent.h"
+#include "uel.h"
 
 namespace py = pybind11;
 
@@ -118,6 +119,21 @@ PYBIND11_MODULE(_C, m) {
           clae_fast::info_nce(chosen, args);
           return int64_t(0);
         });
+
+  m.def("uel_workspace",
+        [](const std::string& isa, int dtype, int64_t N, int64_t D, int threads, bool grad) {
+          return clae_fast::uel_workspace(clae_fast::parse_isa(isa), clae_fast::DType(dtype), N, D,
+                                          threads, grad);
+        });
+
+  m.def("uel", [](const std::string& isa, const PyRows& z0, const PyRows& z1, int64_t N, int64_t D,
+                  float temperature, int threads, std::uintptr_t loss, std::uintptr_t dz,
+                  std::uintptr_t workspace) {
+    const auto chosen = clae_fast::parse_isa(isa);
+    py::gil_scoped_release nogil;
+    clae_fast::uel(chosen, {rows(z0), rows(z1), N, D, temperature, threads, pointer<float>(loss),
+                            pointer<float>(dz), pointer<unsigned char>(workspace)});
+  });
 
   m.def("linf_step_cpu",
         [](const std::string& isa, std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from clae_fast import _check, _impl
+from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward, view_grads
 from clae_fast.reference.uel import uel as reference
 
@@ -44,6 +44,9 @@ def _uel_impl(
         from clae_fast.kernels.uel import uel
 
         return uel(z0, z1, temperature, grad, exact)
+    if impl == "native":
+        loss, dz = _native.uel(z0, z1, temperature, grad)
+        return loss, loss.new_empty(0) if dz is None else dz
     with torch.autocast(z0.device.type, enabled=False):
         u, norm = unit_rows(torch.cat([z0, z1]))
         n, N = len(u), len(z0)
@@ -138,7 +141,7 @@ def uel(
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
         exact: As in :func:`nt_xent`.
-        impl: "auto", "reference", "torch" or, for D <= 256, "triton".
+        impl: "auto", "reference", "native", "torch" or, for D <= 256, "triton".
 
     Returns:
         The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for N = 1.
