@@ -1,11 +1,17 @@
 """What the command lines share: bad input is one line on stderr and an exit code."""
 
 import argparse
+import contextlib
+import dataclasses
+import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from clae_fast.checkpoint import CheckpointError
+from clae_fast.config import Config, hints, nearest
 from clae_fast.data import DataError
 from clae_fast.run_folder import RunFolderError
 from clae_fast.trainer import NonFiniteError
@@ -13,23 +19,81 @@ from clae_fast.trainer import NonFiniteError
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises ValueError instead of printing its usage."""
+
+    def parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """The arguments by name.
+
+        Raises:
+            ValueError: they are wrong; where there is no such flag, with the nearest one.
+        """
+        found, unknown = self.parse_known_args(argv)
+        flags = [arg[2:].partition("=")[0] for arg in unknown if arg.startswith("--")]
+        if flags:
+            known = [name[2:] for action in self._actions for name in action.option_strings]
+            nearest_one = nearest(flags[0], known)
+            raise ValueError(f"unknown flag --{flags[0]}, the nearest is --{nearest_one}")
+        if unknown:
+            raise ValueError(f"unexpected argument {unknown[0]!r}")
+        return vars(found)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError."""
         raise ValueError(message)
 
 
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Gives `parser` a flag for each of these settings of a run."""
+    for field in dataclasses.fields(Config):
+        if field.name in names:
+            parser.add_argument(
+                flag(field.name),
+                help=f"{field.metadata['help']} (digits: {field.default})",
+                **_argument(hints()[field.name], field.metadata["choices"]),
+            )
+
+
+def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
+    """What argparse needs to know of a field's type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    inner = [t for t in typing.get_args(hint) if t not in (type(None), ...)]
+    if typing.get_origin(hint) is tuple:
+        count = "*" if ... in typing.get_args(hint) else len(inner)
+        return {"type": inner[0], "nargs": count, "metavar": "X"}
+    kind = inner[0] if inner else hint
+    return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def warn(message: str) -> None:
+    """Says something that does not stop the command."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def run(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit code, with one line for each way it is known to fail."""
+    signals: list[int] = []
+
+    def terminate(number: int, _: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
     try:
-        command()
+        with _handling_sigterm(terminate):
+            command()
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted{''.join(f'; {arg}' for arg in interrupt.args)}", file=sys.stderr)
-        return INTERRUPTED
+        what, code = ("terminated", TERMINATED) if signals else ("interrupted", INTERRUPTED)
+        print("; ".join((what, *interrupt.args)), file=sys.stderr)
+        return code
     except (NonFiniteError, CheckpointError) as error:
         return _fail(error, FAILED)
     except OSError as error:
@@ -39,7 +103,26 @@ def run(command: Callable[[], None]) -> int:
         return _fail(str(error).rpartition("DataError: ")[2], BAD_INPUT)
     except (ValueError, RunFolderError) as error:
         return _fail(error, BAD_INPUT)
+    except RuntimeError as error:
+        # torch's words, wherever the training was when the signal came
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).strip().rstrip(".").replace("\n", " ")
+        return _fail(f"{reason}: is memory short? --resume with fewer --workers", FAILED)
     return 0
+
+
+@contextlib.contextmanager
+def _handling_sigterm(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Lets `handler` have the signal that job schedulers send, where a thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: object, code: int) -> int:

@@ -28,9 +28,11 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError as error:
+    except BaseException as error:
         new.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     # the rename itself must survive a power cut
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -64,8 +66,15 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+        raise CheckpointError(f"cannot read checkpoint {path}: {reason(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"cannot read checkpoint {path}: it holds no dictionary")
     return state
+
+
+def reason(error: Exception) -> str:
+    """What an error of torch says, in one short line."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    words = " ".join(str(error).split())
+    return words if len(words) <= 200 else f"{words[:200]} ..."

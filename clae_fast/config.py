@@ -1,14 +1,15 @@
-"""Run configuration: every setting of a training run, checked, and the papers' presets.
-
-Settings come from four places, later ones winning: the fields' defaults, which are the run on
-scikit-learn's digits; `IMAGE_DEFAULTS` for any other data set; a preset; the caller.
-"""
+"""Run configuration: every setting of a training run, checked."""
 
 import dataclasses
+import difflib
+import functools
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from clae_fast.data.datasets import DATASETS, require_dataset
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -20,15 +21,14 @@ class Config:
     """Settings of a training run; each field is a flag of `python -m clae_fast.train`.
 
     Raises:
+        TypeError: a value of another type than the field's; the message names the field.
         ValueError: a value is out of range; the message names the field.
     """
 
-    dataset: str = _option(
-        "digits", "data set", choices=("digits", "parquet", "cifar10", "cifar100")
-    )
+    dataset: str = _option("digits", f"data set: {', '.join(DATASETS)}")
     data_dir: str | None = _option(None, "folder of the data set")
-    download: bool = _option(False, "fetch CIFAR when it is not in the data folder")
-    limit: int | None = _option(None, "use the first N images of each split")
+    download: bool = _option(False, "fetch a published data set that is not in the data folder")
+    limit: int | None = _option(None, "use N images of each split")
     image_size: int = _option(16, "side of a view in pixels")
     crop_min_scale: float = _option(0.4, "smallest part of the image a crop takes")
     flip: bool = _option(False, "mirror views left and right at random")
@@ -86,9 +86,16 @@ class Config:
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
     log_every: int = _option(10, "steps between log points")
     checkpoint_every: int | None = _option(None, "steps between checkpoints within an epoch")
+    keep_every: int | None = _option(None, "epochs between checkpoints that stay")
+    val_size: int = _option(
+        0, "labelled training images held out, never trained on; best.pt does best on them"
+    )
+    val_every: int = _option(1, "epochs between validations")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            # a frozen dataclass leaves no other way
+            object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name)))
             choices = field.metadata["choices"]
             if choices and getattr(self, field.name) not in choices:
                 got = getattr(self, field.name)
@@ -104,8 +111,7 @@ class Config:
             raise ValueError(
                 f"color_jitter must have a hue of at most 0.5, got {self.color_jitter}"
             )
-        if self.dataset == "parquet" and self.data_dir is None:
-            raise ValueError("data_dir is required for the parquet data set")
+        require_dataset(self.dataset, self.data_dir)
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
@@ -132,121 +138,104 @@ class Config:
         """The inverse of `to_dict`, also after a round through JSON.
 
         Raises:
+            TypeError: a value of another type than the setting's.
             ValueError: an unknown setting, or a value out of range.
         """
-        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        settings: dict[str, Any] = dict(values)
-        for name, value in settings.items():
-            if isinstance(value, list):
-                settings[name] = tuple(value)
-        return cls(**settings)
+        for name in values:
+            require_known(name)
+        return cls(**values)
+
+    def resumed(self, changes: Mapping[str, Any]) -> "Config":
+        """The settings of a run that goes on, where it runs and how long it lasts changed.
+
+        Under the constant and the step schedule a run extended to more epochs equals one that
+        began with them.
+
+        Args:
+            changes: settings of `MAY_CHANGE`; others as long as they are what they were.
+
+        Raises:
+            TypeError: a setting of the wrong type.
+            ValueError: a setting that decides what was trained so far, or a value out of range.
+        """
+        changed = [name for name in changes if convert(name, changes[name]) != getattr(self, name)]
+        fixed = [name for name in changed if name not in MAY_CHANGE]
+        if fixed:
+            raise ValueError(
+                f"a run goes on with its own {', '.join(fixed)}; only {', '.join(MAY_CHANGE)} may "
+                "change"
+            )
+        if "epochs" in changed and self.schedule == "cosine":
+            raise ValueError(
+                "epochs cannot change under the cosine schedule: the learning rate of every step "
+                "so far depended on them"
+            )
+        return dataclasses.replace(self, **changes)
 
 
+# settings that do not decide what was trained so far
+MAY_CHANGE = (
+    "epochs", "data_dir", "download", "on_corrupt", "workers", "device", "log_every",
+    "checkpoint_every", "keep_every",
+)  # fmt: skip
 _POSITIVE = (
     "limit", "image_size", "crop_min_scale", "std", "temperature", "proj_dim", "lr", "epochs",
-    "batch_size", "log_every", "checkpoint_every",
+    "batch_size", "log_every", "checkpoint_every", "keep_every", "val_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "color_jitter", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob", "workers",
-    "adv_weight", "eps", "step_size",
-    "hidden_dim", "momentum", "weight_decay", "warmup_epochs", "milestones", "factors", "seed",
+    "adv_weight", "eps", "step_size", "hidden_dim", "momentum", "weight_decay", "warmup_epochs",
+    "milestones", "factors", "seed", "val_size",
 )  # fmt: skip
 
-IMAGE_DEFAULTS: dict[str, Any] = {
-    "image_size": 32,
-    "crop_min_scale": 0.2,
-    "flip": True,
-    "color_jitter": (0.4, 0.4, 0.4, 0.1),
-    "grey_prob": 0.2,
-    "workers": 2,
-    "eps": 8 / 255,
-    "arch": "resnet18",
-    "hidden_dim": 512,
-    "proj_dim": 128,
-    "lr": 1e-3,
-    "weight_decay": 1e-6,
-    "decay_1d": False,
-    "epochs": 100,
-    "batch_size": 256,
-}
-
-# the settings that CLAE's scripts run with (Ho and Vasconcelos, NeurIPS 2020): the self attack, its
-# radius in normalised units, no clamp
-_CLAE: dict[str, Any] = {
-    "attack": "self",
-    "adv_weight": 1.0,
-    "eps": 0.03,
-    "eps_space": "normalized",
-    "arch": "resnet18",
-    "image_size": 32,
-    "flip": True,
-    "grey_prob": 0.2,
-    "warmup_epochs": 0,
-    "decay_1d": True,
-}
-_CLAE_SIMCLR: dict[str, Any] = _CLAE | {
-    "method": "simclr",
-    "temperature": 0.5,
-    "crop_min_scale": 0.08,
-    "color_jitter": (0.8, 0.8, 0.8, 0.2),
-    "color_jitter_prob": 0.8,
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "hidden_dim": 512,
-    "proj_dim": 64,
-    "optimizer": "adam",
-    "lr": 3e-4,
-    "weight_decay": 0.0,
-    "schedule": "constant",
-    "epochs": 100,
-    "batch_size": 256,
-}
-_CLAE_SMALL_BATCH: dict[str, Any] = _CLAE | {
-    "temperature": 0.1,
-    "crop_min_scale": 0.2,
-    "color_jitter": (0.4, 0.4, 0.4, 0.4),
-    "color_jitter_prob": 1.0,
-    # CIFAR-10's, for CIFAR-100 too
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2023, 0.1994, 0.2010),
-    "hidden_dim": 0,
-    "proj_dim": 128,
-    "optimizer": "sgd",
-    "lr": 0.03,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
-    "schedule": "step",
-    "milestones": (120, 160, 200),
-    "factors": (0.1, 0.05, 0.01),
-    "epochs": 301,
-    "batch_size": 128,
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    f"clae-{method}-{dataset}": settings | {"method": method, "dataset": dataset}
-    for method, settings in (
-        ("simclr", _CLAE_SIMCLR),
-        ("plain", _CLAE_SMALL_BATCH),
-        ("uel", _CLAE_SMALL_BATCH),
-    )
-    for dataset in ("cifar10", "cifar100")
-}
+_WANTED = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+_SEVERAL = {int: "whole numbers", float: "numbers"}
 
 
-def resolve(settings: Mapping[str, Any], preset: str | None = None) -> Config:
-    """Completes `settings` with a preset and the defaults of the data set.
+@functools.cache
+def hints() -> dict[str, Any]:
+    """The type of each setting, by name."""
+    return typing.get_type_hints(Config)
 
-    Args:
-        settings: values by field name; they win over everything else.
-        preset: a name in `PRESETS`.
+
+def require_known(name: str) -> None:
+    """Raises ValueError where `name` is no setting, with the nearest one that is."""
+    if name not in hints():
+        raise ValueError(f"unknown setting {name!r}, the nearest is {nearest(name, hints())!r}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The one of `known` that begins with `name`, or else the one spelt most like it."""
+    longer = [word for word in known if word.startswith(name)]
+    return (longer or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
+
+
+def convert(name: str, value: Any) -> Any:
+    """The value as the setting `name` holds it: lists become tuples, whole numbers reals.
 
     Raises:
-        ValueError: an unknown preset or setting, or a value out of range.
+        TypeError: it is of another type; the message has the name, the value and what is wanted.
     """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    chosen = (PRESETS[preset] if preset else {}) | dict(settings)
-    digits = chosen.get("dataset", "digits") == "digits"
-    return Config.from_dict(({} if digits else IMAGE_DEFAULTS) | chosen)
+    hint = hints()[name]
+    inner = [kind for kind in typing.get_args(hint) if kind not in (type(None), ...)]
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    if typing.get_origin(hint) is tuple:
+        count = None if ... in typing.get_args(hint) else len(inner)
+        fits = isinstance(value, (list, tuple)) and count in (None, len(value))
+        if fits and all(_is(inner[0], v) for v in value):
+            return tuple(inner[0](v) for v in value)
+        wanted = f"a list of {f'{count} ' if count else ''}{_SEVERAL[inner[0]]}"
+    else:
+        kind = inner[0] if inner else hint
+        if _is(kind, value):
+            return kind(value)
+        wanted = _WANTED[kind]
+    raise TypeError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether `value` is of a setting's type; true and false are no numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -1,138 +1,59 @@
 """Evaluation of a run: `python -m clae_fast.evaluate RUN`.
 
-The encoder of the last checkpoint, its main BatchNorm in eval mode, gives features h of both splits
-once; a weighted kNN vote and a linear probe are taken on them, over the whole test set.
+The encoder of a checkpoint, its main BatchNorm in eval mode, gives features h of the labelled
+training images and of the test set once; a weighted kNN vote and a linear probe are taken on them,
+over the whole test set. Images that were held out for validation count as neither.
 """
 
+import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-
-from clae_fast import _cli, checkpoint, data
+from clae_fast import _cli, checkpoint, data, provenance
+from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
+from clae_fast.device import pick_device
 from clae_fast.nn import Encoder
+from clae_fast.probes import extract_features, knn_accuracy, linear_accuracy
 from clae_fast.run_folder import RunFolder
-from clae_fast.trainer import build_method, pick_device, to_device
+from clae_fast.trainer import build_method, hold_out
 
 
-@torch.no_grad()
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    k: int | None = None,
-    sigma: float = 0.1,
-) -> float:
-    r"""Accuracy of a weighted vote among the k nearest training images.
-
-    A neighbour at cosine similarity c votes for its class with weight :math:`e^{c / \sigma}`
-    (Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", 2018).
-
-    Args:
-        train_features: voters.  # [M, F]
-        train_labels: their classes, from 0.  # [M]
-        test_features: images to classify.  # [N, F]
-        test_labels: their classes.  # [N]
-        k: neighbours that vote; 200 by default, but at most one in 50 of the training images.
-        sigma: temperature of the weights.
-
-    Returns:
-        Per cent of the test images whose class wins.
-    """
-    bank = nn.functional.normalize(train_features, dim=1)  # [M, F]
-    classes = int(train_labels.max()) + 1
-    k = k or max(1, min(200, len(bank) // 50))
-    correct = 0
-    for features, labels in zip(test_features.split(1024), test_labels.split(1024), strict=True):
-        similarity = nn.functional.normalize(features, dim=1) @ bank.T  # [B, M]
-        nearest, rows = similarity.topk(min(k, len(bank)), dim=1)  # [B, k]
-        votes = features.new_zeros(len(features), classes)  # [B, C]
-        # relative to the nearest one, which changes no ranking and cannot overflow
-        weights = ((nearest - nearest[:, :1]) / sigma).exp()
-        votes.scatter_add_(1, train_labels[rows], weights)
-        correct += int((votes.argmax(dim=1) == labels).sum())
-    return 100 * correct / len(test_labels)
-
-
-def linear_accuracy(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
-) -> float:
-    """Accuracy of a logistic regression on standardised features, without augmentation.
-
-    Args:
-        train_features: features to fit on.  # [M, F]
-        train_labels: their classes.  # [M]
-        test_features: features to classify.  # [N, F]
-        test_labels: their classes.  # [N]
-
-    Returns:
-        Per cent of the test images that are classified right.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
-    probe.fit(train_features.cpu().numpy(), train_labels.cpu().numpy())
-    return 100 * float(probe.score(test_features.cpu().numpy(), test_labels.cpu().numpy()))
-
-
-@torch.no_grad()
-def extract_features(
-    encoder: Encoder, split: data.Split, config: Config, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Features h and labels of a split, in order; leaves `encoder` in eval mode.
-
-    Returns:
-        The features and the labels.  # [N, F], [N]
-    """
-    encoder.eval()
-    loader = data.image_loader(
-        split,
-        data.eval_transform(config.image_size),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches = [(encoder.features(to_device(x, device)), labels.to(device)) for x, labels in loader]
-    features, labels = zip(*batches, strict=True)
-    return torch.cat(features), torch.cat(labels)
-
-
-def evaluate(folder: RunFolder, splits: data.Splits | None = None) -> dict[str, float]:
-    """Evaluates the last checkpoint of a run and writes its results.json.
+def evaluate(
+    folder: RunFolder, path: Path | None = None, *, splits: data.Splits | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run and writes the run's results.json.
 
     Args:
         folder: the run.
-        splits: its data set, if it is loaded already.
+        path: the checkpoint; by default the best in validation, or the last where none is held out.
+        splits: the run's data set, if it is loaded already.
 
     Returns:
-        "knn" and "linear", accuracies in per cent, the optimiser "step" they belong to, and how
-        many images were "corrupt" and skipped.
+        "knn" and "linear", accuracies in per cent, the optimiser "step" they belong to, the name
+        of the "checkpoint", and how many images were "corrupt" and skipped.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: there is no checkpoint, or it is damaged or of another run.
         DataError: the data set cannot be used.
     """
     config = folder.config
+    path = path or _default(folder)
     device = pick_device(config.device)
-    state = checkpoint.load(folder.checkpoint)
+    state = checkpoint.load(path)
     method = build_method(config, device)
-    method.load_state_dict(state["method"])
+    try:
+        step = state["step"]
+        method.load_state_dict(state["method"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is not one of this run: {checkpoint.reason(error)}"
+        ) from error
     encoder = cast(Encoder, method.encoder)
-    splits = splits or data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        limit=config.limit,
-        on_corrupt=config.on_corrupt,
-    )
-    _, labelled, test = splits
+    (_, labelled, test), _ = hold_out(config, splits or _load(config))
     sets = (
         *extract_features(encoder, labelled, config, device),
         *extract_features(encoder, test, config, device),
@@ -140,34 +61,85 @@ def evaluate(folder: RunFolder, splits: data.Splits | None = None) -> dict[str, 
     results = {
         "knn": knn_accuracy(*sets),
         "linear": linear_accuracy(*sets),
-        "step": state["step"],
+        "step": step,
+        "checkpoint": path.name,
         "corrupt": len(test.corrupt),
     }
     folder.write_json("results.json", results)
     return results
 
 
-def report(results: dict[str, float]) -> str:
+def _default(folder: RunFolder) -> Path:
+    return folder.best if folder.best.exists() else folder.checkpoint
+
+
+def _load(config: Config) -> data.Splits:
+    return data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        limit=config.limit,
+        on_corrupt=config.on_corrupt,
+    )
+
+
+def report(results: dict[str, Any]) -> str:
     """The accuracies, a line each."""
-    return f"knn accuracy: {results['knn']:.1f} %\nlinear accuracy: {results['linear']:.1f} %"
+    lines = [f"{probe} accuracy: {results[probe]:.1f} %" for probe in ("knn", "linear")]
+    if results["checkpoint"] != "last.pt":
+        lines.insert(0, f"checkpoint: {results['checkpoint']}, step {results['step']}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 failed, 2 bad input, 130 interrupted.
+    """Runs the command line.
 
     Args:
         argv: arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
     return _cli.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
+    args = _parser().parse(argv)
+    folder = RunFolder.open(args.pop("run"))
+    path = _find(folder, args.pop("checkpoint", None))
+    folder.config = dataclasses.replace(folder.config, **args)
+    splits = _load(folder.config)
+    for line in provenance.data_changes(folder, splits):
+        _cli.warn(line)
+    print(report(evaluate(folder, path, splits=splits)))
+
+
+def _find(folder: RunFolder, name: str | None) -> Path:
+    """The checkpoint that `--checkpoint` names."""
+    if name is None:
+        return _default(folder)
+    if name == "best" and not folder.best.exists():
+        raise ValueError(f"{folder.path} keeps no best checkpoint: only --val-size makes one")
+    kept = folder.checkpoint.with_name(f"{name}.pt")
+    return kept if kept.exists() or name == "last" else Path(name)
+
+
+def _parser() -> _cli.Parser:
+    # suppressed defaults: what is not given is as in the run
     parser = _cli.Parser(
         prog="python -m clae_fast.evaluate",
         description="Weighted kNN and a linear probe on a run's features.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    print(report(evaluate(RunFolder.open(parser.parse_args(argv).run))))
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="best, last, another of the run such as epoch-0010, or a file; "
+        "by default the best where there is one",
+    )
+    _cli.add_settings(parser, ("data_dir", "workers", "device", "on_corrupt"))
+    return parser
 
 
 if __name__ == "__main__":

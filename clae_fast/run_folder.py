@@ -1,26 +1,25 @@
-"""The folder of a run: its configuration, versions, metrics and checkpoint.
+"""The folder of a run: its configuration, versions, metrics and checkpoints.
 
 config.json           every setting
-versions.json         what it ran with and where
+versions.json         what it ran with and where, `clae_fast.provenance`
 metrics.jsonl         one line a log point; a pure function of the configuration on a CPU
 events.out.tfevents.* the same and images per second, for TensorBoard
 checkpoints/last.pt   state after the last epoch, or after the last --checkpoint-every steps
+checkpoints/best.pt   state after the epoch that did best on the --val-size images
+checkpoints/epoch-0010.pt  states that --keep-every leaves
 results.json          accuracies of the finished run
+
+Every checkpoint is whole; each replaces the one of its name, and nothing else is deleted.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
-import clae_fast
 from clae_fast.checkpoint import write_atomically
 from clae_fast.config import Config
 
@@ -52,8 +51,12 @@ class RunFolder:
         require_free(path)
         (path / "checkpoints").mkdir(parents=True)
         folder = cls(path, config)
-        folder.write_json("versions.json", versions())
-        folder.write_json("config.json", config.to_dict())
+        try:
+            folder.write_json("config.json", config.to_dict())
+        except BaseException:
+            # half a run could be neither continued nor begun again
+            shutil.rmtree(path)
+            raise
         return folder
 
     @classmethod
@@ -77,6 +80,21 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """Where the state of training is kept."""
         return self.path / "checkpoints" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """Where the state that did best in validation is kept."""
+        return self.path / "checkpoints" / "best.pt"
+
+    def kept(self, epoch: int) -> Path:
+        """Where the state after an epoch stays."""
+        return self.path / "checkpoints" / f"epoch-{epoch:04}.pt"
+
+    def change(self, config: Config) -> None:
+        """Goes on with other settings than before."""
+        if config != self.config:
+            self.write_json("config.json", config.to_dict())
+            self.config = config
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Writes `values` to the file `name`, atomically."""
@@ -103,7 +121,8 @@ class MetricsLog:
 
         path = str(folder.path / "metrics.jsonl")
         self._file = open(path, "ab")  # noqa: SIM115 - closed by __exit__
-        self._file.truncate(size)
+        # never longer, which would fill it with zeros
+        self._file.truncate(min(size, self._file.tell()))
         self._events = SummaryWriter(str(folder.path), purge_step=step)
 
     def __enter__(self) -> "MetricsLog":
@@ -138,34 +157,3 @@ class MetricsLog:
         """Makes the lines so far durable and returns their size in bytes."""
         os.fsync(self._file.fileno())
         return self._file.tell()
-
-
-def versions() -> dict[str, Any]:
-    """Versions of what decides a run's numbers, and the machine."""
-    found: dict[str, Any] = {"clae_fast": clae_fast.__version__, "commit": _commit()}
-    for package in ("torch", "torchvision", "triton", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return found | {
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
-
-
-def _commit() -> str | None:
-    """The git commit of the checkout that runs, "-dirty" if it was changed; None elsewhere."""
-    checkout = Path(clae_fast.__file__).parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

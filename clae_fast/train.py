@@ -5,53 +5,52 @@ minutes on two CPU cores, and evaluates it.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
-import typing
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clae_fast import _cli, _impl
-from clae_fast.config import PRESETS, Config, resolve
+from clae_fast import _cli, _impl, provenance
+from clae_fast.config import MAY_CHANGE, Config, hints
+from clae_fast.data import RECIPES
 from clae_fast.evaluate import evaluate, report
+from clae_fast.presets import PRESETS
 from clae_fast.run_folder import RunFolder, require_free
+from clae_fast.settings import resolve
 from clae_fast.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 failed, 2 bad input, 130 interrupted.
+    """Runs the command line.
 
     Args:
         argv: arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
     return _cli.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    flags = vars(_parser().parse_args(argv))
-    out, resume, preset, print_config = (
-        flags.pop(name) for name in ("out", "resume", "preset", "print_config")
-    )
-    if print_config:
-        print(json.dumps(resolve(flags, preset).to_dict(), indent=2))
-        return
-    if resume is not None:
-        _refuse_changes(flags, out, preset)
-        folder = RunFolder.open(resume)
-        trainer = _build(folder.config)
-        trainer.restore(folder)
+    settings = _parser().parse(argv)
+    options = {name: settings.pop(name) for name in _OPTIONS}
+    if options["resume"] is not None:
+        folder, trainer = _resume(settings, options)
     else:
-        config = resolve(flags, preset)
-        out = out or _default_out(config)
-        require_free(out)
-        trainer = _build(config)
-        folder = RunFolder.create(out, config)
+        config = resolve(
+            settings, options["preset"], recipe=options["recipe"], file=options["config"]
+        )
+        if options["print_config"]:
+            print(json.dumps(config.to_dict(), indent=2))
+            return
+        folder, trainer = _start(config, options["out"] or _default_out(config))
     try:
         trainer.fit(folder)
-        results = evaluate(folder, trainer.splits)
+        results = evaluate(folder, splits=trainer.splits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with --resume {folder.path}") from None
     print(report(results))
@@ -78,59 +77,85 @@ def _build(config: Config) -> Trainer:
     return trainer
 
 
+def _start(config: Config, path: Path) -> tuple[RunFolder, Trainer]:
+    require_free(path)
+    trainer = _build(config)
+    now = provenance.describe(trainer.device, trainer.splits)
+    folder = RunFolder.create(path, config)
+    provenance.record(folder, now, step=0)
+    return folder, trainer
+
+
+def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolder, Trainer]:
+    given = [name for name in _STARTS if options[name]]
+    if given:
+        names = ", ".join(map(_cli.flag, given))
+        raise ValueError(f"--resume goes on with the run's own settings: drop {names}")
+    folder = RunFolder.open(options["resume"])
+    config = folder.config.resumed(settings)
+    trainer = _build(config)
+    trainer.restore(folder)
+    changes = provenance.record(
+        folder,
+        provenance.describe(trainer.device, trainer.splits),
+        step=trainer.step,
+        allow_changed_data=options["allow_changed_data"],
+    )
+    for line in changes:
+        _cli.warn(line)
+    folder.change(config)
+    return folder, trainer
+
+
 def _default_out(config: Config) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{now}-{config.method}-{config.attack}-{config.dataset}"
 
 
-def _refuse_changes(flags: dict[str, Any], out: Path | None, preset: str | None) -> None:
-    given = [*flags, *(["out"] if out else []), *(["preset"] if preset else [])]
-    if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"--resume goes on with the run's own settings: drop {names}")
+# flags that are no setting of a run: what starts one, what resumes one
+_STARTS = ("out", "preset", "recipe", "config", "print_config")
+_OPTIONS = (*_STARTS, "resume", "allow_changed_data")
 
 
-def _parser() -> argparse.ArgumentParser:
-    # suppressed defaults: only what was given overrides a preset
+def _parser() -> _cli.Parser:
+    # suppressed defaults: only what was given overrides the layers below
     parser = _cli.Parser(
         prog="python -m clae_fast.train",
-        description="Contrastive training with adversarial views.",
+        description="Contrastive training with adversarial views. Settings come from the defaults "
+        "of the data set, --preset, --recipe, --config and the flags, the later winning.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=None, help="run folder to make")
-    parser.add_argument(
-        "--resume", type=Path, default=None, metavar="RUN", help="run folder to continue"
+    add = partial(parser.add_argument, default=None)
+    add("--out", type=Path, metavar="RUN", help="run folder to make")
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help=f"run folder to continue; only {', '.join(map(_cli.flag, MAY_CHANGE))} may differ",
     )
     parser.add_argument(
-        "--preset",
-        default=None,
-        metavar="NAME",
-        help=f"settings to start from: {', '.join(PRESETS)}",
+        "--allow-changed-data",
+        action="store_true",
+        default=False,
+        help="continue although images or labels are no longer those of the run",
+    )
+    add("--preset", metavar="NAME", help=f"settings to start from: {', '.join(PRESETS)}")
+    add("--recipe", metavar="NAME", help=f"augmentation of a paper: {', '.join(RECIPES)}")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings in YAML or JSON by their names here, with _ for -; also preset and recipe",
     )
     parser.add_argument(
-        "--print-config", action="store_true", default=False, help="print the settings and stop"
+        "--print-config",
+        action="store_true",
+        default=False,
+        help="print the settings, in the form that --config takes, and stop",
     )
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            help=f"{field.metadata['help']} (digits: {field.default})",
-            **_argument(hints[field.name], field.metadata["choices"]),
-        )
+    _cli.add_settings(parser, hints())
     return parser
-
-
-def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
-    """What argparse needs to know of a field's type."""
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    inner = [t for t in typing.get_args(hint) if t not in (type(None), ...)]
-    if typing.get_origin(hint) is tuple:
-        count = "*" if ... in typing.get_args(hint) else len(inner)
-        return {"type": inner[0], "nargs": count, "metavar": "X"}
-    kind = inner[0] if inner else hint
-    return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +15,20 @@ from tqdm import tqdm
 
 from clae_fast import checkpoint, data
 from clae_fast.attack import LinfAttack
+from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
+from clae_fast.device import pick_device, to_device
 from clae_fast.lars import LARS
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.nn.normalize import Normalize
+from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.run_folder import MetricsLog, RunFolder
 from clae_fast.step import StepResult, method_step
 
 
 class NonFiniteError(Exception):
     """Training diverged: the loss or a weight is infinite or not a number."""
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        ValueError: no such device, here or at all.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return device
 
 
 def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
@@ -76,11 +61,6 @@ def _check_fits(encoder: Encoder, config: Config, device: torch.device | str) ->
             f"image_size {config.image_size} does not fit arch {config.arch}: {reason}"
         ) from error
     encoder.train()
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A batch on `device`, channels_last like the weights.  # [N, C, H, W]."""
-    return x.to(device, non_blocking=True, memory_format=torch.channels_last)
 
 
 def build_attack(config: Config) -> LinfAttack:
@@ -128,6 +108,32 @@ def lr_factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
     return factor
 
 
+def hold_out(config: Config, splits: data.Splits) -> tuple[data.Splits, data.Split | None]:
+    """Takes the validation images out of what is trained on.
+
+    Args:
+        config: how many, and the seed that chooses them.
+        splits: the data set.
+
+    Returns:
+        The data set without them, and they themselves; None without `val_size`.
+
+    Raises:
+        ValueError: not that many images have labels.
+    """
+    if not config.val_size:
+        return splits, None
+    labelled = splits.labelled
+    if config.val_size >= len(labelled):
+        raise ValueError(
+            f"val_size must be below the {len(labelled)} labelled images, got {config.val_size}"
+        )
+    rest, held = data.hold_out(labelled, config.val_size, config.seed)
+    # a part of the training images where some have no labels
+    train = splits.train.select(~torch.isin(splits.train.rows, held.rows))
+    return data.Splits(train, rest, splits.test), held
+
+
 class Trainer:
     """A run: data, method, optimiser and the place in the schedule.
 
@@ -141,6 +147,7 @@ class Trainer:
         splits: the data set.
         train: the training images.
         labelled: those of them that have labels, to evaluate with.
+        held: labelled images for validation, no part of the two; None without.
         test: the test images, untouched by training.
         method: encoders and loss.
         step: optimiser steps done.
@@ -160,7 +167,7 @@ class Trainer:
             download=config.download,
             on_corrupt=config.on_corrupt,
         )
-        self.train, self.labelled, self.test = self.splits
+        (self.train, self.labelled, self.test), self.held = hold_out(config, self.splits)
         torch.manual_seed(config.seed)
         self.method = build_method(config, self.device)
         self.attack = build_attack(config)
@@ -170,21 +177,39 @@ class Trainer:
         self._lr_factor = lr_factor(config, self._steps_per_epoch)
         self._scheduler = LambdaLR(self.optimizer, self._lr_factor)
         self._metrics_size = 0
+        # the step and the validation accuracy of the best checkpoint
+        self._best: dict[str, float] | None = None
 
     def restore(self, folder: RunFolder) -> None:
         """Takes up the state of a run's checkpoint, if it got as far as the first.
 
         Raises:
-            CheckpointError: the checkpoint is damaged.
+            CheckpointError: the checkpoint is damaged, or not of such a run.
+            ValueError: the run is already past its last epoch.
         """
         if not folder.checkpoint.exists():
             return
         state = checkpoint.load(folder.checkpoint)
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {folder.checkpoint} is not one of this run: {checkpoint.reason(error)}"
+            ) from error
+        if self.step > self.config.epochs * self._steps_per_epoch:
+            raise ValueError(
+                f"epochs is {self.config.epochs}, but the run has done "
+                f"{self.step / self._steps_per_epoch:g}"
+            )
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
         self._metrics_size = state["metrics_size"]
+        # version 0.1 had no validation
+        self._best = state.get("best")
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -242,6 +267,25 @@ class Trainer:
         every = self.config.checkpoint_every
         return step % self._steps_per_epoch == 0 or (every is not None and step % every == 0)
 
+    def _ends_epoch(self, every: int | None) -> bool:
+        """Whether this is the end of an epoch whose number `every` divides."""
+        epoch, rest = divmod(self.step, self._steps_per_epoch)
+        return every is not None and self.step > 0 and rest == 0 and epoch % every == 0
+
+    def _validate(self) -> float:
+        """Accuracy in per cent of the held out images, voted for by those that are trained on."""
+        assert self.held is not None
+        encoder = cast(Encoder, self.method.encoder)
+        voters, held = (
+            extract_features(encoder, split, self.config, self.device)
+            for split in (self.labelled, self.held)
+        )
+        self.method.train()
+        accuracy = knn_accuracy(*voters, *held)
+        if self._best is None or accuracy > self._best["val_knn"]:
+            self._best = {"step": self.step, "val_knn": accuracy}
+        return accuracy
+
     def _log(self, folder: RunFolder, log: MetricsLog, window: "_Window", bar: tqdm) -> None:
         losses = window.means()
         for name, value in losses.items():
@@ -250,8 +294,10 @@ class Trainer:
         bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
         epoch = self.step / self._steps_per_epoch
         rate = window.steps * self.config.batch_size / window.seconds()
-        lr = self.config.lr * self._lr_factor(self.step - 1)
-        log.write(self.step, {"epoch": epoch, **losses, "lr": lr}, rate)
+        values = {"epoch": epoch, **losses, "lr": self.config.lr * self._lr_factor(self.step - 1)}
+        if self.held is not None and self._ends_epoch(self.config.val_every):
+            values["val_knn"] = self._validate()
+        log.write(self.step, values, rate)
 
     def _save(self, folder: RunFolder, log: MetricsLog) -> None:
         # the loss of the last step was taken before it moved the weights
@@ -266,8 +312,20 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "metrics_size": log.sync(),
+            "best": self._best,
         }
-        checkpoint.save(folder.checkpoint, state)
+        # the last one last: what a process killed in between lacks, it writes when it goes on
+        for path in (*self._stays(folder), folder.checkpoint):
+            checkpoint.save(path, state)
+
+    def _stays(self, folder: RunFolder) -> list[Path]:
+        """Where this step's checkpoint outlives the next."""
+        paths = []
+        if self._best is not None and self._best["step"] == self.step:
+            paths.append(folder.best)
+        if self._ends_epoch(self.config.keep_every):
+            paths.append(folder.kept(self.step // self._steps_per_epoch))
+        return paths
 
     def _diverged(self, what: str, folder: RunFolder) -> NonFiniteError:
         return NonFiniteError(

@@ -3,67 +3,49 @@ import json
 
 import pytest
 
-from clae_fast.config import PRESETS, Config, resolve
+from clae_fast.config import MAY_CHANGE, Config, convert, nearest
 
 
-def test_defaults_are_the_digits_run():
-    config = resolve({})
-    assert config == Config()
-    assert (config.dataset, config.method, config.attack) == ("digits", "simclr", "pair")
-    assert not config.flip
-    assert config.crop_min_scale >= 0.4
-    assert config.image_size == 16
-
-
-def test_other_data_sets_get_defaults_for_photographs():
-    config = resolve({"dataset": "parquet", "data_dir": "somewhere", "lr": 0.5})
-    assert (config.arch, config.image_size, config.flip, config.lr) == ("resnet18", 32, True, 0.5)
-    assert any(config.color_jitter)
-
-
-def test_what_is_given_wins_over_the_preset():
-    config = resolve({"eps": 0.01, "dataset": "parquet", "data_dir": "d"}, "clae-simclr-cifar10")
-    assert (config.eps, config.dataset, config.eps_space) == (0.01, "parquet", "normalized")
-
-
-# the settings of CLAE's scripts, one line each
-CLAE = {
-    "clae-simclr": ("self", 256, 100, "adam", 3e-4, 0.0, "constant", 0.5, 512, 64, 0.08),
-    "clae-plain": ("self", 128, 301, "sgd", 0.03, 5e-4, "step", 0.1, 0, 128, 0.2),
-    "clae-uel": ("self", 128, 301, "sgd", 0.03, 5e-4, "step", 0.1, 0, 128, 0.2),
-}
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-@pytest.mark.parametrize("name", CLAE)
-def test_presets_hold_the_released_settings(name, dataset):
-    c = resolve({}, f"{name}-{dataset}")
-    assert (c.dataset, f"clae-{c.method}") == (dataset, name)
-    assert CLAE[name] == (
-        *(c.attack, c.batch_size, c.epochs, c.optimizer, c.lr, c.weight_decay, c.schedule),
-        *(c.temperature, c.hidden_dim, c.proj_dim, c.crop_min_scale),
-    )
-    assert (c.eps, c.eps_space, c.adv_weight) == (0.03, "normalized", 1.0)
-    assert (c.arch, c.flip, c.grey_prob, c.warmup_epochs) == ("resnet18", True, 0.2, 0)
-    if c.schedule == "step":
-        assert (c.milestones, c.factors) == ((120, 160, 200), (0.1, 0.05, 0.01))
-        assert c.std == (0.2023, 0.1994, 0.2010)
-        assert (c.color_jitter, c.color_jitter_prob) == ((0.4, 0.4, 0.4, 0.4), 1.0)
-    else:
-        assert c.std == (0.5, 0.5, 0.5)
-        assert (c.color_jitter, c.color_jitter_prob) == ((0.8, 0.8, 0.8, 0.2), 0.8)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_json_round_trip(preset):
-    config = resolve({}, preset)
+def test_json_round_trip():
+    config = Config(limit=5, milestones=(1, 3), factors=(0.5, 0.1), step_size=0.01)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_values_take_the_type_of_their_setting():
+    config = Config.from_dict({"lr": 1, "mean": [0, 0, 1], "milestones": [3], "factors": [1]})
+    assert (config.lr, config.mean, config.milestones) == (1.0, (0.0, 0.0, 1.0), (3,))
+    for value in (config.lr, *config.mean, *config.factors):
+        assert type(value) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lr", "fast", "lr must be a number, got 'fast'"),
+        ("lr", True, "lr must be a number, got True"),
+        ("lr", None, "lr must be a number, got None"),
+        ("epochs", 2.0, "epochs must be a whole number, got 2.0"),
+        ("epochs", False, "epochs must be a whole number, got False"),
+        ("limit", "5", "limit must be a whole number, got '5'"),
+        ("flip", "yes", "flip must be true or false, got 'yes'"),
+        ("dataset", 5, "dataset must be text, got 5"),
+        ("std", 0.5, r"std must be a list of 3 numbers, got 0\.5"),
+        ("std", (0.5, 0.5), r"std must be a list of 3 numbers, got \(0\.5, 0\.5\)"),
+        ("std", "abc", "std must be a list of 3 numbers, got 'abc'"),
+        ("blur_prob", [1, None], r"blur_prob must be a list of 2 numbers, got \[1, None\]"),
+        ("milestones", [1.5], r"milestones must be a list of whole numbers, got \[1\.5\]"),
+    ],
+)
+def test_wrong_types_are_named(name, value, message):
+    for make in (lambda: Config(**{name: value}), lambda: convert(name, value)):
+        with pytest.raises(TypeError, match=message):
+            make()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset": "mnist"}, "dataset must be one of digits, parquet, cifar10, cifar100, got"),
+        ({"dataset": "mnist"}, "dataset must be one of digits, .*, got 'mnist'"),
         ({"method": "byol"}, "method must be one of"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be positive, got nan"),
@@ -80,17 +62,49 @@ def test_json_round_trip(preset):
         ({"warmup_epochs": 31}, r"warmup_epochs must be at most epochs \(30\), got 31"),
         ({"milestones": (10,), "factors": ()}, "factors must match milestones, got 0 for 1"),
         ({"milestones": (20, 10), "factors": (1.0, 1.0)}, "milestones must increase"),
-        ({"temprature": 0.1}, "unknown settings: temprature"),
+        ({"blur_prob": (0.5, 1.5)}, "blur_prob must be at most 1"),
+        ({"on_corrupt": "stop"}, "on_corrupt must be one of fail, skip, got 'stop'"),
+        ({"val_size": -1}, "val_size must be 0 or more"),
+        ({"val_every": 0}, "val_every must be positive"),
+        ({"keep_every": 0}, "keep_every must be positive"),
+        ({"temprature": 0.1}, "unknown setting 'temprature', the nearest is 'temperature'"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        resolve(settings)
+        Config.from_dict(settings)
 
 
-def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"preset must be one of clae-simclr-cifar10.*got 'x'"):
-        resolve({}, "x")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("temp", "temperature"), ("temprature", "temperature"), ("batchsize", "batch_size")],
+)
+def test_the_nearest_name(name, expected):
+    known = [field.name for field in dataclasses.fields(Config)]
+    assert nearest(name, known) == expected
+
+
+class TestResumed:
+    def test_where_and_how_long_may_change(self):
+        config = Config(schedule="constant", data_dir="a")
+        changed = config.resumed({"data_dir": "b", "workers": 2, "epochs": 99, "lr": config.lr})
+        assert changed == dataclasses.replace(config, data_dir="b", workers=2, epochs=99)
+        assert set(MAY_CHANGE) <= {field.name for field in dataclasses.fields(Config)}
+
+    @pytest.mark.parametrize("name", ["lr", "seed", "batch_size", "limit", "val_size"])
+    def test_what_decided_the_run_so_far_may_not(self, name):
+        with pytest.raises(ValueError, match=f"goes on with its own {name}; only epochs, data_dir"):
+            Config(schedule="constant").resumed({name: 7})
+
+    def test_the_cosine_schedule_fixes_the_epochs(self):
+        config = Config(schedule="cosine", epochs=5)
+        assert config.resumed({"epochs": 5}) == config
+        with pytest.raises(ValueError, match="epochs cannot change under the cosine schedule"):
+            config.resumed({"epochs": 6})
+
+    def test_new_values_are_checked(self):
+        with pytest.raises(ValueError, match="workers must be 0 or more"):
+            Config().resumed({"workers": -1})
 
 
 def test_a_configuration_does_not_change():

@@ -92,7 +92,8 @@ class TestRun:
     def test_default_folder_names_the_run(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(Trainer, "fit", lambda *_: None)
-        monkeypatch.setattr(train, "evaluate", lambda *_: {"knn": 1.0, "linear": 2.0})
+        results = {"knn": 1.0, "linear": 2.0, "step": 1, "checkpoint": "last.pt"}
+        monkeypatch.setattr(train, "evaluate", lambda *_, **__: results)
         assert train.main(["--method", "uel", "--attack", "self"]) == 0
         (run,) = (tmp_path / "runs").iterdir()
         assert re.fullmatch(r"\d{8}-\d{6}-uel-self-digits", run.name)
@@ -252,8 +253,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            ("--nonsense", "unrecognized arguments: --nonsense"),
-            ("--temp 0.5", "unrecognized arguments: --temp 0.5"),
+            ("--temprature 0.5", "unknown flag --temprature, the nearest is --temperature"),
+            ("--temp=0.5", "unknown flag --temp, the nearest is --temperature"),
+            ("--attack pair 0.5", "unexpected argument '0.5'"),
             ("--lr fast", "argument --lr: invalid float value: 'fast'"),
             ("--temperature 0", "temperature must be positive, got 0.0"),
             ("--attack fgsm", "argument --attack: invalid choice: 'fgsm'"),
@@ -267,8 +269,11 @@ class TestBadInput:
             ("--limit 100", "batch_size must be at most the 100 images, got 128"),
             ("--out EMPTY", "exists: choose another --out"),
             ("--resume EMPTY", "is no run folder"),
-            ("--resume EMPTY --lr 1", "--resume goes on with the run's own settings: drop --lr"),
-            ("--resume EMPTY --out x", "drop --out"),
+            ("--resume EMPTY --out x", "--resume goes on with the run's own settings: drop --out"),
+            ("--resume EMPTY --preset x --config y --print-config", "--config, --print-config"),
+            ("--config EMPTY", "empty: Is a directory"),
+            ("--config EMPTY/x.yaml", "x.yaml: No such file or directory"),
+            ("--recipe simclar", "got 'simclar': the nearest is 'simclr'"),
         ],
     )
     def test_one_line_names_the_argument(self, argv, message, tmp_path, monkeypatch, capsys):

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from clae_fast import checkpoint
-from clae_fast.config import Config, resolve
+from clae_fast.config import Config
+from clae_fast.device import pick_device
 from clae_fast.lars import LARS
-from clae_fast.run_folder import RunFolder, RunFolderError, versions
+from clae_fast.run_folder import RunFolder, RunFolderError
+from clae_fast.settings import resolve
 from clae_fast.trainer import (
     NonFiniteError,
     Trainer,
@@ -16,7 +18,6 @@ from clae_fast.trainer import (
     build_method,
     build_optimizer,
     lr_factor,
-    pick_device,
 )
 
 # two epochs of four steps on 32 images of 8x8
@@ -63,7 +64,6 @@ class TestFit:
         names = {path.name.partition(".tfevents")[0] for path in folder.path.iterdir()}
         assert names == {
             "config.json",
-            "versions.json",
             "metrics.jsonl",
             "events.out",
             "checkpoints",
@@ -316,12 +316,6 @@ class TestRunFolder:
             (tmp_path / "config.json").write_text(content)
             with pytest.raises(RunFolderError, match=r"config\.json: "):
                 RunFolder.open(tmp_path)
-
-    def test_versions_name_software_and_machine(self):
-        found = versions()
-        assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-        assert {"clae_fast", "commit", "torchvision", "triton", "numpy", "python"} < set(found)
-        assert {"machine", "cpus", "threads", "gpu"} < set(found)
 
 
 def test_a_batch_larger_than_the_data_is_named():

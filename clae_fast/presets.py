@@ -1,0 +1,178 @@
+"""Settings by name: what a data set's images need, and what papers and their code train with.
+
+clae-METHOD-DATASET    CLAE's released scripts, with the attack on
+METHOD-DATASET         the same scripts with it off: the base that CLAE is compared with
+simclr-paper-DATASET   SimCLR as its authors train it
+
+`clae-simclr-cifar10` and `simclr-cifar10` differ in the attack and in nothing else, so a comparison
+is two commands.
+"""
+
+from typing import Any
+
+# photographs of 32x32; what is trained on digits are the defaults of the fields
+_PHOTOGRAPHS: dict[str, Any] = {
+    "image_size": 32,
+    "crop_min_scale": 0.2,
+    "flip": True,
+    "color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "grey_prob": 0.2,
+    "workers": 2,
+    "eps": 8 / 255,
+    "arch": "resnet18",
+    "hidden_dim": 512,
+    "proj_dim": 128,
+    "lr": 1e-3,
+    "weight_decay": 1e-6,
+    "decay_1d": False,
+    "epochs": 100,
+    "batch_size": 256,
+}
+_IMAGE_SIZES = {"stl10": 96, "tiny_imagenet": 64, "imagenet100": 224}
+
+_CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+# Ho and Vasconcelos, "Contrastive learning with adversarial examples", NeurIPS 2020: the values
+# that the scripts of github.com/chihhuiho/CLAE at 6986061 run with, not the flags that they ignore
+_ALL_SCRIPTS: dict[str, Any] = {
+    "adv_weight": 1.0,
+    # of the normalised image and unclamped: with std .5 it is 3.8/255 of the range of pixels, with
+    # CIFAR-10's 1.5/255, with ImageNet's 1.7/255
+    "eps": 0.03,
+    "eps_space": "normalized",
+    "arch": "resnet18",
+    "flip": True,
+    "grey_prob": 0.2,
+    "warmup_epochs": 0,
+    "decay_1d": True,
+    "workers": 4,
+}
+_SIMCLR: dict[str, Any] = _ALL_SCRIPTS | {
+    "method": "simclr",
+    "temperature": 0.5,
+    "crop_min_scale": 0.08,
+    "color_jitter": (0.8, 0.8, 0.8, 0.2),
+    "color_jitter_prob": 0.8,
+    "hidden_dim": 512,
+    "proj_dim": 64,
+    "optimizer": "adam",
+    "lr": 3e-4,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "epochs": 100,
+}
+# Plain and UEL: as in Ye et al., "Unsupervised embedding learning via invariant and spreading
+# instance feature", CVPR 2019, whose code the scripts start from
+_PLAIN: dict[str, Any] = _ALL_SCRIPTS | {
+    "temperature": 0.1,
+    "crop_min_scale": 0.2,
+    "color_jitter": (0.4, 0.4, 0.4, 0.4),
+    "color_jitter_prob": 1.0,
+    "hidden_dim": 0,
+    "proj_dim": 128,
+    "optimizer": "sgd",
+    "lr": 0.03,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "batch_size": 128,
+}
+_PLAIN_CIFAR: dict[str, Any] = _PLAIN | {
+    "image_size": 32,
+    # CIFAR-10's, for CIFAR-100 too
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": _CIFAR10_STD,
+    "schedule": "step",
+    "milestones": (120, 160, 200),
+    "factors": (0.1, 0.05, 0.01),
+    "epochs": 301,
+}
+_SIMCLR_CIFAR: dict[str, Any] = _SIMCLR | {
+    "image_size": 32,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "batch_size": 256,
+}
+# enlarged to 224 for the ImageNet stem. The released network drops the result of that stem's
+# BatchNorm; here it counts, as He et al., 2016, have it
+_TINY: dict[str, Any] = _IMAGENET | {"dataset": "tiny_imagenet", "image_size": 224, "epochs": 100}
+# ends before the first drop of the rate
+_PLAIN_TINY: dict[str, Any] = _PLAIN | _TINY | {"schedule": "constant"}
+
+_SCRIPTS: dict[str, dict[str, Any]] = {
+    "simclr-cifar10": _SIMCLR_CIFAR | {"dataset": "cifar10"},
+    "simclr-cifar100": _SIMCLR_CIFAR | {"dataset": "cifar100"},
+    "simclr-tiny-imagenet": _SIMCLR | _TINY | {"batch_size": 128},
+    "plain-cifar10": _PLAIN_CIFAR | {"method": "plain", "dataset": "cifar10"},
+    "plain-cifar100": _PLAIN_CIFAR | {"method": "plain", "dataset": "cifar100"},
+    "plain-tiny-imagenet": _PLAIN_TINY | {"method": "plain"},
+    "uel-cifar10": _PLAIN_CIFAR | {"method": "uel", "dataset": "cifar10"},
+    "uel-cifar100": _PLAIN_CIFAR | {"method": "uel", "dataset": "cifar100"},
+    "uel-tiny-imagenet": _PLAIN_TINY | {"method": "uel"},
+}
+
+# Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020
+_SIMCLR_PAPER: dict[str, Any] = {
+    "method": "simclr",
+    "attack": "none",
+    "crop_min_scale": 0.08,
+    "flip": True,
+    "color_jitter_prob": 0.8,
+    "grey_prob": 0.2,
+    # the code leaves pixels in 0..1
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    "proj_dim": 128,
+    "optimizer": "lars",
+    "momentum": 0.9,
+    "decay_1d": False,
+    "schedule": "cosine",
+    "warmup_epochs": 10,
+}
+_PAPERS: dict[str, dict[str, Any]] = {
+    # the command in the README of github.com/google-research/simclr, "around 91 %"; jitter of
+    # strength 0.5, no blur
+    "simclr-paper-cifar10": _SIMCLR_PAPER
+    | {
+        "dataset": "cifar10",
+        "image_size": 32,
+        "color_jitter": (0.4, 0.4, 0.4, 0.1),
+        "temperature": 0.5,
+        "arch": "resnet18",
+        "hidden_dim": 512,
+        # 1.0 for each 256 images
+        "lr": 2.0,
+        "weight_decay": 1e-4,
+        "epochs": 1000,
+        "batch_size": 512,
+    },
+    # the paper's defaults, 64.5 % in that README; any data set in folders, ImageNet or not
+    "simclr-paper-imagenet": _SIMCLR_PAPER
+    | {
+        "dataset": "folder",
+        "image_size": 224,
+        "color_jitter": (0.8, 0.8, 0.8, 0.2),
+        "blur_prob": (0.5, 0.5),
+        "temperature": 0.1,
+        "arch": "resnet50",
+        "hidden_dim": 2048,
+        # 0.3 for each 256 images
+        "lr": 4.8,
+        "weight_decay": 1e-6,
+        "epochs": 100,
+        "batch_size": 4096,
+    },
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"clae-{name}": settings | {"attack": "self"} for name, settings in _SCRIPTS.items()},
+    **{name: settings | {"attack": "none"} for name, settings in _SCRIPTS.items()},
+    **_PAPERS,
+}
+
+
+def dataset_defaults(dataset: str) -> dict[str, Any]:
+    """Where a data set's settings differ from the fields' defaults, which are the digits'."""
+    if dataset == "digits":
+        return {}
+    return _PHOTOGRAPHS | {"image_size": _IMAGE_SIZES.get(dataset, 32)}

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from clae_fast.probes import knn_accuracy, linear_accuracy
+
+
+def clusters(per_class, noise, seed):
+    """Points around four directions in eight dimensions, at lengths from 1 to 100."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(4).repeat(per_class)
+    points = torch.eye(8)[labels] + noise * torch.randn(len(labels), 8, generator=generator)
+    return points * torch.logspace(0, 2, len(labels)).unsqueeze(1), labels
+
+
+class TestKnn:
+    def test_equals_the_definition(self):
+        train, train_labels = clusters(20, 0.5, seed=0)
+        test, labels = clusters(10, 0.5, seed=1)
+        correct = 0
+        for h, label in zip(test, labels, strict=True):
+            cos = torch.nn.functional.cosine_similarity(h.unsqueeze(0), train)
+            votes = [0.0] * 4
+            for row in cos.argsort(descending=True)[:7]:
+                votes[train_labels[row]] += (cos[row] / 0.2).exp().item()
+            correct += votes.index(max(votes)) == label
+        expected = 100 * correct / len(labels)
+        assert 50 < expected < 100
+        found = knn_accuracy(train, train_labels, test, labels, k=7, sigma=0.2)
+        assert found == pytest.approx(expected)
+
+    def test_separate_clusters_are_all_right(self):
+        sets = (*clusters(20, 0.01, seed=0), *clusters(10, 0.01, seed=1))
+        assert knn_accuracy(*sets) == 100
+        assert knn_accuracy(*sets, k=1000) == 100
+
+    def test_small_temperatures_do_not_overflow(self):
+        sets = (*clusters(20, 0.01, seed=0), *clusters(10, 0.01, seed=1))
+        assert knn_accuracy(*sets, sigma=1e-4) == 100
+
+    def test_more_queries_than_a_chunk(self):
+        train, train_labels = clusters(20, 0.01, seed=0)
+        test, labels = clusters(600, 0.01, seed=1)
+        labels[-1] = 2  # one wrong answer, in the last chunk
+        accuracy = knn_accuracy(train, train_labels, test, labels)
+        assert accuracy == pytest.approx(100 * 2399 / 2400)
+
+
+class TestLinear:
+    def test_separable_features_are_all_right(self):
+        train, test = clusters(20, 0.05, seed=0), clusters(10, 0.05, seed=1)
+        unit = torch.nn.functional.normalize
+        assert linear_accuracy(unit(train[0]), train[1], unit(test[0]), test[1]) == 100
+
+    def test_scales_of_features_do_not_matter(self):
+        train, test = clusters(20, 0.2, seed=0), clusters(10, 0.2, seed=1)
+        scale = torch.logspace(-6, 6, 8)
+        plain = linear_accuracy(*train, *test)
+        scaled = linear_accuracy(train[0] * scale, train[1], test[0] * scale, test[1])
+        assert plain == pytest.approx(scaled, abs=1)
