@@ -29,6 +29,7 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(kWidth * 4), may_alias));
 typedef int32_t IVec __attribute__((vector_size(kWidth * 4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
 
 CLAE_FAST_INLINE Vec splat(float x) { return x - Vec{}; }
 CLAE_FAST_INLINE Vec load(const float* p) {
@@ -77,7 +78,8 @@ CLAE_FAST_INLINE Vec exp2(Vec y) {
   p = p * f + 2.402264625e-01f;
   p = p * f + 6.931471825e-01f;
   p = p * f + 1.000000000e+00f;
-  const Vec result = (Vec)((IVec)p + ((IVec)shifted << 23));
+  // unsigned, since lanes that a caller masks may lie outside and wrap around
+  const Vec result = (Vec)((UVec)p + ((UVec)shifted << 23));
   return flush ? (y < splat(-126.f) ? Vec{} : result) : result;
 }
 
