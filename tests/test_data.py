@@ -432,8 +432,8 @@ class TestFolder:
         ("damage", "message"),
         [
             ("rm -r train val; rmdir .", "there is no folder ROOT$"),
-            ("rm -r train val", "ROOT has no folder train, but is empty"),
-            ("rm -r train", "ROOT has no folder train, but val$"),
+            ("rm -r train val", "ROOT has no folder train: it is empty"),
+            ("rm -r train", "ROOT has no folder train: it has val$"),
             ("rm -r val", "ROOT has no folder test or val beside train"),
             ("rm -r train/*", "ROOT/train has no folders: each class needs one"),
             ("rm -r train/dog/*", r"ROOT/train/dog holds no image \(.jpg, .jpeg"),

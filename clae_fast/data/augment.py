@@ -99,7 +99,8 @@ class TwoViews(Dataset):
                     raise
                 self._corrupt.add(at)
                 errors.append(str(error))
-        raise DataError(f"none of the {len(self.split)} images can be read")
+        nothing = f"none of the {len(self.split)} images can be read"
+        raise DataError("; ".join([nothing, *errors[:1]]))
 
     def _view(self, image: Any, epoch: int, index: int, view: int) -> Tensor:
         key = np.random.SeedSequence((self.seed, epoch, index, view))

@@ -70,21 +70,19 @@ class Files:
     def __len__(self) -> int:
         return len(self.names)
 
-    def _path(self, row: int) -> Path:
-        return self.root / os.fsdecode(self.names[row])
-
     def open(self, row: int) -> Image.Image:
         """Image `row` in RGB."""
-        path = self._path(row)
+        path = self.root / os.fsdecode(self.names[row])
         return decode(path, str(path))
 
     def digest(self, rows: Sequence[int]) -> bytes:
         """Of names and sizes."""
         digest = hashlib.sha256()
-        for row in rows:
+        root = os.fsencode(self.root)
+        for name in self.names[np.asarray(rows, dtype=np.int64)].tolist():
             try:
-                size = self._path(row).stat().st_size
+                size = os.stat(os.path.join(root, name)).st_size
             except OSError:
                 size = -1
-            digest.update(b"%s %d\n" % (self.names[row], size))
+            digest.update(b"%s %d\n" % (name, size))
         return digest.digest()

@@ -52,14 +52,15 @@ def _test_folder(root: Path) -> Path:
 
 
 def require_folder(path: Path) -> None:
-    """Raises DataError, saying what is there instead, where `path` is no folder."""
+    """Raises DataError, which says what is there, where `path` is no folder."""
     if path.is_dir():
         return
     if not path.parent.is_dir():
         raise DataError(f"data_dir: there is no folder {path.parent}")
     there = sorted(entry.name for entry in path.parent.iterdir())
     listing = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
-    raise DataError(f"{path.parent} has no folder {path.name}, but {listing or 'is empty'}")
+    contents = f"it has {listing}" if there else "it is empty"
+    raise DataError(f"{path.parent} has no folder {path.name}: {contents}")
 
 
 def class_folders(folder: Path) -> list[str]:
