@@ -31,6 +31,9 @@ class Config:
     limit: int | None = _option(None, "use N images of each split")
     image_size: int = _option(16, "side of a view in pixels")
     crop_min_scale: float = _option(0.4, "smallest part of the image a crop takes")
+    interpolation: str = _option(
+        "bilinear", "how crops are resized", choices=("bilinear", "bicubic")
+    )
     flip: bool = _option(False, "mirror views left and right at random")
     color_jitter: tuple[float, float, float, float] = _option(
         (0.0, 0.0, 0.0, 0.0), "strengths of brightness, contrast, saturation, hue"

@@ -116,6 +116,7 @@ _SIMCLR_PAPER: dict[str, Any] = {
     "method": "simclr",
     "attack": "none",
     "crop_min_scale": 0.08,
+    "interpolation": "bicubic",
     "flip": True,
     "color_jitter_prob": 0.8,
     "grey_prob": 0.2,

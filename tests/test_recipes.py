@@ -13,25 +13,25 @@ from clae_fast.config import Config
 from clae_fast.data import RECIPES, Recipe
 from clae_fast.data.split import Arrays
 
-# area of the crop, jitter and its probability, grey, blur and solarization of each view
+# the crop's area and resizing, jitter and its probability, grey, blur and solarization of each view
 PUBLISHED = {
-    # Chen et al., ICML 2020, appendix A: strength 1
-    "simclr": (0.08, (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    # Chen et al., ICML 2020, appendix A: strength 1; data_util.py of the released code: bicubic
+    "simclr": (0.08, "bicubic", (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     # appendix B.9: strength 0.5, no blur
-    "simclr_cifar": (0.08, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "simclr_cifar": (0.08, "bicubic", (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
     # Ye et al., CVPR 2019, the released CIFAR-10 script, and CLAE's Plain and UEL scripts
-    "plain": (0.2, (0.4, 0.4, 0.4, 0.4), 1, 0.2, (0, 0), (0, 0)),
+    "plain": (0.2, "bilinear", (0.4, 0.4, 0.4, 0.4), 1, 0.2, (0, 0), (0, 0)),
     # Chen et al., arXiv 2003.04297, and --aug-plus of its code
-    "moco_v2": (0.2, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "moco_v2": (0.2, "bilinear", (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     # Grill et al., NeurIPS 2020, table 6
-    "byol": (0.08, (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "byol": (0.08, "bicubic", (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipes_are_the_published_ones(name):
-    crop, jitter, *rest = PUBLISHED[name]
-    assert dataclasses.astuple(RECIPES[name]) == (crop, True, jitter, *rest)
+    crop, interpolation, *rest = PUBLISHED[name]
+    assert dataclasses.astuple(RECIPES[name]) == (crop, interpolation, True, *rest)
 
 
 def test_there_are_no_others():
@@ -57,11 +57,12 @@ class TestAugmentation:
     @pytest.mark.parametrize("name", PUBLISHED)
     @pytest.mark.parametrize("view", [0, 1])
     def test_parameters_reach_torchvision(self, name, view):
-        crop, strengths, jitter_prob, grey, blur, solarize = PUBLISHED[name]
+        crop, interpolation, strengths, jitter_prob, grey, blur, solarize = PUBLISHED[name]
         found = steps(name, view=view)
         assert found[v2.RandomResizedCrop].size == (224, 224)
         assert tuple(found[v2.RandomResizedCrop].scale) == (crop, 1)
         assert tuple(found[v2.RandomResizedCrop].ratio) == (3 / 4, 4 / 3)
+        assert found[v2.RandomResizedCrop].interpolation.value == interpolation
         assert found[v2.RandomHorizontalFlip].p == 0.5
         (jitter,) = found[v2.ColorJitter].transforms
         assert found[v2.ColorJitter].p == jitter_prob
@@ -83,12 +84,16 @@ class TestAugmentation:
         assert tuple(blur.kernel_size) == (kernel, kernel)
         assert tuple(blur.sigma) == (0.1, 2.0)
 
-    def test_blur_stays_in_range(self):
-        blur = steps("byol", 224)[v2.GaussianBlur]
-        for _ in range(20):
-            view = blur(torch.ones(3, 24, 24))
-            assert view.min() > 0.999
-            assert view.max() <= 1
+    @pytest.mark.parametrize("name", PUBLISHED)
+    @pytest.mark.parametrize("view", [0, 1])
+    def test_views_of_floats_stay_in_range(self, name, view):
+        transform = data.augmentation(24, RECIPES[name], view)
+        checks = (torch.arange(12).reshape(-1, 1) + torch.arange(12)) % 2
+        for image in (torch.ones(3, 12, 12), checks.float().expand(3, -1, -1)):
+            for _ in range(10):
+                found = transform(image)
+                assert found.min() >= 0
+                assert found.max() <= 1
 
     def test_solarization_inverts_the_bright_half(self):
         recipe = dataclasses.replace(CROP_ONLY, solarize_prob=(0.0, 1.0))
@@ -111,6 +116,7 @@ class TestAugmentation:
 
 CROP_ONLY = Recipe(
     crop_min_scale=1.0,
+    interpolation="bilinear",
     flip=False,
     color_jitter=(0.0, 0.0, 0.0, 0.0),
     color_jitter_prob=0.8,

@@ -26,7 +26,13 @@ def augmentation(image_size: int, recipe: Recipe, view: int) -> v2.Compose:
         [3, image_size, image_size] in [0, 1].
     """
     # an absent step draws nothing, so a recipe without it sees the same views as ever
-    steps: list[Any] = [v2.RandomResizedCrop(image_size, scale=(recipe.crop_min_scale, 1.0))]
+    steps: list[Any] = [
+        v2.RandomResizedCrop(
+            image_size,
+            scale=(recipe.crop_min_scale, 1.0),
+            interpolation=v2.InterpolationMode(recipe.interpolation),
+        )
+    ]
     if recipe.flip:
         steps.append(v2.RandomHorizontalFlip())
     if recipe.color_jitter_prob > 0 and any(recipe.color_jitter):
@@ -38,11 +44,12 @@ def augmentation(image_size: int, recipe: Recipe, view: int) -> v2.Compose:
     if recipe.blur_prob[view] > 0:
         # 23 pixels for a view of 224, as SimCLR and BYOL have it
         blur = v2.GaussianBlur(max(2 * (image_size // 20) + 1, 3), sigma=(0.1, 2.0))
-        # whose weights add up to 1 with a rounding error
-        blur = [blur, v2.Lambda(partial(torch.clamp, max=1.0))]
-        steps.append(v2.RandomApply(blur, p=recipe.blur_prob[view]))
+        steps.append(v2.RandomApply([blur], p=recipe.blur_prob[view]))
     if recipe.solarize_prob[view] > 0:
         steps.append(v2.RandomSolarize(0.5, p=recipe.solarize_prob[view]))
+    if recipe.interpolation == "bicubic" or recipe.blur_prob[view] > 0:
+        # bicubic overshoots on floats, and the blur's weights add up to 1 with a rounding error
+        steps.append(v2.Lambda(partial(torch.clamp, min=0.0, max=1.0)))
     return v2.Compose([*steps, v2.ToPureTensor()])
 
 

@@ -12,6 +12,7 @@ class Recipe:
 
     Attributes:
         crop_min_scale: smallest part of the image's area that a crop takes; the largest is 1.
+        interpolation: how crops are resized, "bilinear" or "bicubic".
         flip: mirror left and right at random.
         color_jitter: strengths of brightness, contrast, saturation and hue.
         color_jitter_prob: probability of the jitter.
@@ -21,6 +22,7 @@ class Recipe:
     """
 
     crop_min_scale: float
+    interpolation: str
     flip: bool
     color_jitter: tuple[float, float, float, float]
     color_jitter_prob: float
@@ -30,9 +32,11 @@ class Recipe:
 
 
 # Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020:
-# appendix A for ImageNet; B.9 for CIFAR-10, at half the strength of colour and without blur
+# appendix A for ImageNet; B.9 for CIFAR-10, at half the strength of colour and without blur; both
+# are bicubic in the released code
 _SIMCLR = Recipe(
     crop_min_scale=0.08,
+    interpolation="bicubic",
     flip=True,
     color_jitter=(0.8, 0.8, 0.8, 0.2),
     color_jitter_prob=0.8,
@@ -42,6 +46,7 @@ _SIMCLR = Recipe(
 )
 _SIMCLR_CIFAR = Recipe(
     crop_min_scale=0.08,
+    interpolation="bicubic",
     flip=True,
     color_jitter=(0.4, 0.4, 0.4, 0.1),
     color_jitter_prob=0.8,
@@ -53,6 +58,7 @@ _SIMCLR_CIFAR = Recipe(
 # 2019: the released code, from which CLAE's Plain and UEL descend
 _PLAIN = Recipe(
     crop_min_scale=0.2,
+    interpolation="bilinear",
     flip=True,
     color_jitter=(0.4, 0.4, 0.4, 0.4),
     color_jitter_prob=1.0,
@@ -63,6 +69,7 @@ _PLAIN = Recipe(
 # Chen et al., "Improved baselines with momentum contrastive learning", arXiv 2003.04297, 2020
 _MOCO_V2 = Recipe(
     crop_min_scale=0.2,
+    interpolation="bilinear",
     flip=True,
     color_jitter=(0.4, 0.4, 0.4, 0.1),
     color_jitter_prob=0.8,
@@ -73,6 +80,7 @@ _MOCO_V2 = Recipe(
 # Grill et al., "Bootstrap your own latent", NeurIPS 2020, appendix B: the views differ
 _BYOL = Recipe(
     crop_min_scale=0.08,
+    interpolation="bicubic",
     flip=True,
     color_jitter=(0.4, 0.4, 0.2, 0.1),
     color_jitter_prob=0.8,
