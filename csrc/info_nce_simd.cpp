@@ -51,11 +51,11 @@ Pass<T> carve_pass(const InfoNceArgs& args) {
 template <class T>
 void pack_keys(const Packed<T>& k, const InfoNceArgs& args, int64_t J) {
   pack_rows(k, 0, kMaxBlock, args.keys, J, args.M);
-  pack_panels(k, 0, kMaxBlock);
   if (args.danchor) pack_pairs(k, 0, kMaxBlock);
 }
 
-// Adds a tile of keys to the sums of a block of anchors.
+// Adds a tile of keys, its rows, to the sums of a block of anchors, its columns: what is summed
+// over keys is summed down the lanes, and a tile of keys needs no other form than its rows.
 template <class T>
 void add_tile(const Pass<T>& p,
               const InfoNceArgs& args,
@@ -66,48 +66,54 @@ void add_tile(const Pass<T>& p,
   alignas(64) float y[kMaxBlock * kMaxBlock];
   Weights<T> w;
   const float scale = float(kLog2e / args.temperature);
-  const int64_t rows = smaller(args.N - I, kMaxBlock), cols = smaller(args.M - J, kMaxBlock);
-  for (int64_t j = 0; j < cols; j += kCols) {
-    for (int64_t i = 0; i < rows; i += kRows) {
+  const int64_t keys = smaller(args.M - J, kMaxBlock), anchors = smaller(args.N - I, kMaxBlock);
+  const int64_t rows = round_up(keys, kRows), columns = round_up(anchors, kCols);
+  for (int64_t i = 0; i < columns; i += kCols) {
+    for (int64_t j = 0; j < rows; j += kRows) {
       Vec tile[kRows][kVecs];
-      similarities(p.u, I + i, k, j, scale, 0.f, tile);
-      store_tile(tile, y + i * kMaxBlock + j, kMaxBlock);
+      similarities(k, j, p.u, I + i, scale, 0.f, tile);
+      store_tile(tile, y + j * kMaxBlock + i, kMaxBlock);
     }
   }
-  const int64_t first = chunk * p.padded + I;
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = y + i * kMaxBlock;
-    // keys that are no negatives: those behind the last, and the positive
-    const int64_t width = round_up(cols, kCols);
-    for (int64_t j = cols; j < width; ++j) row[j] = -INFINITY;
-    if (J <= I + i && I + i < J + cols) row[I + i - J] = -INFINITY;
-    Vec top = splat(p.peak[first + i]);
-    for (int64_t j = 0; j < width; j += kWidth) top = maximum(top, load(row + j));
-    float peak = top[0];
-    for (int l = 1; l < kWidth; ++l) peak = peak < top[l] ? top[l] : peak;
-    float* du = args.danchor ? p.du + (first + i) * p.u.width : nullptr;
-    if (peak > p.peak[first + i]) {
-      const double shrink = ::exp2(double(p.peak[first + i]) - peak);
-      p.sum[first + i] *= shrink;
-      for (int64_t d = 0; d < p.u.width && du; ++d) du[d] *= float(shrink);
-      p.peak[first + i] = peak;
+  // no negatives: what lies behind the last key, and the positives
+  for (int64_t at = keys * kMaxBlock; at < rows * kMaxBlock; ++at) y[at] = -INFINITY;
+  for (int64_t i = 0; i < anchors; ++i) {
+    if (J <= I + i && I + i < J + keys) y[(I + i - J) * kMaxBlock + i] = -INFINITY;
+  }
+  const Vec lowest = splat(-INFINITY);
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const int64_t first = chunk * p.padded + I + i;
+    const Vec before = load(p.peak + first);
+    Vec peak = before;
+    for (int64_t j = 0; j < rows; ++j) peak = maximum(peak, load(y + j * kMaxBlock + i));
+    if (any(peak != before)) {
+      store(p.peak + first, peak);
+      for (int l = 0; l < kWidth; ++l) {
+        if (peak[l] == before[l]) continue;
+        const double shrink = ::exp2(double(before[l]) - peak[l]);
+        p.sum[first + l] *= shrink;
+        float* du = p.du + (first + l) * p.u.width;
+        for (int64_t d = 0; d < p.u.width && args.danchor; ++d) du[d] *= float(shrink);
+      }
     }
-    const Vec from = splat(peak == -INFINITY ? 0.f : peak);  // -inf - -inf would be NaN
+    const Vec from = peak == lowest ? Vec{} : peak;  // -inf - -inf would be NaN
     Vec sum = {};
-    for (int64_t j = 0; j < width; j += kWidth) {
-      Vec e = exp2<true>(load(row + j) - from);
-      sum += e;
-      if (T::kPack > 1) e *= load(k.factor + j);
-      w.put_columns(i, j, e);
+    for (int64_t j = 0; j < rows; j += 2) {
+      Vec upper = exp2<true>(load(y + j * kMaxBlock + i) - from);
+      Vec lower = exp2<true>(load(y + (j + 1) * kMaxBlock + i) - from);
+      sum += upper + lower;
+      if (T::kPack > 1) {
+        upper *= k.factor[j];
+        lower *= k.factor[j + 1];
+      }
+      w.put_rows(j, i, upper, lower);
     }
-    p.sum[first + i] += horizontal_sum(sum);
+    for (int l = 0; l < kWidth; ++l) p.sum[first + l] += double(sum[l]);
   }
   if (!args.danchor) return;
-  for (int64_t i = rows; i < round_up(rows, kRows); ++i) {
-    for (int64_t j = 0; j < cols; j += kWidth) w.put_columns(i, j, Vec{});
-  }
-  accumulate<T, false>(w.over_columns, w.kLd, k.pairs, k.width, cells<T>(cols),
-                       p.du + first * p.u.width, p.u.width, rows, round_up(args.D, kCols));
+  accumulate<T, true>(w.over_rows(), kMaxBlock, k.pairs, k.width, cells<T>(keys),
+                      p.du + (chunk * p.padded + I) * p.u.width, p.u.width, anchors,
+                      round_up(args.D, kCols));
 }
 
 // Loss and gradient of one anchor from the sums of all chunks; `k` has room for a row.
@@ -159,8 +165,9 @@ void run_pass(const InfoNceArgs& args) {
     Carver carver{args.workspace, p.carver.bytes + rank * tile_bytes};
     const Packed<T> k = carve_rows<T>(carver, kMaxBlock, args.D);
     const Range blocks = share(p.padded / kMaxBlock, team, rank);
-    pack_rows(p.u, blocks.begin * kMaxBlock, blocks.end * kMaxBlock, args.anchor,
-              blocks.begin * kMaxBlock, args.N);
+    const int64_t begin_row = blocks.begin * kMaxBlock, end_row = blocks.end * kMaxBlock;
+    pack_rows(p.u, begin_row, end_row, args.anchor, begin_row, args.N);
+    pack_panels(p.u, begin_row, end_row);
     team.barrier();
     for (;;) {
       const int64_t task = __atomic_fetch_add(p.next, 1, __ATOMIC_RELAXED);

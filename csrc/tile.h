@@ -251,9 +251,9 @@ CLAE_FAST_INLINE Vec units(const Packed<Bf16>& p, int64_t i, int64_t d) {
 }
 
 // The pairs of the rows from `begin` to `end`.
-void pack_pairs(const Packed<Fp32>&, int64_t, int64_t) {}
+inline void pack_pairs(const Packed<Fp32>&, int64_t, int64_t) {}
 
-void pack_pairs(const Packed<Bf16>& p, int64_t begin, int64_t end) {
+inline void pack_pairs(const Packed<Bf16>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += 2) {
     const char* upper = reinterpret_cast<const char*>(p.rows + i * p.ld);
     const char* lower = reinterpret_cast<const char*>(p.rows + (i + 1) * p.ld);
@@ -401,9 +401,10 @@ struct Weights<Fp32> {
   CLAE_FAST_INLINE void put(int64_t i, int64_t j, const Vec (&w)[kRows][kVecs]) {
     store_tile(w, over_columns + i * kLd + j, kLd);
   }
-  // One vector, for products over columns alone.
-  CLAE_FAST_INLINE void put_columns(int64_t i, int64_t j, Vec w) {
-    Fp32::put(over_columns + i * kLd, j, w);
+  // A vector each of rows i and i + 1, for products over rows alone.
+  CLAE_FAST_INLINE void put_rows(int64_t i, int64_t j, Vec upper, Vec lower) {
+    store(over_columns + i * kLd + j, upper);
+    store(over_columns + (i + 1) * kLd + j, lower);
   }
 };
 
@@ -418,16 +419,16 @@ struct Weights<Bf16> {
     for (int m = 0; m < kRows; m += 2) {
       for (int v = 0; v < kVecs; ++v) {
         const int64_t column = j + v * kWidth;
-        put_columns(i + m, column, w[m][v]);
-        put_columns(i + m + 1, column, w[m + 1][v]);
-        const IVec pair = (Bf16::rounded(w[m][v]) >> 16 & 0xffff) |
-                          (Bf16::rounded(w[m + 1][v]) & int32_t(0xffff0000));
-        __builtin_memcpy(paired_rows + (i + m) / 2 * kMaxBlock + column, &pair, sizeof pair);
+        Bf16::put(over_columns + (i + m) * kLd, column, w[m][v]);
+        Bf16::put(over_columns + (i + m + 1) * kLd, column, w[m + 1][v]);
+        put_rows(i + m, column, w[m][v], w[m + 1][v]);
       }
     }
   }
-  CLAE_FAST_INLINE void put_columns(int64_t i, int64_t j, Vec w) {
-    Bf16::put(over_columns + i * kLd, j, w);
+  CLAE_FAST_INLINE void put_rows(int64_t i, int64_t j, Vec upper, Vec lower) {
+    const IVec pair =
+        (Bf16::rounded(upper) >> 16 & 0xffff) | (Bf16::rounded(lower) & int32_t(0xffff0000));
+    __builtin_memcpy(paired_rows + i / 2 * kMaxBlock + j, &pair, sizeof pair);
   }
 };
 
