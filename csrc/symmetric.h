@@ -102,7 +102,7 @@ int64_t positive_of(const Scratch<T>& s, int64_t row) {
 // All ones where (row, column) is a negative pair inside the matrix.
 template <class T>
 CLAE_FAST_INLINE IVec negatives(const Scratch<T>& s, int64_t i, int64_t j) {
-  IVec column;
+  IVec column = {};
   for (int l = 0; l < kWidth; ++l) column[l] = int32_t(j + l);
   const int32_t n = int32_t(s.n), row = int32_t(i), positive = int32_t(positive_of(s, i));
   const IVec inside = (column < n) & (row < n ? ~IVec{} : IVec{});

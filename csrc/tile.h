@@ -122,17 +122,30 @@ Packed<T> carve_rows(Carver& carver, int64_t count, int64_t D) {
   return p;
 }
 
+// As many fp32 numbers as a register holds in fp64.
+constexpr int kNarrow = kWidth / 2;
+typedef float NarrowVec __attribute__((vector_size(kNarrow * 4)));
+
+CLAE_FAST_INLINE NarrowVec load_narrow(const float* p) {
+  NarrowVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // Sum over d < D of a b in fp64: of vectors at d, and of the products that fill none.
 template <class A, class B, class Product>
 CLAE_FAST_INLINE double dot(int64_t D, A a, B b, Product product) {
-  typedef double DoubleVec __attribute__((vector_size(kWidth * 8)));
-  DoubleVec sums = {};
+  typedef double DoubleVec __attribute__((vector_size(kNarrow * 8)));
+  auto wide = [](NarrowVec v) { return __builtin_convertvector(v, DoubleVec); };
+  DoubleVec even = {}, odd = {};
   int64_t d = 0;
   for (; d + kWidth <= D; d += kWidth) {
-    sums += __builtin_convertvector(a(d), DoubleVec) * __builtin_convertvector(b(d), DoubleVec);
+    even += wide(a(d)) * wide(b(d));
+    odd += wide(a(d + kNarrow)) * wide(b(d + kNarrow));
   }
+  even += odd;
   double sum = 0;
-  for (int l = 0; l < kWidth; ++l) sum += sums[l];
+  for (int l = 0; l < kNarrow; ++l) sum += even[l];
   for (; d < D; ++d) sum += product(d);
   return sum;
 }
@@ -153,7 +166,8 @@ CLAE_FAST_INLINE void load_row(const Rows& source, int64_t row, int64_t D, float
 
 CLAE_FAST_INLINE double squared_norm(const float* z, int64_t D) {
   return dot(
-      D, [&](int64_t d) { return load(z + d); }, [&](int64_t d) { return load(z + d); },
+      D, [&](int64_t d) { return load_narrow(z + d); },
+      [&](int64_t d) { return load_narrow(z + d); },
       [&](int64_t d) { return double(z[d]) * double(z[d]); });
 }
 
@@ -239,15 +253,16 @@ CLAE_FAST_INLINE float unit(const Packed<Bf16>& p, int64_t i, int64_t d) {
   return load_bf16(half) * p.factor[i];
 }
 
-// Of kWidth elements from d on.
-CLAE_FAST_INLINE Vec units(const Packed<Fp32>& p, int64_t i, int64_t d) {
-  return load(p.rows + i * p.ld + d);
+// Of kNarrow elements from d on.
+CLAE_FAST_INLINE NarrowVec units(const Packed<Fp32>& p, int64_t i, int64_t d) {
+  return load_narrow(p.rows + i * p.ld + d);
 }
 
-CLAE_FAST_INLINE Vec units(const Packed<Bf16>& p, int64_t i, int64_t d) {
-  uint16_t halves __attribute__((vector_size(kWidth * 2)));
+CLAE_FAST_INLINE NarrowVec units(const Packed<Bf16>& p, int64_t i, int64_t d) {
+  uint16_t halves __attribute__((vector_size(kNarrow * 2)));
   memcpy(&halves, reinterpret_cast<const char*>(p.rows + i * p.ld) + 2 * d, sizeof halves);
-  return (Vec)(__builtin_convertvector(halves, IVec) << 16) * p.factor[i];
+  typedef int32_t NarrowIVec __attribute__((vector_size(kNarrow * 4)));
+  return (NarrowVec)(__builtin_convertvector(halves, NarrowIVec) << 16) * p.factor[i];
 }
 
 // The pairs of the rows from `begin` to `end`.
@@ -291,7 +306,7 @@ void store_raw_grad(const Packed<T>& p, int64_t i, const float* du, double scale
   const bool clamped = p.inv_norm[i] < 0;
   const float radial = float(dot(
       clamped ? 0 : p.D, [&](int64_t d) { return units(p, i, d); },
-      [&](int64_t d) { return load(du + d); },
+      [&](int64_t d) { return load_narrow(du + d); },
       [&](int64_t d) { return double(unit(p, i, d)) * double(du[d]); }));
   const double inv = fabs(p.inv_norm[i]) * scale;
   for (int64_t d = 0; d < p.D; ++d) dz[d] = float((du[d] - radial * unit(p, i, d)) * inv);
