@@ -328,6 +328,9 @@ class TestTinyImagenet:
         annotations.write_text("val_0.JPEG\tn09\t0\n")
         with pytest.raises(DataError, match=r"annotations\.txt, line 1: 'n09' is not in wnids"):
             data.load("tiny_imagenet", data_dir=root)
+        annotations.write_text("")
+        with pytest.raises(DataError, match=r"val_annotations\.txt is empty"):
+            data.load("tiny_imagenet", data_dir=root)
         annotations.unlink()
         with pytest.raises(DataError, match=r"val_annotations\.txt: No such file"):
             data.load("tiny_imagenet", data_dir=root)
@@ -393,6 +396,10 @@ class TestFolder:
         write_png(root / "test" / "cat" / "a.png")
         assert data.load("folder", data_dir=root).test.labels.tolist() == [0]
 
+    def test_a_test_set_without_labels_is_passed_over(self, root):
+        write_png(root / "test" / "a.png")
+        assert data.load("folder", data_dir=root).test.labels.tolist() == [1, 1]
+
     def test_limit_takes_every_class(self, root):
         assert data.load("folder", data_dir=root, limit=2).train.labels.tolist() == [0, 1]
 
@@ -434,11 +441,11 @@ class TestFolder:
             ("rm -r train val; rmdir .", "there is no folder ROOT$"),
             ("rm -r train val", "ROOT has no folder train: it is empty"),
             ("rm -r train", "ROOT has no folder train: it has val$"),
-            ("rm -r val", "ROOT has no folder test or val beside train"),
+            ("rm -r val", "ROOT has no folder test or val, beside train"),
             ("rm -r train/*", "ROOT/train has no folders: each class needs one"),
             ("rm -r train/dog/*", r"ROOT/train/dog holds no image \(.jpg, .jpeg"),
             ("rm -r val/dog/*", r"ROOT/val holds no image \(.jpg, .jpeg"),
-            ("rm -r val/*", "ROOT/val has no folders"),
+            ("rm -r val/*", r"ROOT has no folder test or val, .* with a folder for each class"),
             ("mv val/dog val/bird", "ROOT/val/bird: ROOT/train has no such class"),
             ("rm -r train/cat", "folder: all labelled images are of one class"),
         ],
@@ -539,6 +546,15 @@ class TestHub:
         with pytest.raises(DataError, match=r"hf/.*set, row 2: picture is empty"):
             train[2]
         assert np.asarray(pickle.loads(pickle.dumps(train))[0]).shape == (8, 6, 3)
+
+    def test_training_images_need_no_labels(self, root):
+        file = root / "set" / "train-00000-of-00001.parquet"
+        table = parquet.read_table(file)
+        table = table.set_column(1, table.field(1), [pa.array([1, -1, 0])])
+        parquet.write_table(table, file)
+        train, labelled, _ = self.load(root)
+        assert train.labels.tolist() == [1, -1, 0]
+        assert labelled.labels.tolist() == [1, 0]
 
     def test_fingerprint(self, root):
         train, _, test = self.load(root)

@@ -33,6 +33,8 @@ def decode(file: IO[bytes] | Path, name: str) -> Image.Image:
         if error.errno is None:
             raise DataError(f"{name}: damaged image ({error})") from error
         raise DataError(f"{name}: {error.strerror}") from error
+    except MemoryError:
+        raise
     except Exception as error:
         # decoders raise anything on bytes that are not what they claim to be
         raise DataError(f"{name}: damaged image ({error})") from error

@@ -15,7 +15,7 @@ def image_folder(root: Path) -> Splits:
     """`root`/train and `root`/test (or val), with a folder of images for each class."""
     classes = class_folders(root / "train")
     train, test = images_of(root / "train", classes), _test_folder(root)
-    unknown = sorted(set(class_folders(test)) - set(classes))
+    unknown = sorted(set(_folders(test)) - set(classes))
     if unknown:
         raise DataError(f"{test / unknown[0]}: {root / 'train'} has no such class")
     return Splits(train, train, images_of(test, classes, of_every=False))
@@ -41,14 +41,16 @@ def imagenet100(root: Path) -> Splits:
             )
         classes = wanted
     train = images_of(root / "train", classes)
-    return Splits(train, train, images_of(_test_folder(root), classes))
+    require_folder(root / "val")
+    return Splits(train, train, images_of(root / "val", classes))
 
 
 def _test_folder(root: Path) -> Path:
-    for name in ("test", "val"):
-        if (root / name).is_dir():
-            return root / name
-    raise DataError(f"{root} has no folder test or val beside train")
+    """The first of test and val that has folders: ImageNet's test set has no labels."""
+    for path in (root / "test", root / "val"):
+        if path.is_dir() and _folders(path):
+            return path
+    raise DataError(f"{root} has no folder test or val, beside train, with a folder for each class")
 
 
 def require_folder(path: Path) -> None:
@@ -66,11 +68,15 @@ def require_folder(path: Path) -> None:
 def class_folders(folder: Path) -> list[str]:
     """Names of the folders in `folder`, sorted; hidden ones are no classes."""
     require_folder(folder)
-    with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    names = _folders(folder)
     if not names:
         raise DataError(f"{folder} has no folders: each class needs one with its images")
     return names
+
+
+def _folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def images_of(folder: Path, classes: Sequence[str], *, of_every: bool = True) -> Split:

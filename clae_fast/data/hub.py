@@ -82,7 +82,8 @@ def hub(name: str, cache: Path | None) -> Splits:
             test = _split(name, found[part])
             # a challenge keeps the labels of its test set to itself
             if int(test.labels.min()) >= 0:
-                return Splits(train, train, test)
+                known = train.labels >= 0
+                return Splits(train, train if known.all() else train.select(known), test)
     raise DataError(
         f"hf/{name} has no split test or validation with labels, but {', '.join(found)}"
     )

@@ -75,7 +75,10 @@ class Batches:
 def view_loader(
     views: TwoViews, batches: BatchSchedule, *, workers: int, pin_memory: bool
 ) -> Batches:
-    """Loads the scheduled batches as pairs of views, [N, 3, H, W] each, with `workers` or fewer."""
+    """Loads the scheduled batches as pairs of views, [N, 3, H, W] each, with `workers` or fewer.
+
+    The workers live from the first batch to the last, each two batches ahead.
+    """
     loader = _loader(views, workers=workers, pin_memory=pin_memory, batch_sampler=batches)
     return Batches(loader, views.split)
 

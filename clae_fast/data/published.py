@@ -86,7 +86,7 @@ def tiny_imagenet(root: Path, *, download: bool) -> Splits:
                 os.replace(Path(scratch, folder.name), folder)
     require_folder(folder / "train")
     wnids = sorted(_read(folder / "wnids.txt").split())
-    words = dict(line.split("\t", 1) for line in _read(folder / "words.txt").splitlines())
+    words = dict(line.partition("\t")[::2] for line in _read(folder / "words.txt").splitlines())
     names = [words.get(wnid, wnid) for wnid in wnids]
     train = images_of(folder / "train", wnids)
     train = Split.whole(train.images, train.labels, names)
@@ -99,6 +99,8 @@ def tiny_imagenet(root: Path, *, download: bool) -> Splits:
             raise DataError(f"{annotations}, line {number}: {wnid!r} is not in wnids.txt")
         files.append(os.fsencode(file))
         labels.append(wnids.index(wnid))
+    if not files:
+        raise DataError(f"{annotations} is empty")
     val = Files(folder / "val" / "images", np.array(files))
     return Splits(train, train, Split.whole(val, labels, names))
 
