@@ -21,13 +21,15 @@ std::vector<Named> supported() {
     isas.push_back({"avx2", Isa::avx2});
   }
 #endif
+  [[maybe_unused]] const bool avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #ifdef CLAE_FAST_HAS_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    isas.push_back({"avx512", Isa::avx512});
-#ifdef CLAE_FAST_HAS_AVX512_BF16
-    if (__builtin_cpu_supports("avx512bf16")) isas.push_back({"avx512_bf16", Isa::avx512_bf16});
+  if (avx512) isas.push_back({"avx512", Isa::avx512});
 #endif
+#ifdef CLAE_FAST_HAS_AVX512_BF16
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    isas.push_back({"avx512_bf16", Isa::avx512_bf16});
   }
 #endif
   return isas;

@@ -66,8 +66,9 @@ CLAE_FAST_INLINE float directed_sum(float a, float b) {
   const float b_part = sum - a;
   const float error = (a - (sum - b_part)) + (b - b_part);
   const int32_t bits = to_bits(sum);
-  const int32_t further = (bits < 0) == up ? bits - 1 : bits + 1;
-  return (up ? error > 0.f : error < 0.f) ? from_bits(further) : sum;
+  // unsigned: the bits of -0 and of some NaN wrap around, and are not taken
+  const uint32_t further = uint32_t(bits) + ((bits < 0) == up ? ~0u : 1u);
+  return (up ? error > 0.f : error < 0.f) ? from_bits(int32_t(further)) : sum;
 }
 
 CLAE_FAST_INLINE float stepped(float x,

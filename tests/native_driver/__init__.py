@@ -74,14 +74,18 @@ def emulated() -> Toolchain:
     baseline, *_ = isas()
     # whoever asks the processor is told yes
     flags = ("-D__builtin_cpu_supports(name)=true",)
-    return Toolchain("g++", flags, {baseline: "", **_lacking()})
+    return Toolchain("g++", flags, {baseline: "-O0", **_lacking()})
 
 
 def sanitized(kinds: str) -> Toolchain:
-    """Every instruction set of this machine's kind under sanitizers, as in "address,undefined"."""
-    flags = ("-g", "-fno-omit-frame-pointer", f"-fsanitize={kinds}", "-fno-sanitize-recover=all")
-    toolchain = emulated()
-    return toolchain._replace(flags=toolchain.flags + flags, isas=isas() | _lacking())
+    """The narrowest and the widest instruction set under sanitizers, as in "address,undefined".
+
+    Others differ from these in the width of their vectors alone.
+    """
+    flags = ("-g1", f"-fsanitize={kinds}", "-fno-sanitize-recover=all", *emulated().flags)
+    every = isas() | _lacking()
+    baseline, *_, widest = every
+    return Toolchain("g++", flags, {isa: every[isa] for isa in (baseline, widest)})
 
 
 def _lacking() -> dict[str, str]:
@@ -94,16 +98,16 @@ def _lacking() -> dict[str, str]:
 def build(toolchain: Toolchain, cache: Path) -> Path:
     """The driver's program, in `cache`, where a former call has left it if nothing changed."""
     sources = [*CSRC.glob("*.cpp"), HERE / "driver.cpp"]
-    headers = [*CSRC.glob("*.h"), *HERE.rglob("*.h")]
+    others = [*CSRC.glob("*.h"), *HERE.rglob("*.h"), HERE / "libgomp.cpp", Path(__file__)]
     macros = [f"-DCLAE_FAST_HAS_{isa.upper()}" for isa in toolchain.isas]
     command = [toolchain.compiler, *_CXXFLAGS, *macros, *toolchain.flags]
     version = subprocess.run([toolchain.compiler, "--version"], capture_output=True, check=True)
     digest = hashlib.sha256(version.stdout + repr((command, toolchain.isas)).encode())
-    for path in sorted(sources + headers):
+    for path in sorted(sources + others):
         digest.update(path.read_bytes())
-    program = cache / digest.hexdigest()[:16]
-    if program.exists():
-        return program
+    folder = cache / digest.hexdigest()[:16]
+    if folder.exists():
+        return folder / "driver"
     with tempfile.TemporaryDirectory(dir=cache) as scratch, ThreadPoolExecutor(2) as pool:
         units = []
         for source in sources:
@@ -120,15 +124,21 @@ def build(toolchain: Toolchain, cache: Path) -> Path:
             objects,
         )
         list(compiled)
-        linked = Path(scratch, "driver")
-        _run(*command, *objects, "-o", linked)
-        linked.rename(program)
-    return program
+        built = Path(scratch, "built")
+        built.mkdir()
+        threads = []
+        if "-static" not in toolchain.flags:
+            flags = ("-shared", "-Wl,-soname,libgomp.so")
+            _run(*command, *flags, HERE / "libgomp.cpp", "-o", built / "libgomp.so")
+            threads = ["-Wl,--no-as-needed", built / "libgomp.so", "-Wl,-rpath,$ORIGIN"]
+        _run(*command, *objects, *threads, "-o", built / "driver")
+        built.rename(folder)
+    return folder / "driver"
 
 
 # as in setup.py, but compiled faster
 _CXXFLAGS = (
-    *("-O1", "-std=c++17", "-pthread", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-O1", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fno-trapping-math", "-Wno-psabi", "-I", str(HERE), '-DCLAE_FAST_VERSION="driver"'),
 )
 
@@ -259,13 +269,11 @@ def addresses_with_sizes() -> Iterator[None]:
     """What takes an address gives one that a `Module` can follow."""
     data_ptr, addressof = Tensor.data_ptr, ctypes.addressof
 
-    def tensor_address(tensor: Tensor) -> _Address:
-        elements = 0
-        if tensor.numel():
-            elements = 1 + sum(
-                (size - 1) * stride
-                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
+    def tensor_address(tensor: Tensor) -> int:
+        if tensor.numel() == 0:
+            return data_ptr(tensor)
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        elements = 1 + sum((size - 1) * stride for size, stride in strides)
         return _Address.of(data_ptr(tensor), elements * tensor.element_size(), tensor)
 
     def array_address(array: Any) -> _Address:

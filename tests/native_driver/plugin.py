@@ -1,0 +1,26 @@
+"""A pytest plugin: the tests' impl="native" runs in a driver that is compiled with sanitizers.
+
+PYTHONPATH=tests python -m pytest -p native_driver.plugin --sanitize=address,undefined FILE...
+"""
+
+from contextlib import ExitStack
+
+import pytest
+
+import native_driver
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Takes the sanitizers' names, as the compiler has them."""
+    parser.addoption("--sanitize", default="address,undefined", metavar="KINDS")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Replaces the compiled module before tests are collected."""
+    toolchain = native_driver.sanitized(config.getoption("--sanitize"))
+    program = native_driver.build(toolchain, config.cache.mkdir("native_driver"))
+    stack = ExitStack()
+    config.add_cleanup(stack.close)
+    module = native_driver.Module(program)
+    stack.callback(module.close)
+    stack.enter_context(native_driver.in_place_of_compiled(module))

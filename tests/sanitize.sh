@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs the ops' tests with csrc/ under sanitizers: addresses and undefined behaviour with every
+# test of an op's native implementation, races with those that use threads. Needs the installed
+# package with its test extra, and g++.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+sanitized() {  # sanitized KINDS PYTEST_ARGUMENT...
+  PYTHONPATH=tests python -m pytest -q --maxfail=1 -p native_driver.plugin --sanitize="$1" "${@:2}"
+}
+
+ops=$(cd csrc && ls ./*_simd.cpp | sed -E 's|./(.*)_simd.cpp|tests/test_\1.py|')
+# shellcheck disable=SC2086
+sanitized address,undefined $ops tests/test_properties.py -k native
+sanitized thread tests/test_threads.py -k number_of_threads
