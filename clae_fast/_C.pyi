@@ -57,6 +57,21 @@ def uel(
     dz: int,
     workspace: int,
 ) -> None: ...
+def topk_similarity(
+    isa: str,
+    anchor: _Rows,
+    keys: _Rows,
+    exclude: int,
+    N: int,
+    M: int,
+    D: int,
+    E: int,
+    k: int,
+    threads: int,
+    values: int,
+    indices: int,
+    workspace: int,
+) -> int: ...
 def nt_xent_cuda_workspace(N: int, D: int, grad: bool) -> int: ...
 def nt_xent_cuda(
     z0: int,

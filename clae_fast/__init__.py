@@ -8,7 +8,15 @@ __path__ = extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 from clae_fast import attack, nn
-from clae_fast.ops import info_nce, linf_step, nt_xent, stem_step, tied_nt_xent, uel
+from clae_fast.ops import (
+    info_nce,
+    linf_step,
+    nt_xent,
+    stem_step,
+    tied_nt_xent,
+    topk_similarity,
+    uel,
+)
 from clae_fast.step import pair_step
 
 __all__ = [
@@ -21,5 +29,6 @@ __all__ = [
     "pair_step",
     "stem_step",
     "tied_nt_xent",
+    "topk_similarity",
     "uel",
 ]

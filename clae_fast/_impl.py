@@ -28,6 +28,7 @@ _IMPLS = {
     "tied_nt_xent": ("native", "triton", "torch"),
     "info_nce": ("native", "triton", "torch"),
     "uel": ("native", "triton", "torch"),
+    "topk_similarity": ("native", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),
 }

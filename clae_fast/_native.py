@@ -183,6 +183,38 @@ def uel(
     return loss, dz
 
 
+def topk_similarity(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    k: int,
+    exclude: Tensor | None,  # [N, E]
+) -> tuple[Tensor, Tensor]:
+    """The values in fp32 and their columns, [N, k] both."""
+    anchor, keys = _in_rows(anchor), _in_rows(keys)
+    N, D = anchor.shape
+    exclude = None if exclude is None else exclude.contiguous()
+    values = torch.empty((N, k), dtype=torch.float32)
+    indices = torch.empty((N, k), dtype=torch.int64)
+    call = partial(
+        _C.topk_similarity,
+        _isa,
+        _rows(anchor),
+        _rows(keys),
+        0 if exclude is None else exclude.data_ptr(),
+        N,
+        len(keys),
+        D,
+        0 if exclude is None else exclude.shape[1],
+        k,
+        torch.get_num_threads(),
+        values.data_ptr(),
+        indices.data_ptr(),
+    )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
+    return values, indices
+
+
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
     """Whether `nt_xent_cuda` takes n = 2N rows of D elements: shared memory is the limit."""
     return n <= (4096 if D <= 128 else 2048) and D <= 256

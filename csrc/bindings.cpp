@@ -10,6 +10,7 @@
 #include "nt_xent.h"
 #include "stem_step.h"
 #include "tied_nt_xent.h"
+#include "topk_similarity.h"
 #include "uel.h"
 
 namespace py = pybind11;
@@ -134,6 +135,29 @@ PYBIND11_MODULE(_C, m) {
     clae_fast::uel(chosen, {rows(z0), rows(z1), N, D, temperature, threads, pointer<float>(loss),
                             pointer<float>(dz), pointer<unsigned char>(workspace)});
   });
+
+  m.def("topk_similarity",
+        [](const std::string& isa, const PyRows& anchor, const PyRows& keys, std::uintptr_t exclude,
+           int64_t N, int64_t M, int64_t D, int64_t E, int64_t k, int threads,
+           std::uintptr_t values, std::uintptr_t indices, std::uintptr_t workspace) {
+          const auto chosen = clae_fast::parse_isa(isa);
+          const clae_fast::TopkSimilarityArgs args{rows(anchor),
+                                                   rows(keys),
+                                                   pointer<const int64_t>(exclude),
+                                                   N,
+                                                   M,
+                                                   D,
+                                                   E,
+                                                   k,
+                                                   threads,
+                                                   pointer<float>(values),
+                                                   pointer<int64_t>(indices),
+                                                   pointer<unsigned char>(workspace)};
+          py::gil_scoped_release nogil;
+          if (workspace == 0) return clae_fast::topk_similarity_workspace(chosen, args);
+          clae_fast::topk_similarity(chosen, args);
+          return int64_t(0);
+        });
 
   m.def("linf_step_cpu",
         [](const std::string& isa, std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,

@@ -58,6 +58,14 @@ CLAE_FAST_INLINE Vec dot_bf16(Vec acc, IVec a, IVec b) {
 
 CLAE_FAST_INLINE Vec maximum(Vec a, Vec b) { return a < b ? b : a; }
 
+// Is a bit set in any lane?
+CLAE_FAST_INLINE bool any(IVec v) {
+  typedef int64_t Pairs __attribute__((vector_size(kWidth * 4)));
+  int64_t bits = 0;
+  for (int l = 0; l < kWidth / 2; ++l) bits |= ((Pairs)v)[l];
+  return bits != 0;
+}
+
 CLAE_FAST_INLINE float horizontal_sum(Vec v) {
   float sum = 0.f;
   for (int l = 0; l < kWidth; ++l) sum += v[l];

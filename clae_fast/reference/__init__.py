@@ -9,6 +9,15 @@ from clae_fast.reference.linf_step import linf_step
 from clae_fast.reference.nt_xent import nt_xent
 from clae_fast.reference.stem_step import stem_step
 from clae_fast.reference.tied_nt_xent import tied_nt_xent
+from clae_fast.reference.topk_similarity import topk_similarity
 from clae_fast.reference.uel import uel
 
-__all__ = ["info_nce", "linf_step", "nt_xent", "stem_step", "tied_nt_xent", "uel"]
+__all__ = [
+    "info_nce",
+    "linf_step",
+    "nt_xent",
+    "stem_step",
+    "tied_nt_xent",
+    "topk_similarity",
+    "uel",
+]

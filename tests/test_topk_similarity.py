@@ -1,0 +1,266 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import clae_fast
+from clae_fast import reference
+from clae_fast.ops import _rows
+from clae_fast.testing import assert_bitwise_equal, implementations, projections, running
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+IMPLEMENTATIONS = implementations("topk_similarity")
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_one = pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+
+
+def topk(implementation, *arguments, **options):
+    with running(implementation) as impl:
+        return clae_fast.topk_similarity(*arguments, impl=impl, **options)
+
+
+def rows(N, M, D, dtype=torch.float32):
+    return projections(max(N, M), D)[0][:N].to(dtype), projections(M, D)[1].to(dtype)
+
+
+def check(implementation, anchor, keys, k, exclude=None):
+    """Values to rounding, and each that of its key: nearly equal keys may change places."""
+    values, indices = topk(implementation, anchor, keys, k, exclude=exclude)
+    exact = F.normalize(anchor.double(), eps=1e-12) @ F.normalize(keys.double(), eps=1e-12).T
+    if exclude is not None:
+        exact.scatter_(1, exclude, -math.inf)
+    # of products that are at most 1 in sum
+    tolerance = {"rtol": 0, "atol": 4 * torch.finfo(torch.float32).eps}
+    assert values.shape == indices.shape == (len(anchor), k)
+    assert (values.dtype, indices.dtype) == (torch.float32, torch.int64)
+    assert all(len(row.unique()) == k for row in indices)
+    torch.testing.assert_close(values.double(), exact.gather(1, indices), **tolerance)
+    torch.testing.assert_close(values.double(), exact.topk(k, dim=1).values, **tolerance)
+    assert (values.diff(dim=1) <= 0).all()
+    ties = values.diff(dim=1) == 0
+    assert (indices.diff(dim=1)[ties] > 0).all()
+
+
+def grid(N, D, seed):
+    """Rows of 4 numbers of -1 or 1 and of zeros: their cosines are multiples of 1 / 4, exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.zeros(N, D)
+    for row in z:
+        row[torch.randperm(D, generator=generator)[:4]] = 1
+    return z * (2 * torch.randint(2, (N, D), generator=generator) - 1)
+
+
+def test_reference_by_a_loop():
+    anchor, keys = rows(3, 7, 4, torch.float64)
+    exclude = torch.tensor([[6, 0], [1, 1], [2, 5]])
+    values, indices = reference.topk_similarity(anchor, keys, 3, exclude=exclude)
+    for i, row in enumerate(F.normalize(anchor) @ F.normalize(keys).T):
+        order = sorted((-s, j) for j, s in enumerate(row.tolist()) if j not in exclude[i].tolist())
+        assert indices[i].tolist() == [j for _, j in order[:3]]
+        assert values[i].tolist() == pytest.approx([-s for s, _ in order[:3]], rel=1e-12)
+
+
+@every_implementation
+# rows, keys and buffers on both sides of vectors', tiles' and the number of candidates' ends
+@pytest.mark.parametrize(("N", "M", "D"), [(1, 1, 1), (5, 2, 3), (7, 97, 5), (33, 131, 70)])
+@pytest.mark.parametrize("k", [1, 2, 64, 65, 131])
+def test_against_fp64(implementation, N, M, D, k):
+    check(implementation, *rows(N, M, D), min(k, M))
+
+
+@every_implementation
+def test_more_keys_than_a_tile_holds(implementation):
+    anchor, keys = rows(3, 20001, 2)
+    check(implementation, anchor, keys, 100)
+    # every key is nearer than all before it, or farther
+    angle = torch.linspace(0, 3, 20001)
+    keys = torch.stack([angle.cos(), angle.sin()], 1)
+    check(implementation, keys[[0, -1, 10000]], keys, 100)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs(implementation, dtype):
+    check(implementation, *rows(19, 203, 33, dtype), 7)
+
+
+@every_one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 6, 70, 150])
+def test_equal_values_come_in_the_order_of_their_keys(implementation, dtype, k):
+    anchor, keys = grid(29, 6, 0).to(dtype), grid(150, 6, 1).to(dtype)
+    values, indices = topk(implementation, anchor, keys, k)
+    expected = (anchor.float() @ keys.float().T / 4).sort(dim=1, descending=True, stable=True)
+    assert_bitwise_equal(indices, expected.indices[:, :k])
+    assert_bitwise_equal(values, expected.values[:, :k] + 0.0)
+
+
+@every_implementation
+@pytest.mark.parametrize("E", [0, 1, 3])
+def test_excluded_keys(implementation, E):
+    anchor, keys = rows(23, 61, 9)
+    exclude = torch.rand(23, 61).argsort(1)[:, :E]
+    for k in (1, 17, 61 - E):
+        check(implementation, anchor, keys, k, exclude)
+    # the best ones, in other strides and twice
+    best = topk(implementation, anchor, keys, 4)
+    exclude = best[1][:, [0, 2, 0]].T.contiguous().T
+    values, indices = topk(implementation, anchor, keys, 2, exclude=exclude)
+    assert_bitwise_equal(indices, best[1][:, [1, 3]])
+    assert_bitwise_equal(values, best[0][:, [1, 3]])
+
+
+@every_one
+def test_nan_is_above_all(implementation):
+    anchor, keys = grid(9, 6, 0), grid(40, 6, 1)
+    keys[[11, 30], 2] = math.nan
+    anchor[4, 0] = math.inf
+    exclude = torch.full((9, 1), 30)
+    for k in (1, 5, 39):
+        values, indices = topk(implementation, anchor, keys, k, exclude=exclude)
+        expected = reference.topk_similarity(anchor, keys, k, exclude=exclude)
+        assert_bitwise_equal(indices, expected[1])
+        assert_bitwise_equal(values, expected[0])
+        assert (indices[:, 0] == torch.where(torch.arange(9) == 4, 0, 11)).all()
+        assert values[:, 0].isnan().all()
+        assert values[4].isnan().all()
+        assert values.isnan().sum() == 8 + k
+
+
+@every_implementation
+def test_rows_around_the_norm_floor(implementation):
+    anchor, keys = rows(9, 40, 6)
+    anchor[0], anchor[1], anchor[2] = 0, 1e-13, anchor[2] * 1e-6
+    keys[3], keys[4], keys[5] = 0, 1e-13, keys[5] * 1e-6
+    check(implementation, anchor, keys, 12)
+
+
+@every_implementation
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_strided_inputs(implementation, layout):
+    strided = {
+        "transposed": lambda z: z.T.contiguous().T,
+        "sliced": lambda z: torch.cat([z, z], 1)[:, :10],
+        "expanded": lambda z: z[:, :1].expand(-1, 10),
+    }[layout]
+    check(implementation, *(strided(z) for z in rows(14, 37, 10)), 6)
+
+
+@pytest.mark.parametrize("implementation", [n for n in IMPLEMENTATIONS if n.startswith("native")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(implementation, dtype, threads):
+    anchor, keys = rows(41, 8203, 3, dtype)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(topk(implementation, anchor, keys, 70))
+    for values, indices in results[1:]:
+        assert_bitwise_equal(values, results[0][0])
+        assert_bitwise_equal(indices, results[0][1])
+
+
+@pytest.mark.parametrize("implementation", [n for n in IMPLEMENTATIONS if n.startswith("native")])
+def test_a_value_does_not_depend_on_what_is_beside_it(implementation):
+    anchor, keys = rows(41, 203, 37)
+    values, indices = topk(implementation, anchor, keys, 203)
+    values = values.gather(1, indices.argsort(1))
+    for first, count in ((0, 1), (3, 50), (101, 102)):
+        some, columns = topk(implementation, anchor[5:12], keys[first:][:count], count)
+        assert_bitwise_equal(some.gather(1, columns.argsort(1)), values[5:12, first:][:, :count])
+
+
+def test_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 4 * 40 + 1)
+    check("torch", *rows(13, 40, 6), 5, torch.arange(13)[:, None])
+
+
+def test_fp64_is_the_reference():
+    anchor, keys = rows(6, 11, 4, torch.float64)
+    values, indices = clae_fast.topk_similarity(anchor, keys, 3)
+    expected = reference.topk_similarity(anchor, keys, 3)
+    assert values.dtype == torch.float64
+    assert_bitwise_equal(values, expected[0])
+    assert_bitwise_equal(indices, expected[1])
+
+
+@every_one
+def test_result_is_a_constant(implementation):
+    anchor, keys = (z.requires_grad_() for z in rows(4, 6, 3))
+    assert not topk(implementation, anchor, keys, 2)[0].requires_grad
+
+
+@every_one
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(implementation, dynamic):
+    def nearest(anchor, keys, exclude):
+        values, indices = topk_of(3 * anchor, keys, exclude)
+        return 2 * values, indices + 1
+
+    def topk_of(anchor, keys, exclude):
+        return clae_fast.topk_similarity(anchor, keys, 3, exclude=exclude, impl=impl)
+
+    torch.compiler.reset()
+    with running(implementation) as impl:
+        compiled = torch.compile(nearest, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        for N in (6, 9):
+            anchor, keys = rows(N, 2 * N, 4)
+            exclude = torch.arange(N)[:, None]
+            actual = compiled(anchor, keys, exclude)
+            torch.testing.assert_close(actual, nearest(anchor, keys, exclude))
+
+
+@every_one
+def test_autocast_leaves_it_in_fp32(implementation):
+    anchor, keys = rows(6, 11, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, indices = topk(implementation, anchor, keys, 3)
+    expected = topk(implementation, anchor, keys, 3)
+    assert_bitwise_equal(values, expected[0])
+    assert_bitwise_equal(indices, expected[1])
+
+
+@every_implementation
+@pytest.mark.parametrize("exclude", [None, torch.zeros(5, 1, dtype=torch.int64)])
+def test_opcheck(implementation, exclude):
+    with running(implementation) as impl:
+        torch.library.opcheck(
+            torch.ops.clae_fast.topk_similarity.default, (*rows(5, 9, 4), 3, exclude, impl)
+        )
+
+
+INDEX = torch.zeros(4, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"anchor": [1.0]}, TypeError, "anchor must be a torch.Tensor, got list"),
+        ({"anchor": torch.ones(4)}, ValueError, r"anchor must have shape .* got \[4\]"),
+        ({"anchor": torch.ones(0, 3)}, ValueError, r"anchor must have shape .* got \[0, 3\]"),
+        ({"keys": torch.ones(6, 3).long()}, TypeError, "keys must be of dtype"),
+        ({"keys": torch.ones(6, 3).half()}, TypeError, "keys must have the dtype of anchor"),
+        ({"keys": torch.ones(0, 3)}, ValueError, r"keys must have shape .* got \[0, 3\]"),
+        ({"keys": torch.ones(6, 2)}, ValueError, r"keys must .* got \[6, 2\] for \[4, 3\]"),
+        ({"keys": torch.ones(1, 3).expand(2**32, 3)}, ValueError, r"keys must .* M < 2\^32"),
+        ({"keys": torch.ones(6, 3, device="meta")}, ValueError, "keys must be on the device"),
+        ({"k": 0}, ValueError, "k must be from 1 to 6, .* got 0"),
+        ({"k": 7}, ValueError, "k must be from 1 to 6, .* got 7"),
+        ({"k": 5, "exclude": INDEX}, ValueError, "k must be from 1 to 4, .* got 5"),
+        ({"k": 2.0}, TypeError, "k must be an int, got float"),
+        ({"k": True}, TypeError, "k must be an int, got bool"),
+        ({"exclude": [0]}, TypeError, "exclude must be a torch.Tensor, got list"),
+        ({"exclude": INDEX.int()}, TypeError, "exclude must be of dtype int64, got torch.int32"),
+        ({"exclude": INDEX[0]}, ValueError, r"exclude must have shape .* N = 4 .* got \[2\]"),
+        ({"exclude": INDEX[:3]}, ValueError, r"exclude must have shape .* got \[3, 2\]"),
+        ({"exclude": INDEX.to("meta")}, ValueError, "exclude must be on the device of anchor"),
+        ({"exclude": INDEX + 6}, ValueError, "exclude must hold columns from 0 to 5, got 6"),
+        ({"exclude": INDEX - 1}, ValueError, "exclude must hold columns from 0 to 5, got -1"),
+        ({"impl": "triton"}, RuntimeError, "topk_similarity has no implementation 'triton'"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {"anchor": torch.ones(4, 3), "keys": torch.ones(6, 3), "k": 2, **change}
+    with pytest.raises(error, match=message):
+        clae_fast.topk_similarity(**arguments)
