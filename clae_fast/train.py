@@ -109,7 +109,8 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
 
 def _default_out(config: Config) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{now}-{config.method}-{config.attack}-{config.dataset}"
+    dataset = config.dataset.replace("/", "-")
+    return Path("runs") / f"{now}-{config.method}-{config.attack}-{dataset}"
 
 
 # flags that are no setting of a run: what starts one, what resumes one

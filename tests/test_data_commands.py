@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 
 from clae_fast import evaluate, train
+from clae_fast.settings import resolve
+from clae_fast.train import _default_out
 
 TINY = [
     *("--dataset", "folder", "--arch", "resnet-narrow", "--image-size", "8", "--device", "cpu"),
@@ -138,6 +141,10 @@ def wait_for(condition):
 
 
 class TestLayouts:
+    def test_a_name_of_the_hub_makes_one_folder(self):
+        config = resolve({"dataset": "hf/owner/name"})
+        assert re.fullmatch(r"runs/[\d-]+-simclr-pair-hf-owner-name", str(_default_out(config)))
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
