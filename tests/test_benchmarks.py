@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[1]
 # behind everything else, so that clae_fast stays the installed one
 sys.path.append(str(ROOT))
 
-from benchmarks import _cli, accuracy, memory, nt_xent, overhead, peers, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    _cli,
+    accuracy,
+    losses,
+    memory,
+    nt_xent,
+    overhead,
+    peers,
+    timing,
+)
 from benchmarks.timing import Timing  # noqa: E402
 
 PLAIN_TORCH = "clae_fast,released,torch_eager,torch_chunked,torch_chunked_symmetric"
@@ -257,28 +266,89 @@ def test_nt_xent_stops_when_ours_is_wrong(capsys, monkeypatch, one_thread):
     assert "clae_fast at n = 16: wrong" in capsys.readouterr().err
 
 
-def test_bars_are_met_missed_or_not_measured():
+def test_bars_are_met_missed_or_not_measured(monkeypatch):
     args = nt_xent._parse([])
 
     def verdicts(speedup, share, lean):
         rows = [
             {"n": n, "impl": impl, "over_clae_fast": speedup, "share_of_mm": share}
             for n in (128, 8192)
-            for impl in nt_xent.IMPLS
+            for impl in (*nt_xent.IMPLS, nt_xent.OURS_IN_FP32)
         ]
         return nt_xent._judge(rows, lean, args)
 
-    met = verdicts(7.0, 0.7, 40.0)
-    assert met["n = 8192, default heap: >= 6.00 x lightly"] == "met (7.00x)"
-    assert met["n = 128, default heap: >= 0.95 x every peer"] == "met (7.00x)"
-    assert met["n = 8192: >= 60% of torch.mm's rate"] == "met (0.70)"
+    met = verdicts(7.0, 0.8, 40.0)
+    assert met["n = 8192, fp32, default heap: >= 6.00 x lightly"] == "met (7.00x)"
+    assert met["n = 128, fp32, default heap: >= 0.95 x every peer"] == "met (7.00x)"
+    assert met["n = 8192: >= 75% of torch.mm's rate"] == "met (0.80)"
     assert met["n = 16384: peak <= 64 MiB above the inputs"] == "met (40.00 MiB)"
-    assert met["n = 512, default heap: >= 2.50 x lightly"] == "not measured"
-    assert met["n = 8192, warm heap: >= 2.20 x lightly"] == "not measured"
+    assert met["n = 512, fp32, default heap: >= 2.50 x lightly"] == "not measured"
+    assert met["n = 8192, fp32, warm heap: >= 2.20 x lightly"] == "not measured"
+    assert met["n = 2048: >= 75% of torch.mm's rate"] == "not measured"
     missed = verdicts(0.5, 0.5, 70.0)
     assert {text.split()[0] for text in missed.values()} == {"missed", "not"}
+
+    args.dtype = "bf16"
+    monkeypatch.setattr(nt_xent._native, "isa", lambda: "avx2")
+    half = {bar: text for bar, text in verdicts(7.0, 0.8, 40.0).items() if text != "not measured"}
+    assert half == {"n = 8192, bf16, default heap: >= 1.00 x every peer": "met (7.00x)"}
+    monkeypatch.setattr(nt_xent._native, "isa", lambda: "avx512_bf16")
+    own = "n = 8192, bf16, avx512_bf16, default heap: >= 1.50 x clae_fast_fp32"
+    assert verdicts(1.2, 0.8, 40.0)[own] == "missed (1.20x)"
+
     args.dim = 64
-    assert set(verdicts(7.0, 0.7, 40.0).values()) == {"not measured"}
+    assert set(verdicts(7.0, 0.8, 40.0).values()) == {"not measured"}
+
+
+def test_half_precision_stands_beside_ours_in_fp32(capsys, one_thread):
+    assert run(nt_xent, f"{TINY} --dtype bf16 --impls torch_eager") == 0
+    assert nt_xent.OURS_IN_FP32 in capsys.readouterr().out
+
+
+def test_losses_command(tmp_path, capsys, same_process, one_thread, monkeypatch):
+    # the compiler takes longer than all the rest
+    monkeypatch.setattr(losses.torch, "compile", lambda function, dynamic: function)
+    out = tmp_path / "result.json"
+    assert run(losses, f"--scale 256 --rounds 1 --threads 1 --memory --json {out}") == 0
+    assert "queue: >= 1.4 x torch" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    rows = {(row["case"], row["impl"]): row for row in result["rows"]}
+    everyone = {losses.OURS, *losses.PEERS, "torch_blocks"}
+    uncompiled = {"tied", "nearest", "hardest"}
+    assert rows.keys() == {
+        (case, impl)
+        for case in losses.cases()
+        for impl in everyone - ({"torch_compile"} if case in uncompiled else set())
+    }
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["peak_mib"] >= 0
+        assert row["error"] < 1e-4
+    assert set(result["bars"]) == {"queue: >= 1.4 x torch", "queue: memory of torch >= 10 x ours"}
+
+
+def test_losses_stops_when_ours_is_wrong(capsys, monkeypatch, one_thread):
+    wrong = lambda z, temperature, impl="auto": z  # noqa: E731
+    monkeypatch.setattr(losses.clae_fast, "tied_nt_xent", wrong)
+    assert run(losses, "--case tied --scale 256 --rounds 1 --threads 1") == 1
+    assert "clae_fast is wrong at tied" in capsys.readouterr().err
+
+
+def test_bars_of_losses():
+    def judge(speed, ours, torch_peak):
+        rows = [
+            {"case": "queue", "impl": impl, "over_clae_fast": over, "peak_mib": peak}
+            for impl, over, peak in (
+                (losses.OURS, 1.0, ours),
+                ("torch_eager", speed + 1, torch_peak + 1),
+                ("torch_compile", speed, torch_peak),
+            )
+        ]
+        return [missed for _, missed in losses._judge(rows).values()]
+
+    assert judge(1.5, 1.0, 11.0) == [False, False]
+    assert judge(1.3, 1.0, 9.0) == [True, True]
+    assert [text for text, _ in losses._judge([]).values()] == ["not measured"] * 2
 
 
 def test_bars_flag_decides_the_exit_status(monkeypatch, one_thread):
@@ -396,6 +466,7 @@ def test_interval_is_students():
         (nt_xent, "--temperature nan", "'nan' is not a number > 0"),
         (nt_xent, "--impls clae_fast,magic", "unknown 'magic'"),
         (nt_xent, "--dtype fp8", "invalid choice: 'fp8'"),
+        (losses, "--case triplet", "unknown 'triplet', choose from queue"),
         (nt_xent, "--threads -1", "argument --threads"),
         (nt_xent, "--json nowhere/result.json", "not a file in an existing folder"),
         (nt_xent, "--fast", "--fast"),
