@@ -99,7 +99,7 @@ class TestProcesses:
         assert line.endswith(": is memory short? --resume with fewer --workers")
 
     def test_no_worker_outlives_ctrl_c(self, folder):
-        flags = ["--epochs", "100000", "--workers", "2", "--log-every", "1"]
+        flags = ["--epochs", "100000", "--workers", "2", "--log-every", "1", "--attack", "none"]
         argv = [*TINY, "--data-dir", str(folder), "--out", str(folder.parent / "run"), *flags]
         process = subprocess.Popen(
             [sys.executable, "-m", "clae_fast.train", *argv],

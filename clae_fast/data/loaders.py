@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,15 @@ def _cores() -> int:
 def _leave_interrupts_to_the_parent(_: int) -> None:
     # Ctrl-C reaches every process of the terminal; the parent ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _print_unless_parent_left
+
+
+def _print_unless_parent_left(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # an interrupted parent leaves a batch half fetched, which is no news
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _collate(items: list[tuple[Any, ...]]) -> tuple[list[Tensor], list[str]]:
