@@ -81,15 +81,13 @@ def warn(message: str) -> None:
 
 def run(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit code, with one line for each way it is known to fail."""
-    signals: list[int] = []
+    with _terminable() as signals:
+        return _run(command, signals)
 
-    def terminate(number: int, _: object) -> None:
-        signals.append(number)
-        raise KeyboardInterrupt
 
+def _run(command: Callable[[], None], signals: Sequence[int]) -> int:
     try:
-        with _handling_sigterm(terminate):
-            command()
+        command()
     except KeyboardInterrupt as interrupt:
         what, code = ("terminated", TERMINATED) if signals else ("interrupted", INTERRUPTED)
         print("; ".join((what, *interrupt.args)), file=sys.stderr)
@@ -113,16 +111,31 @@ def run(command: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def _handling_sigterm(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Lets `handler` have the signal that job schedulers send, where a thread can."""
+def _terminable() -> Iterator[list[int]]:
+    """Makes SIGTERM, which job schedulers send, a KeyboardInterrupt; gives the signals that came.
+
+    Only the main thread may; in others SIGTERM does what it did.
+    """
+    signals: list[int] = []
+
+    def terminate(number: int, _: object) -> None:
+        signals.append(number)
+        # loader processes that die of the same signal are no error to report
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD)}
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+        # without a SIGTERM it is torch's by now, which stays
+        if signals:
+            signal.signal(signal.SIGCHLD, before[signal.SIGCHLD])
 
 
 def _fail(message: object, code: int) -> int:

@@ -2,7 +2,7 @@
 
 import io
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         write_atomically(path, buffer.getbuffer())
     except OSError as error:
-        kept = "; the one before it is intact" if path.exists() else ""
+        kept = "; the one before it is intact" if any(path.parent.glob("*.pt")) else ""
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}{kept}") from error
 
 
@@ -64,8 +64,14 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
     """
     try:
+        # torch does not look at the checksums that it writes
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    # what a file holds that is no checkpoint decides which error comes up
+    except Exception as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {reason(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"cannot read checkpoint {path}: it holds no dictionary")
@@ -76,5 +82,10 @@ def reason(error: Exception) -> str:
     """What an error of torch says, in one short line."""
     if isinstance(error, KeyError):
         return f"it lacks {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     words = " ".join(str(error).split())
-    return words if len(words) <= 200 else f"{words[:200]} ..."
+    if len(words) <= 150:
+        return words
+    # the advice that follows is not for the reader of one line
+    return words.partition(". ")[0] if ". " in words[:150] else f"{words[:150]} ..."

@@ -117,10 +117,13 @@ def _find(folder: RunFolder, name: str | None) -> Path:
     """The checkpoint that `--checkpoint` names."""
     if name is None:
         return _default(folder)
-    if name == "best" and not folder.best.exists():
+    kept = folder.checkpoint.parent / f"{name}.pt"
+    if kept.exists() or Path(name).exists():
+        return kept if kept.exists() else Path(name)
+    if name == "best":
         raise ValueError(f"{folder.path} keeps no best checkpoint: only --val-size makes one")
-    kept = folder.checkpoint.with_name(f"{name}.pt")
-    return kept if kept.exists() or name == "last" else Path(name)
+    names = ", ".join(sorted(path.stem for path in kept.parent.glob("*.pt")))
+    raise ValueError(f"{name!r} is neither a file nor a checkpoint of {folder.path}: {names}")
 
 
 def _parser() -> _cli.Parser:

@@ -147,10 +147,11 @@ _PAPERS: dict[str, dict[str, Any]] = {
         "epochs": 1000,
         "batch_size": 512,
     },
-    # the paper's defaults, 64.5 % in that README; any data set in folders, ImageNet or not
+    # the paper's defaults, 64.5 % in that README
     "simclr-paper-imagenet": _SIMCLR_PAPER
     | {
         "dataset": "folder",
+        "data_dir": "data/imagenet",
         "image_size": 224,
         "color_jitter": (0.8, 0.8, 0.8, 0.2),
         "blur_prob": (0.5, 0.5),

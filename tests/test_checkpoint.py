@@ -1,6 +1,8 @@
+import contextlib
 import errno
 import os
 import pickle
+import random
 import resource
 
 import pytest
@@ -81,10 +83,54 @@ def test_damaged_and_missing_files_are_named(path):
         checkpoint.load(path)
     checkpoint.save(path, {"weight": torch.zeros(1000)})
     whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (b"", whole[:middle], b"not a checkpoint", flipped):
         path.write_bytes(content)
         with pytest.raises(checkpoint.CheckpointError, match=r"cannot read checkpoint .*last\.pt"):
             checkpoint.load(path)
     torch.save(torch.zeros(1), path)
     with pytest.raises(checkpoint.CheckpointError, match="it holds no dictionary"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_damage_goes_unnoticed(path, seed):
+    expected = {"weight": torch.randn(300), "step": 7}
+    checkpoint.save(path, expected)
+    content = bytearray(path.read_bytes())
+    generator = random.Random(seed)
+    for _ in range(40):
+        at = generator.randrange(len(content))
+        was, content[at] = content[at], content[at] ^ 1 << generator.randrange(8)
+        path.write_bytes(content)
+        # in between the parts of the file it does no harm
+        with contextlib.suppress(checkpoint.CheckpointError):
+            torch.testing.assert_close(checkpoint.load(path), expected, rtol=0, atol=0)
+        content[at] = was
+
+
+def test_an_interrupted_write_leaves_nothing_behind(path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    checkpoint.save(path, {"step": 1})
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"step": 2})
+    assert checkpoint.load(path) == {"step": 1}
+    assert os.listdir(path.parent) == ["last.pt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("step"), "it lacks 'step'"),
+        (OSError(errno.ENOENT, "No such file"), "No such file"),
+        (RuntimeError("sizes differ:\n\tweight\n\tbias"), "sizes differ: weight bias"),
+        (RuntimeError("It is damaged. " + "Read this advice " * 20), "It is damaged"),
+        (RuntimeError("x" * 200), "x" * 150 + " ..."),
+    ],
+)
+def test_reasons_are_short(error, said):
+    assert checkpoint.reason(error) == said

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from clae_fast import data, evaluate
+from clae_fast import checkpoint, data, evaluate
 from clae_fast.probes import extract_features
 from clae_fast.run_folder import RunFolder
 from clae_fast.settings import resolve
@@ -24,6 +24,14 @@ TINY = {"limit": 32, "image_size": 8, "batch_size": 8, "epochs": 1, "device": "c
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     config = resolve(TINY)
+    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "run", config)
+    Trainer(config).fit(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    config = resolve(TINY | {"val_size": 16, "epochs": 2, "keep_every": 2})
     run = RunFolder.create(tmp_path_factory.mktemp("runs") / "run", config)
     Trainer(config).fit(run)
     return run
@@ -75,6 +83,50 @@ class TestRun:
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert message in line
+
+    def test_which_checkpoint(self, validated, capsys):
+        def step(*flags):
+            assert evaluate.main([str(validated.path), *flags]) == 0
+            results = json.loads((validated.path / "results.json").read_text())
+            return results["checkpoint"], results["step"]
+
+        best = checkpoint.load(validated.best)["step"]
+        assert step() == ("best.pt", best)
+        assert step("--checkpoint", "best") == ("best.pt", best)
+        assert capsys.readouterr().out.startswith(f"checkpoint: best.pt, step {best}\n")
+        assert step("--checkpoint", "last") == ("last.pt", 4)
+        assert step("--checkpoint", "epoch-0002") == ("epoch-0002.pt", 4)
+        assert step("--checkpoint", str(validated.kept(2))) == ("epoch-0002.pt", 4)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("best", "keeps no best checkpoint: only --val-size makes one"),
+            ("nope", "'nope' is neither a file nor a checkpoint of "),
+        ],
+    )
+    def test_a_checkpoint_that_there_is_not(self, folder, capsys, name, message):
+        assert evaluate.main([str(folder.path), "--checkpoint", name]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_checkpoint_of_another_run_is_one_line(self, folder, validated, tmp_path, capsys):
+        foreign = tmp_path / "foreign.pt"
+        checkpoint.save(foreign, {"step": 1, "method": {"weight": torch.zeros(1)}})
+        assert evaluate.main([str(folder.path), "--checkpoint", str(foreign)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: checkpoint {foreign} is not one of this run: Error(s) in")
+
+    def test_images_held_out_do_not_vote(self, validated, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            evaluate,
+            "extract_features",
+            lambda encoder, split, *rest: (
+                seen.append(split) or extract_features(encoder, split, *rest)
+            ),
+        )
+        evaluate.evaluate(validated)
+        assert [len(split) for split in seen] == [16, 32]
 
     def test_a_missing_argument_is_one_line(self, capsys):
         assert evaluate.main([]) == 2

@@ -200,15 +200,16 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    ("number", "moment", "count"),
+    [
+        (signal.SIGTERM, "last.pt.tmp", 3),
+        (signal.SIGINT, "best.pt", 1),
+        (signal.SIGTERM, "val_knn", 2),
+        (signal.SIGINT, "results.json", 1),
+    ],
 )
-@pytest.mark.parametrize(
-    ("moment", "count"), [("last.pt.tmp", 3), ("best.pt", 1), ("val_knn", 2), ("results.json", 1)]
-)
-def test_signals_at_bad_moments(
-    whole, tmp_path, monkeypatch, capsys, number, code, said, moment, count
-):
+def test_signals_at_bad_moments(whole, tmp_path, monkeypatch, capsys, number, moment, count):
+    code, said = {signal.SIGTERM: (143, "terminated"), signal.SIGINT: (130, "interrupted")}[number]
     run, moments = tmp_path / "run", []
 
     def strike(call, name):

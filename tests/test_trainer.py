@@ -1,11 +1,13 @@
+import errno
 import json
 import math
+import os
 
 import pytest
 import torch
 from torch import nn
 
-from clae_fast import checkpoint
+from clae_fast import checkpoint, data
 from clae_fast.config import Config
 from clae_fast.device import pick_device
 from clae_fast.lars import LARS
@@ -17,6 +19,7 @@ from clae_fast.trainer import (
     build_attack,
     build_method,
     build_optimizer,
+    hold_out,
     lr_factor,
 )
 
@@ -316,6 +319,129 @@ class TestRunFolder:
             (tmp_path / "config.json").write_text(content)
             with pytest.raises(RunFolderError, match=r"config\.json: "):
                 RunFolder.open(tmp_path)
+
+
+def kept(folder):
+    return sorted(path.name for path in folder.checkpoint.parent.iterdir())
+
+
+class TestKeptCheckpoints:
+    def test_every_kth_epoch_stays(self, tmp_path):
+        folder = fit(tmp_path / "run", tiny(epochs=5, limit=16, keep_every=2, checkpoint_every=1))
+        assert kept(folder) == ["epoch-0002.pt", "epoch-0004.pt", "last.pt"]
+        assert checkpoint.load(folder.kept(4))["step"] == 8
+        assert checkpoint.load(folder.checkpoint)["step"] == 10
+
+    def test_the_best_in_validation_stays(self, tmp_path, monkeypatch):
+        accuracies = iter([50.0, 70.0, 60.0, 70.0])
+        monkeypatch.setattr("clae_fast.trainer.knn_accuracy", lambda *_: next(accuracies))
+        config = tiny(epochs=8, limit=16, val_size=8, val_every=2)
+        folder = fit(tmp_path / "run", config)
+        assert kept(folder) == ["best.pt", "last.pt"]
+        state = checkpoint.load(folder.best)
+        # the earliest of equals
+        assert state["best"] == {"step": 4, "val_knn": 70.0}
+        assert state["step"] == 4
+        found = {line["step"]: line["val_knn"] for line in metrics(folder) if "val_knn" in line}
+        assert found == {2: 50.0, 4: 70.0, 6: 60.0, 8: 70.0}
+
+    def test_a_full_disk_keeps_the_old_ones(self, tmp_path, monkeypatch):
+        original = checkpoint.write_atomically
+
+        def write(path, data):
+            if path.name == "epoch-0002.pt":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            original(path, data)
+
+        monkeypatch.setattr(checkpoint, "write_atomically", write)
+        with pytest.raises(checkpoint.CheckpointError, match=r"epoch-0002\.pt: No space left"):
+            fit(tmp_path / "run", tiny(limit=16, keep_every=1))
+        folder = RunFolder.open(tmp_path / "run")
+        assert kept(folder) == ["epoch-0001.pt", "last.pt"]
+        assert checkpoint.load(folder.checkpoint)["step"] == 2
+
+
+class TestHeldOut:
+    def test_held_images_are_trained_on_nowhere(self):
+        trainer = Trainer(tiny(val_size=10))
+        assert (len(trainer.held), len(trainer.train), len(trainer.labelled)) == (10, 22, 22)
+        held = set(trainer.held.rows.tolist())
+        for split in (trainer.train, trainer.labelled, trainer._views().split):
+            assert not held & set(split.rows.tolist())
+        assert len(trainer.splits.train) == 32
+        assert len(trainer.test) == 32
+        again = Trainer(tiny(val_size=10, lr=1.0))
+        assert held == set(again.held.rows.tolist())
+
+    def test_they_are_taken_out_of_unlabelled_training_images_too(self):
+        splits = data.load("digits", limit=32)
+        few = splits._replace(labelled=splits.train.select(slice(0, 20)))
+        parts, held = hold_out(tiny(val_size=5), few)
+        assert [len(part) for part in (parts.train, parts.labelled, held)] == [27, 15, 5]
+        assert not set(held.rows.tolist()) & set(parts.train.rows.tolist())
+
+    def test_none_by_default(self):
+        assert Trainer(tiny()).held is None
+
+    def test_too_many_are_named(self):
+        with pytest.raises(ValueError, match="val_size must be below the 32 labelled images, got"):
+            Trainer(tiny(val_size=32))
+
+
+class TestForeignCheckpoints:
+    def test_one_of_version_0_1_is_taken_up(self, folder, tmp_path):
+        old = fit(tmp_path / "run", tiny())
+        state = checkpoint.load(old.checkpoint)
+        del state["best"]
+        checkpoint.save(old.checkpoint, state)
+        settings = json.loads((old.path / "config.json").read_text())
+        for name in ("interpolation", "blur_prob", "solarize_prob", "on_corrupt"):
+            del settings[name]
+        for name in ("val_size", "val_every", "keep_every"):
+            del settings[name]
+        (old.path / "config.json").write_text(json.dumps(settings))
+        opened = RunFolder.open(old.path)
+        assert opened.config == folder.config
+        trainer = Trainer(opened.config)
+        trainer.restore(opened)
+        assert trainer.step == 8
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"step": ...}, "it lacks 'step'"),
+            ({"method": {}}, r"Error\(s\) in loading state_dict for SimCLR"),
+            ({"optimizer": {"state": {}, "param_groups": []}}, "parameter group"),
+        ],
+    )
+    def test_what_does_not_fit_is_one_line(self, tmp_path, change, message):
+        folder = fit(tmp_path / "run", tiny(epochs=1))
+        state = checkpoint.load(folder.checkpoint) | change
+        checkpoint.save(folder.checkpoint, {k: v for k, v in state.items() if v is not ...})
+        with pytest.raises(
+            checkpoint.CheckpointError, match=rf"last\.pt is not one of this run: .*{message}"
+        ) as caught:
+            Trainer(folder.config).restore(folder)
+        assert "\n" not in str(caught.value)
+
+    def test_lost_metrics_are_not_made_up(self, tmp_path):
+        folder = fit(tmp_path / "run", tiny(epochs=1, schedule="constant"))
+        (folder.path / "metrics.jsonl").unlink()
+        folder.change(folder.config.resumed({"epochs": 2}))
+        trainer = Trainer(folder.config)
+        trainer.restore(folder)
+        trainer.fit(folder)
+        assert [line["step"] for line in metrics(folder)] == [6, 8]
+
+
+def test_a_folder_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("clae_fast.run_folder.write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder.create(tmp_path / "run", tiny())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_larger_than_the_data_is_named():
