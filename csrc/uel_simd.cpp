@@ -33,14 +33,14 @@ constexpr int64_t kSpan = 256;
 
 template <class T>
 struct Scratch {
-  int64_t N, n, D, cols;
+  int64_t N, n, D, padded, cols;
   int64_t block;  // rows of a panel
   int64_t ld;     // numbers from row to row of a panel
   Packed<T> u;    // [padded, D]
   double* loss;   // [n]
   float* panels;  // [threads, block, ld]
   float* du;      // [threads, block, u.width]
-  int64_t padded, bytes;
+  int64_t bytes;
 };
 
 template <class T>

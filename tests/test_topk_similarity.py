@@ -171,6 +171,17 @@ def test_a_value_does_not_depend_on_what_is_beside_it(implementation):
         assert_bitwise_equal(some.gather(1, columns.argsort(1)), values[5:12, first:][:, :count])
 
 
+@every_implementation
+def test_scale_of_rows_does_not_matter(implementation):
+    # powers of 2 leave unit rows as they are, bit for bit
+    anchor, keys = rows(11, 90, 7)
+    expected = topk(implementation, anchor, keys, 9)
+    scaled = (z * torch.randint(-20, 21, (len(z), 1)).float().exp2() for z in (anchor, keys))
+    values, indices = topk(implementation, *scaled, 9)
+    assert_bitwise_equal(values, expected[0])
+    assert_bitwise_equal(indices, expected[1])
+
+
 def test_blocks_of_rows(monkeypatch):
     monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 4 * 40 + 1)
     check("torch", *rows(13, 40, 6), 5, torch.arange(13)[:, None])

@@ -185,6 +185,14 @@ def test_double_backward_raises(implementation):
         dz0.sum().backward()
 
 
+@every_implementation
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck(implementation, grad):
+    with running(implementation) as impl:
+        arguments = (*projections(5, 4), 0.1, grad, False, impl)
+        torch.library.opcheck(torch.ops.clae_fast.uel.default, arguments)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="z1 must have the shape of z0"):
         clae_fast.uel(torch.ones(4, 3), torch.ones(4, 2))
