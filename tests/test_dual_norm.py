@@ -3,9 +3,7 @@
 import copy
 
 import pytest
-import timm
 import torch
-import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,12 +24,20 @@ class Tokens(nn.Module):
         return self.norm(x + self.token + self.index)
 
 
+def from_torchvision(name):
+    return getattr(pytest.importorskip("torchvision.models"), name)(weights=None)
+
+
+def from_timm(name):
+    return pytest.importorskip("timm").create_model(name, num_classes=0)
+
+
 ENCODERS = {
-    "torchvision": lambda: torchvision.models.resnet50(weights=None),
-    "timm": lambda: timm.create_model("resnet18", num_classes=0),
-    "timm with fused activations": lambda: timm.create_model("efficientnet_b0", num_classes=0),
+    "torchvision": lambda: from_torchvision("resnet50"),
+    "timm": lambda: from_timm("resnet18"),
+    "timm with fused activations": lambda: from_timm("efficientnet_b0"),
     "SyncBatchNorm": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(
-        torchvision.models.resnet18(weights=None), process_group=torch.Generator()
+        from_torchvision("resnet18"), process_group=torch.Generator()
     ),
     "own tensors": Tokens,
 }

@@ -2,14 +2,13 @@
 
 import copy
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import StochasticDepth
 
 from clae_fast.attack import LinfAttack, linf_twin
 from clae_fast.methods import METHODS, SimCLR
@@ -22,6 +21,11 @@ WEIGHT = 0.7
 
 def attack(eps: float = 0.05) -> LinfAttack:
     return LinfAttack(eps=eps, step_size=0.03, lo=0.0, hi=1.0)
+
+
+def resnet(build: Callable[..., tuple[nn.Module, int]], *arguments, **options):
+    pytest.importorskip("torchvision")
+    return build(*arguments, **options)
 
 
 def randomise_norms(module: nn.Module, generator: torch.Generator) -> None:
@@ -37,7 +41,7 @@ def encoders(dtype: torch.dtype = torch.float64) -> nn.ModuleList:
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        backbone, features = narrow_resnet(width=8)
+        backbone, features = resnet(narrow_resnet, width=8)
         encoder = Encoder(backbone, ProjectionHead(features, 12, 8)).to(dtype)
     twin = adversarial_twin(encoder)
     randomise_norms(encoder, generator)
@@ -195,7 +199,7 @@ def flops(run) -> int:
 
 @pytest.fixture(scope="module")
 def resnet18():
-    backbone, features = build_encoder("resnet18", 8)
+    backbone, features = resnet(build_encoder, "resnet18", 8)
     encoder = Encoder(backbone, ProjectionHead(features, 512, 64))
     return encoder, views(2, 8, torch.float32)
 
@@ -285,7 +289,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def test_peak_of_saved_activations():
-    backbone, features = narrow_resnet(width=16)
+    backbone, features = resnet(narrow_resnet, width=16)
     encoder = Encoder(backbone, ProjectionHead(features, 32, 16))
     built, x = SimCLR(encoder, adversarial=True), views(8, 16, torch.float32)
     peaks = {}
@@ -370,8 +374,8 @@ class FunctionalDropout(nn.Module):
     [
         lambda rate: nn.Dropout(rate),
         lambda rate: nn.AlphaDropout(rate),
-        lambda rate: StochasticDepth(rate, "row"),
-        lambda rate: DropPath(rate),
+        lambda rate: pytest.importorskip("torchvision.ops").StochasticDepth(rate, "row"),
+        lambda rate: pytest.importorskip("timm.layers").DropPath(rate),
         lambda rate: FunctionalDropout(rate),
         lambda rate: nn.MultiheadAttention(8, 2, dropout=rate),
     ],
