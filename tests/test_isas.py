@@ -2,6 +2,7 @@
 
 import native_driver
 import pytest
+import test_topk_similarity as topk
 import torch
 from op_cases import CASES, check, run
 
@@ -10,13 +11,12 @@ from clae_fast import _impl, _native, reference
 from clae_fast.testing import assert_bitwise_equal, projections
 
 ISAS = list(dict.fromkeys([*native_driver.isas(), "neon"]))
-NATIVE = [name for name, case in CASES.items() if "native" in _impl.available(case.op, "cpu")]
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
     pytest.mark.skipif(not _native.has_cpu(), reason="built with CLAE_FAST_BUILD=none"),
 ]
-every_op = pytest.mark.parametrize("case", [CASES[name] for name in NATIVE], ids=NATIVE)
+every_op = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,12 @@ def test_nan(case):
     z0[3, 1] = torch.nan
     first, *_ = run(case, case.operands(z0, z1), temperature=0.1, impl="native")
     assert first.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("N", "M", "D", "k"), [(7, 97, 5, 3), (33, 131, 70, 65)])
+def test_topk_similarity(N, M, D, k, dtype):
+    topk.check("native", *topk.rows(N, M, D, dtype), k)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
