@@ -240,17 +240,6 @@ Panel carve_panel(const InfoNceArgs& args) {
   return s;
 }
 
-void pack_block(const Packed<Fp32>& u, const Rows& source, int64_t count, int64_t I, int block) {
-  for (int64_t i = I; i < I + block; ++i) {
-    if (i < count) {
-      pack_row(u, i, source, i);
-    } else {
-      pad_row(u, i);
-    }
-  }
-  pack_panels(u, I, I + block);
-}
-
 // The softmax, the loss and the gradient of a block of anchors, whose panel begins at `first`.
 void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64_t I) {
   const float scale = float(kLog2e / args.temperature);
@@ -260,11 +249,7 @@ void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64
     for (int64_t i = 0; i < s.block; i += kRows) {
       Vec y[kRows][kVecs];
       similarities(s.u, I + i, s.v, j, scale, 0.f, y);
-      for (int m = 0; m < kRows; ++m) {
-        for (int v = 0; v < kVecs; ++v) {
-          store(panel + (i + m) * s.padded_m + j + v * kWidth, y[m][v]);
-        }
-      }
+      store_tile(y, panel + i * s.padded_m + j, s.padded_m);
     }
   }
   const int64_t width = round_up(args.M, kCols);
@@ -313,28 +298,26 @@ void run_panels(const InfoNceArgs& args) {
   memset(s.next, 0, 2 * (s.padded_n / s.rows + 1) * sizeof *s.next);
   parallel(args.threads, [&](Team& team, int rank) {
     const Range n = share(s.padded_n / s.block, team, rank);
+    pack_rows(s.u, n.begin * s.block, n.end * s.block, args.anchor, n.begin * s.block, args.N);
     const Range m = share(s.padded_m / s.block, team, rank);
-    for (int64_t b = n.begin; b < n.end; ++b) {
-      pack_block(s.u, args.anchor, args.N, b * s.block, s.block);
-    }
-    for (int64_t b = m.begin; b < m.end; ++b) {
-      pack_block(s.v, args.keys, args.M, b * s.block, s.block);
-      memset(s.dv + b * s.block * s.v.width, 0, s.block * s.v.width * sizeof *s.dv);
-    }
+    const int64_t begin = m.begin * s.block, end = m.end * s.block;
+    pack_rows(s.v, begin, end, args.keys, begin, args.M);
+    pack_panels(s.v, begin, end);
+    memset(s.dv + begin * s.v.width, 0, (end - begin) * s.v.width * sizeof *s.dv);
     team.barrier();
     int* next = s.next;
     for (int64_t first = 0; first < args.N; first += s.rows, next += 2) {
-      const int64_t end = smaller(first + s.rows, args.N);
+      const int64_t last = smaller(first + s.rows, args.N);
       auto take = [&](int* counter) {
         return int64_t(__atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)) * s.block;
       };
-      for (int64_t I = first + take(next); I < end; I = first + take(next)) {
+      for (int64_t I = first + take(next); I < last; I = first + take(next)) {
         softmax_block(s, args, first, I);
       }
       team.barrier();
       for (int64_t J = take(next + 1); J < args.M; J = take(next + 1)) {
         accumulate<Fp32, true>(s.p + J, s.padded_m, s.u.rows + first * s.u.width, s.u.width,
-                               end - first, s.dv + J * s.v.width, s.v.width,
+                               last - first, s.dv + J * s.v.width, s.v.width,
                                smaller(args.M - J, s.block), round_up(args.D, kCols));
       }
       team.barrier();
