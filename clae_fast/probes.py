@@ -1,12 +1,13 @@
 """How good features are: a weighted kNN vote and a linear probe on an encoder's features h."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clae_fast import data
 from clae_fast.config import Config
 from clae_fast.device import to_device
 from clae_fast.nn import Encoder
+from clae_fast.ops import topk_similarity
 
 
 @torch.no_grad()
@@ -35,14 +36,12 @@ def knn_accuracy(
     Returns:
         Per cent of the test images whose class wins.
     """
-    bank = nn.functional.normalize(train_features, dim=1)  # [M, F]
     classes = int(train_labels.max()) + 1
-    k = k or max(1, min(200, len(bank) // 50))
+    k = min(k or max(1, min(200, len(train_labels) // 50)), len(train_labels))
     correct = 0
     for features, labels in zip(test_features.split(1024), test_labels.split(1024), strict=True):
-        similarity = nn.functional.normalize(features, dim=1) @ bank.T  # [B, M]
-        nearest, rows = similarity.topk(min(k, len(bank)), dim=1)  # [B, k]
-        votes = features.new_zeros(len(features), classes)  # [B, C]
+        nearest, rows = topk_similarity(features, train_features, k)  # [B, k]
+        votes = nearest.new_zeros(len(features), classes)  # [B, C]
         # relative to the nearest one, which changes no ranking and cannot overflow
         weights = ((nearest - nearest[:, :1]) / sigma).exp()
         votes.scatter_add_(1, train_labels[rows], weights)
