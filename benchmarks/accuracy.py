@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks import _cli, timing
 from clae_fast import data, train
 from clae_fast.config import Config
-from clae_fast.evaluate import extract_features, knn_accuracy, linear_accuracy
+from clae_fast.probes import extract_features, knn_accuracy, linear_accuracy
 from clae_fast.trainer import Trainer
 
 ATTACKS = ("none", "pair", "self")
