@@ -15,8 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
-# a compiler's own run-time libraries: no torch, no CUDA
-LINKED = r"(libstdc\+\+|libm|libmvec|libgcc_s|libgomp|libc|libpthread|ld-linux-[\w-]+)\.so\.\d+"
+# the C and C++ run-time libraries: no torch, no CUDA, and no OpenMP, which is torch's
+LINKED = r"(libstdc\+\+|libm|libmvec|libgcc_s|libc|libpthread|ld-linux-[\w-]+)\.so\.\d+"
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess:
