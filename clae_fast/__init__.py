@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 from clae_fast import attack, nn
 from clae_fast.ops import (
+    augment_params,
     info_nce,
     linf_step,
     nt_xent,
@@ -22,6 +23,7 @@ from clae_fast.step import pair_step
 __all__ = [
     "__version__",
     "attack",
+    "augment_params",
     "info_nce",
     "linf_step",
     "nn",

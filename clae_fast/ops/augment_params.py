@@ -1,0 +1,201 @@
+"""How each view of a sample is augmented: drawn from the sample's number, not from a generator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from clae_fast.ops._philox import MASK, philox4x32
+
+VIEWS = 2
+COLUMNS = 16
+_RATIO = (3 / 4, 4 / 3)
+_SIGMA = (0.1, 2.0)
+_TRIES = 10
+# random words: areas and ratios of the tries, top and left; order, factors; flip, jitter or not,
+# grey, blur or not, sigma, solarize
+_CROP, _JITTER = 2 * _TRIES + 2, 8
+_BLOCKS = (_CROP + _JITTER + 6) // 4
+
+
+def augment_params(
+    ids: Tensor,  # [N]
+    *,
+    seed: int,
+    epoch: int | Tensor,
+    height: int,
+    width: int,
+    crop_min_scale: float,
+    flip: bool,
+    color_jitter: tuple[float, float, float, float],
+    color_jitter_prob: float,
+    grey_prob: float,
+    blur_prob: tuple[float, float],
+    solarize_prob: tuple[float, float],
+) -> Tensor:  # [2, N, 16]
+    r"""Draws how `augment` makes the two views of each sample.
+
+    A row is a function of (seed, epoch, sample, view) alone: neither the place in the batch nor its
+    size, the device or the process matter, so an epoch may be drawn at once or batch by batch. The
+    laws are those of torchvision's v2.RandomResizedCrop (aspect ratios from 3/4 to 4/3),
+    RandomHorizontalFlip, ColorJitter, RandomGrayscale, GaussianBlur (sigma from 0.1 to 2) and
+    RandomSolarize, and the arguments after `width` are the fields of a `clae_fast.data` recipe but
+    for `interpolation`, which is `augment`'s.
+
+    =====================  ==========================================================
+    columns                what they say
+    =====================  ==========================================================
+    0 to 3                 the crop: top, left, height and width in pixels
+    4                      1 to mirror left and right
+    5 to 8                 the order of 0 brightness, 1 contrast, 2 saturation, 3 hue
+    9 to 11                factors of brightness, contrast and saturation, 1 for none
+    12                     shift of the hue, 1 is a full turn, 0 for none
+    13                     1 to turn grey
+    14                     standard deviation of the blur in pixels, 0 for none
+    15                     1 to solarize
+    =====================  ==========================================================
+
+    The random numbers are words of Philox4x32-10 with the seed as its key and (view, block, epoch,
+    sample) as its counter. Sides of crops are rounded from fp64 exponentials and roots: once in
+    10^10 samples or so another device may round to another pixel.
+
+    Args:
+        ids: The samples' numbers in the data set, int64.
+        seed: Of the run, from 0 to 2^64 - 1.
+        epoch: From 0 to 2^32 - 1, as a number or as an int64 tensor [] on the device of `ids`,
+            which CUDA graphs can replay with another value.
+        height: Of the images in pixels.
+        width: Of the images in pixels.
+        crop_min_scale: Smallest part of the image's area that a crop takes; the largest is 1.
+        flip: Whether to mirror one half of the views.
+        color_jitter: Strengths of brightness, contrast, saturation and hue.
+        color_jitter_prob: Probability of the jitter.
+        grey_prob: Probability of turning grey.
+        blur_prob: Probability of Gaussian blur, of each view.
+        solarize_prob: Probability of solarization, of each view.
+
+    Returns:
+        The table, fp32, on the device of `ids`.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument out of its range, or `ids` that are not one-dimensional.
+
+    Example:
+        >>> settings = dataclasses.asdict(clae_fast.data.RECIPES["simclr"])
+        >>> settings.pop("interpolation")
+        >>> ids = torch.arange(512)
+        >>> params = clae_fast.augment_params(
+        ...     ids, seed=0, epoch=3, height=32, width=32, **settings
+        ... )
+    """
+    _check_ids(ids)
+    _check_integer("seed", seed, 0, 2**64 - 1)
+    if isinstance(epoch, Tensor):
+        if epoch.dtype != torch.int64 or epoch.ndim or epoch.device != ids.device:
+            raise ValueError(
+                f"epoch must be a number or an int64 tensor [] on {ids.device}, got {epoch.dtype}, "
+                f"shape {list(epoch.shape)} on {epoch.device}"
+            )
+    else:
+        _check_integer("epoch", epoch, 0, MASK)
+    _check_integer("height", height, 1, 2**15)
+    _check_integer("width", width, 1, 2**15)
+    _check_real("crop_min_scale", crop_min_scale, 1.0)
+    if not isinstance(flip, bool):
+        raise TypeError(f"flip must be True or False, got {type(flip).__name__}")
+    for name, numbers, upper in (
+        ("color_jitter", color_jitter, (math.inf, math.inf, math.inf, 0.5)),
+        ("color_jitter_prob", (color_jitter_prob,), (1.0,)),
+        ("grey_prob", (grey_prob,), (1.0,)),
+        ("blur_prob", blur_prob, (1.0, 1.0)),
+        ("solarize_prob", solarize_prob, (1.0, 1.0)),
+    ):
+        if not isinstance(numbers, (list, tuple)):
+            raise TypeError(f"{name} must be a list or tuple, got {type(numbers).__name__}")
+        if len(numbers) != len(upper):
+            raise ValueError(f"{name} must be {len(upper)} numbers, got {numbers}")
+        for number, largest in zip(numbers, upper, strict=True):
+            _check_real(name, number, largest)
+
+    u = _uniform(ids, seed, epoch)  # [2, N, words]
+    box = _crops(u[..., :_CROP], height, width, crop_min_scale)
+    order, factors = u[..., _CROP : _CROP + _JITTER].split(4, dim=-1)
+    turn, jitter, grey, blur, sigma, solarize = u[..., _CROP + _JITTER :].unbind(-1)
+    amounts = []
+    for factor, strength, none in zip(
+        factors.unbind(-1), color_jitter, (1.0, 1.0, 1.0, 0.0), strict=True
+    ):
+        low = max(none - strength, 0.0) if none else -strength
+        amount = low + (none + strength - low) * factor
+        amounts.append(torch.where(jitter < color_jitter_prob, amount, none))
+    blurred = _SIGMA[0] + (_SIGMA[1] - _SIGMA[0]) * sigma
+    columns = [
+        *box,
+        turn < (0.5 if flip else 0.0),
+        *order.argsort(dim=-1).unbind(-1),
+        *amounts,
+        grey < grey_prob,
+        torch.where(_chosen(blur, blur_prob), blurred, 0.0),
+        _chosen(solarize, solarize_prob),
+    ]
+    return torch.stack([column.float() for column in columns], dim=-1)
+
+
+def _uniform(ids: Tensor, seed: int, epoch: int | Tensor) -> Tensor:  # [2, N, words]
+    """Uniform in [0, 1), fp64: the random words of each view of each sample."""
+    view = torch.arange(VIEWS, device=ids.device).view(-1, 1, 1)
+    block = torch.arange(_BLOCKS, device=ids.device)
+    sample = ids.view(-1, 1)
+    counter = (view << 16 | block, epoch, sample & MASK, sample >> 32 & MASK)
+    words = philox4x32(counter, (seed & MASK, seed >> 32))
+    return words.flatten(-2).double() * 2.0**-32
+
+
+def _crops(u: Tensor, height: int, width: int, min_scale: float) -> tuple[Tensor, ...]:
+    """Top, left, height and width: of the first of ten tries that fits, else of the centre."""
+    area = height * width * (min_scale + (1 - min_scale) * u[..., :_TRIES])
+    low, high = (math.log(ratio) for ratio in _RATIO)
+    ratio = torch.exp(low + (high - low) * u[..., _TRIES : 2 * _TRIES])
+    rows, columns = torch.sqrt(area / ratio).round(), torch.sqrt(area * ratio).round()
+    fits = (rows >= 1) & (rows <= height) & (columns >= 1) & (columns <= width)
+    # the whole image, or what the nearest allowed ratio leaves of its longer side
+    crop_height = torch.full_like(u[..., 0], min(height, round(width / _RATIO[0])))
+    crop_width = torch.full_like(u[..., 0], min(width, round(height * _RATIO[1])))
+    for attempt in reversed(range(_TRIES)):
+        crop_height = torch.where(fits[..., attempt], rows[..., attempt], crop_height)
+        crop_width = torch.where(fits[..., attempt], columns[..., attempt], crop_width)
+    spare = torch.stack((height - crop_height, width - crop_width), dim=-1)
+    anywhere = torch.floor(u[..., 2 * _TRIES :] * (spare + 1))
+    offset = torch.where(fits.any(-1, keepdim=True), anywhere, torch.floor(spare / 2))
+    return *offset.unbind(-1), crop_height, crop_width
+
+
+def _chosen(u: Tensor, probabilities: tuple[float, float]) -> Tensor:  # [2, N]
+    """Which samples of each view are chosen, each view with its own probability."""
+    return torch.stack([row < p for row, p in zip(u, probabilities, strict=True)])
+
+
+def _check_ids(ids: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be of dtype int64, got {ids.dtype}")
+    if ids.ndim != 1:
+        raise ValueError(f"ids must have shape [N], got {list(ids.shape)}")
+
+
+def _check_integer(name: str, value: int, least: int, largest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not least <= value <= largest:
+        raise ValueError(f"{name} must be from {least} to {largest}, got {value}")
+
+
+def _check_real(name: str, value: float, largest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be made of numbers, got {type(value).__name__}")
+    if not (0 <= value <= largest and math.isfinite(value)):
+        raise ValueError(f"{name} must be from 0 to {largest} and finite, got {value}")
