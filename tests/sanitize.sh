@@ -11,5 +11,5 @@ sanitized() {  # sanitized KINDS PYTEST_ARGUMENT...
 
 ops=$(cd csrc && ls ./*_simd.cpp | sed -E 's|./(.*)_simd.cpp|tests/test_\1.py|')
 # shellcheck disable=SC2086
-sanitized address,undefined $ops tests/test_properties.py -k native
+sanitized address,undefined $ops tests/test_properties.py -k "not triton and not reference"
 sanitized thread tests/test_threads.py -k number_of_threads
