@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 from clae_fast import attack, nn
 from clae_fast.ops import (
-    augment_params,
+    augment,
     info_nce,
     linf_step,
     nt_xent,
@@ -18,11 +18,13 @@ from clae_fast.ops import (
     topk_similarity,
     uel,
 )
+from clae_fast.ops.augment_params import augment_params
 from clae_fast.step import pair_step
 
 __all__ = [
     "__version__",
     "attack",
+    "augment",
     "augment_params",
     "info_nce",
     "linf_step",

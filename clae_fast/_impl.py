@@ -31,6 +31,7 @@ _IMPLS = {
     "topk_similarity": ("native", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),
+    "augment": (),
 }
 _DEVICES = {
     "torch": ("cpu", "cuda"),
@@ -38,7 +39,7 @@ _DEVICES = {
     "triton": ("cuda",),
     "cuda": ("cuda",),
 }
-_ON_IMAGES = ("linf_step", "stem_step")
+_ON_IMAGES = ("linf_step", "stem_step", "augment")
 # the widest accumulators that stay in registers, where they are not of 1024 columns
 _TRITON_COLUMNS = {"uel": 256}
 # up to here one launch of NT-Xent is taken to beat three; not measured yet

@@ -1,6 +1,6 @@
 """The ops: importing this registers their schemas."""
 
-from clae_fast.ops.augment_params import augment_params
+from clae_fast.ops.augment import augment
 from clae_fast.ops.info_nce import info_nce
 from clae_fast.ops.linf_step import linf_step
 from clae_fast.ops.nt_xent import nt_xent
@@ -10,7 +10,7 @@ from clae_fast.ops.topk_similarity import topk_similarity
 from clae_fast.ops.uel import uel
 
 __all__ = [
-    "augment_params",
+    "augment",
     "info_nce",
     "linf_step",
     "nt_xent",

@@ -4,6 +4,7 @@ Nothing here is fast. Where an implementation differs from it by more than round
 implementation is wrong.
 """
 
+from clae_fast.reference.augment import augment
 from clae_fast.reference.info_nce import info_nce
 from clae_fast.reference.linf_step import linf_step
 from clae_fast.reference.nt_xent import nt_xent
@@ -13,6 +14,7 @@ from clae_fast.reference.topk_similarity import topk_similarity
 from clae_fast.reference.uel import uel
 
 __all__ = [
+    "augment",
     "info_nce",
     "linf_step",
     "nt_xent",

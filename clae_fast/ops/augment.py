@@ -1,0 +1,209 @@
+"""Both augmented views of a batch, from 8-bit images and a table of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clae_fast import _impl
+from clae_fast.ops.augment_params import COLUMNS, VIEWS
+from clae_fast.reference.augment import augment as reference
+
+# norm is none, or the means of the three channels and their standard deviations
+torch.library.define(
+    "clae_fast::augment",
+    "(Tensor images, Tensor params, Tensor? rows, int size, bool bicubic, ScalarType dtype, "
+    "bool channels_last, float[] norm, str impl) -> Tensor",
+)
+_DTYPES = (torch.float32, torch.float16)
+_FORMATS = (torch.contiguous_format, torch.channels_last)
+_INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+@torch.library.impl("clae_fast::augment", ("cpu", "cuda"))
+def _augment_impl(
+    images: Tensor,  # [S, 3, H, W]
+    params: Tensor,  # [2, N, 16]
+    rows: Tensor | None,  # [N]
+    size: int,
+    bicubic: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    norm: list[float],  # [0] or [6]
+    impl: str,
+) -> Tensor:  # [2N, 3, size, size]
+    mean, std = (tuple(norm[:3]), tuple(norm[3:])) if norm else (None, None)
+    out = reference(
+        images,
+        params,
+        rows=rows,
+        size=size,
+        interpolation=_INTERPOLATIONS[bicubic],
+        dtype=dtype,
+        mean=mean,
+        std=std,
+    )
+    return out.contiguous(memory_format=_FORMATS[channels_last])
+
+
+@torch.library.register_fake("clae_fast::augment")
+def _augment_fake(
+    images: Tensor,
+    params: Tensor,
+    rows: Tensor | None,
+    size: int,
+    bicubic: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    norm: list[float],
+    impl: str,
+) -> Tensor:
+    return _empty_views(images, params, size, dtype, channels_last)
+
+
+_augment = torch.ops.clae_fast.augment.default
+
+
+def augment(
+    images: Tensor,  # [S, 3, H, W]
+    params: Tensor,  # [2, N, 16]
+    *,
+    rows: Tensor | None = None,  # [N]
+    size: int,
+    interpolation: str = "bilinear",
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # [N, 3, size, size] each
+    r"""Makes both augmented views of a batch of 8-bit images.
+
+    Each view of each sample is, in this order and as its row of `params` says: a crop, resized with
+    antialiasing; its mirror image; brightness, contrast, saturation and hue in some order; grey;
+    Gaussian blur with max(2 floor(size / 20) + 1, 3) taps a direction, reflected at the edges;
+    solarized from 1/2 on. The formulas are those of torchvision.transforms.v2.functional on floats
+    in [0, 1], cut to that range after the resizing; implementations agree within 1/255 before
+    `mean` and `std`, with one difference from transforms of 8-bit images: these round after every
+    step, this only at the end.
+
+    Args:
+        images: The batch, or all the data that its samples are rows of, uint8 in any strides:
+            images [S, H, W, 3] go in as `images.permute(0, 3, 1, 2)`.
+        params: The table of `augment_params` for the samples and the images' height and width. A
+            crop outside the image is undefined.
+        rows: Which of `images` each sample is, counted from 0, int64; None is that they are the
+            batch itself. On a GPU it is not checked that there are such images.
+        size: Side of the views in pixels.
+        interpolation: How crops are resized, "bilinear" or "bicubic".
+        dtype: Of the views, fp32 or fp16: bf16 is coarser at 1 than an attack's radius.
+        memory_format: Of the views, torch.contiguous_format or torch.channels_last.
+        mean: Subtracted from the three channels at the end; None, with `std`, leaves pixels.
+        std: What the channels are divided by after that.
+        impl: "auto" or "reference".
+
+    Returns:
+        The views p and q, which lie in one tensor [2N, 3, size, size], one after the other.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: Shapes or devices that do not fit one another, or a number out of its range.
+        IndexError: On the CPU, a row that `images` does not have.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Example:
+        >>> images = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8)
+        >>> ids = torch.randperm(1000)[:64]
+        >>> recipe = dataclasses.asdict(clae_fast.data.RECIPES["simclr_cifar"])
+        >>> interpolation = recipe.pop("interpolation")
+        >>> params = clae_fast.augment_params(ids, seed=0, epoch=3, height=32, width=32, **recipe)
+        >>> p, q = clae_fast.augment(
+        ...     images, params, rows=ids, size=32, interpolation=interpolation
+        ... )
+    """
+    _check_tensors(images, params, rows)
+    norm = _checked_norm(mean, std)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"size must be an integer, got {type(size).__name__}")
+    # the blur reflects pixels beside the edge
+    if size < 2:
+        raise ValueError(f"size must be at least 2, got {size}")
+    for name, value, wanted in (
+        ("interpolation", interpolation, _INTERPOLATIONS),
+        ("dtype", dtype, _DTYPES),
+        ("memory_format", memory_format, _FORMATS),
+    ):
+        if value not in wanted:
+            raise ValueError(f"{name} must be {wanted[0]} or {wanted[1]}, got {value}")
+    impl = _impl.resolve("augment", impl, images)
+    views = _augment(
+        images,
+        params,
+        rows,
+        size,
+        interpolation == "bicubic",
+        dtype,
+        memory_format == torch.channels_last,
+        norm,
+        impl,
+    )
+    N = params.shape[1]
+    return views[:N], views[N:]
+
+
+def _empty_views(
+    images: Tensor, params: Tensor, size: int, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    """Uninitialised views of all samples."""
+    return torch.empty(
+        (VIEWS * params.shape[1], 3, size, size),
+        dtype=dtype,
+        device=images.device,
+        memory_format=_FORMATS[channels_last],
+    )
+
+
+def _check_tensors(images: Tensor, params: Tensor, rows: Tensor | None) -> None:
+    """Raises unless these are images, the table of their views, and rows of one for each of it."""
+    tensors = [("images", images, torch.uint8), ("params", params, torch.float32)]
+    if rows is not None:
+        tensors.append(("rows", rows, torch.int64))
+    for name, value, dtype in tensors:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be of dtype {dtype}, got {value.dtype}")
+        if value.device != images.device:
+            raise ValueError(
+                f"{name} must be on the device of images, {images.device}, got {value.device}"
+            )
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must have shape [S, 3, H, W], got {list(images.shape)}")
+    if params.ndim != 3 or params.shape[0] != VIEWS or params.shape[2] != COLUMNS:
+        raise ValueError(
+            f"params must have shape [{VIEWS}, N, {COLUMNS}], got {list(params.shape)}"
+        )
+    N = params.shape[1]
+    if rows is not None and list(rows.shape) != [N]:
+        raise ValueError(f"rows must have shape [{N}], got {list(rows.shape)}")
+    if rows is None and len(images) != N:
+        raise ValueError(f"without rows, images must be the {N} of params, got {len(images)}")
+
+
+def _checked_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[float]:
+    """Both as six numbers, none where there is no normalisation; raises where they are wrong."""
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must be given together, got one of them")
+    if mean is None or std is None:
+        return []
+    for name, numbers in (("mean", mean), ("std", std)):
+        if not isinstance(numbers, (list, tuple)):
+            raise TypeError(f"{name} must be a list or tuple, got {type(numbers).__name__}")
+        if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"{name} must be 3 finite numbers, got {numbers}")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {std}")
+    return [float(number) for number in (*mean, *std)]

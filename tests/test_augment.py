@@ -1,0 +1,295 @@
+"""`augment` against torchvision's own transforms, made to draw what the table says."""
+
+import dataclasses
+
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+import clae_fast
+from clae_fast.data import RECIPES, augmentation
+from clae_fast.testing import implementations
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+IMPLS = ["reference", *implementations("augment")]
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+LEVEL = 1 / 255
+NOTHING = [0, 0, 0, 0, 0, 0, 1, 2, 3, 1, 1, 1, 0, 0, 0, 0]
+COLUMNS = {
+    "flip": 4,
+    "brightness": 9,
+    "contrast": 10,
+    "saturation": 11,
+    "hue": 12,
+    "grey": 13,
+    "sigma": 14,
+    "solarize": 15,
+}
+
+
+def photos(count, height, width, *, seed=0):
+    """Smooth images in strong colours, with some noise and with saturated and equal pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    noise = 0.1 * torch.randn(smooth.shape, generator=generator)
+    return (((smooth - 0.5) * 1.5 + 0.5 + noise).clamp(0, 1) * 255).round().byte()
+
+
+def faint(images):
+    """With room for the overshoots of bicubic weights, where 8-bit transforms cut them off."""
+    return images // 2 + 64
+
+
+def table(*rows):
+    """A table whose second view is the first."""
+    return torch.tensor(rows, dtype=torch.float32).expand(2, -1, -1)
+
+
+def row(height, width, *, box=None, order=(0, 1, 2, 3), **settings):
+    numbers = list(NOTHING)
+    numbers[:4] = box or (0, 0, height, width)
+    numbers[5:9] = order
+    for name, value in settings.items():
+        numbers[COLUMNS[name]] = value
+    return numbers
+
+
+def force(step, **drawn):
+    step.make_params = lambda _: drawn
+
+
+def forced(transform, numbers):
+    """`transform` of a recipe, which draws what a row of the table says."""
+    top, left, height, width, flip, *order = (int(number) for number in numbers[:9])
+    brightness, contrast, saturation, hue, grey, sigma, solarize = numbers[9:]
+    for step in transform.transforms:
+        if isinstance(step, v2.RandomResizedCrop):
+            force(step, top=top, left=left, height=height, width=width)
+        elif isinstance(step, v2.RandomHorizontalFlip):
+            step.p = float(flip)
+        elif isinstance(step, v2.RandomGrayscale):
+            step.p = grey
+        elif isinstance(step, v2.RandomSolarize):
+            step.p = solarize
+        elif isinstance(step, v2.RandomApply) and isinstance(step.transforms[0], v2.GaussianBlur):
+            step.p = float(sigma > 0)
+            force(step.transforms[0], sigma=[sigma, sigma])
+        elif isinstance(step, v2.RandomApply):
+            step.p = float([brightness, contrast, saturation, hue] != [1, 1, 1, 0])
+            force(
+                step.transforms[0],
+                fn_idx=torch.tensor(order),
+                brightness_factor=brightness,
+                contrast_factor=contrast,
+                saturation_factor=saturation,
+                hue_factor=hue,
+            )
+    return transform
+
+
+@every_impl
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 32), (23, 41, 17), (50, 37, 45)], ids=str
+)
+@pytest.mark.parametrize("name", RECIPES)
+def test_is_what_the_recipe_makes(impl, name, height, width, size):
+    images = faint(photos(7, height, width))
+    fields = dataclasses.asdict(RECIPES[name])
+    interpolation = fields.pop("interpolation")
+    ids = torch.arange(100, 107)
+    params = clae_fast.augment_params(ids, seed=1, epoch=2, height=height, width=width, **fields)
+    views = clae_fast.augment(images, params, size=size, interpolation=interpolation, impl=impl)
+    for view in (0, 1):
+        for i, image in enumerate(images):
+            transform = augmentation(size, RECIPES[name], view)
+            expected = forced(transform, params[view, i].tolist())(image.float() / 255)
+            assert views[view][i].shape == expected.shape
+            assert (views[view][i] - expected).abs().max() < LEVEL / 16
+
+
+@every_impl
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "box",
+    [(0, 0, 40, 57), (3, 5, 11, 7), (10, 20, 30, 37), (39, 56, 1, 1), (0, 30, 40, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("flip", [0, 1])
+def test_crop(impl, box, flip, interpolation):
+    image = faint(photos(1, 40, 57))
+    params = table(row(40, 57, box=box, flip=flip))
+    view, _ = clae_fast.augment(image, params, size=19, interpolation=interpolation, impl=impl)
+    mode = v2.InterpolationMode(interpolation)
+    # 8 bits round between rows and columns, which bicubic weights amplify by 1.25, and at the end
+    for x, unit, tolerance in ((image.float() / 255, 1, LEVEL / 16), (image, 255, 1.25)):
+        expected = F.resized_crop(x, *box, [19, 19], interpolation=mode)
+        expected = F.horizontal_flip(expected) if flip else expected
+        assert (view * unit - expected).abs().max() < tolerance
+
+
+@every_impl
+@pytest.mark.parametrize(
+    ("function", "setting"),
+    [
+        (lambda x: F.adjust_brightness(x, 1.6), {"brightness": 1.6}),
+        (lambda x: F.adjust_brightness(x, 0.3), {"brightness": 0.3}),
+        (lambda x: F.adjust_contrast(x, 1.8), {"contrast": 1.8}),
+        (lambda x: F.adjust_contrast(x, 0.0), {"contrast": 0.0}),
+        (lambda x: F.adjust_saturation(x, 1.8), {"saturation": 1.8}),
+        (lambda x: F.adjust_saturation(x, 0.1), {"saturation": 0.1}),
+        (lambda x: F.adjust_hue(x, 0.31), {"hue": 0.31}),
+        (lambda x: F.adjust_hue(x, -0.5), {"hue": -0.5}),
+        (lambda x: F.rgb_to_grayscale(x, 3), {"grey": 1}),
+        (lambda x: F.gaussian_blur(x, [3, 3], [0.1, 0.1]), {"sigma": 0.1}),
+        (lambda x: F.gaussian_blur(x, [3, 3], [2.0, 2.0]), {"sigma": 2.0}),
+        (lambda x: F.solarize(x, 0.5 if x.is_floating_point() else 128), {"solarize": 1}),
+        (F.horizontal_flip, {"flip": 1}),
+        (lambda x: x, {}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_each_step(impl, function, setting):
+    images = photos(3, 21, 21)
+    images[0], images[1, :, :7] = images[0, :1], 0
+    params = table(*[row(21, 21, **setting)] * 3)
+    view, _ = clae_fast.augment(images, params, size=21, impl=impl)
+    # 8 bits lose up to a level of the grey image, and another of the result
+    for x, unit, tolerance in ((images.float() / 255, 1, LEVEL / 16), (images, 255, 2)):
+        assert (view * unit - function(x)).abs().max() < tolerance
+
+
+@every_impl
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)])
+def test_order_of_the_colours(impl, order):
+    images = photos(2, 12, 15)
+    factors = {"brightness": 1.5, "contrast": 0.6, "saturation": 1.7, "hue": -0.2}
+    view, _ = clae_fast.augment(
+        images, table(*[row(12, 15, order=order, **factors)] * 2), size=13, impl=impl
+    )
+    expected = F.resize(images.float() / 255, [13, 13])
+    for which in order:
+        name = list(factors)[which]
+        expected = getattr(F, f"adjust_{name}")(expected, factors[name])
+    assert (view - expected).abs().max() < LEVEL / 16
+
+
+def batch(N=6, height=18, width=25):
+    ids = torch.tensor([4, 0, 9, 9, 2, 7])[:N]
+    fields = dataclasses.asdict(RECIPES["byol"])
+    fields.pop("interpolation")
+    params = clae_fast.augment_params(ids, seed=0, epoch=0, height=height, width=width, **fields)
+    return photos(10, height, width), params, ids
+
+
+@every_impl
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_dtypes_and_formats(impl, dtype, memory_format):
+    images, params, rows = batch()
+    norm = {"mean": (0.5, 0.4, 0.3), "std": [0.2, 0.25, 0.3]}
+    options = {"size": 16, "interpolation": "bicubic", "impl": impl}
+    views = clae_fast.augment(
+        images, params, rows=rows, dtype=dtype, memory_format=memory_format, **norm, **options
+    )
+    plain = clae_fast.augment(images[rows], params, **options)
+    for view, pixels in zip(views, plain, strict=True):
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=memory_format)
+        expected = F.normalize(pixels, **norm)
+        # of one rounding to fp16, and of those of what a GPU's kernel keeps in it meanwhile
+        tolerance = 1e-5 if dtype == torch.float32 else LEVEL / min(norm["std"])
+        assert (view.float() - expected).abs().max() < tolerance
+    assert views[0].untyped_storage().data_ptr() == views[1].untyped_storage().data_ptr()
+
+
+@every_impl
+def test_strides_of_the_images(impl):
+    images, params, rows = batch()
+    expected = clae_fast.augment(images, params, rows=rows, size=9, impl=impl)
+    by_pixel = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    by_channel = images.transpose(0, 1).contiguous().transpose(0, 1)
+    for other in (by_pixel, by_channel, torch.cat([images, images], dim=3)[..., :25]):
+        views = clae_fast.augment(other, params, rows=rows, size=9, impl=impl)
+        assert all(map(torch.equal, views, expected))
+
+
+@every_impl
+def test_a_view_is_a_function_of_its_sample(impl):
+    images, params, rows = batch()
+    whole = clae_fast.augment(images, params, rows=rows, size=14, impl=impl)
+    for i in (0, 3, 5):
+        part = clae_fast.augment(
+            images, params[:, i : i + 1], rows=rows[i : i + 1], size=14, impl=impl
+        )
+        for view in (0, 1):
+            assert torch.equal(part[view][0], whole[view][i])
+
+
+@every_impl
+def test_no_samples(impl):
+    images, params, rows = batch(0)
+    p, q = clae_fast.augment(images, params, rows=rows, size=8, impl=impl)
+    assert p.shape == q.shape == (0, 3, 8, 8)
+
+
+@every_impl
+def test_opcheck(impl):
+    images, params, rows = batch(2)
+    norm = [0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
+    for arguments in (
+        (images, params, rows, 8, True, torch.float16, True, norm, impl),
+        (images[:2], params, None, 8, False, torch.float32, False, [], impl),
+    ):
+        torch.library.opcheck(torch.ops.clae_fast.augment.default, arguments)
+
+
+@every_impl
+def test_compiles(impl):
+    images, params, rows = batch()
+    compiled = torch.compile(clae_fast.augment, backend="aot_eager", fullgraph=True)
+    options = {"rows": rows, "size": 16, "memory_format": torch.channels_last, "impl": impl}
+    views = compiled(images, params, **options)
+    assert all(map(torch.equal, views, clae_fast.augment(images, params, **options)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": [1]}, TypeError, "images must be a torch.Tensor, got list"),
+        ({"images": torch.zeros(10, 3, 18, 25)}, TypeError, "images must be of dtype torch.uint8"),
+        (
+            {"images": torch.zeros(10, 18, 25, 3).byte()},
+            ValueError,
+            r"images must have shape \[S, 3, H, W\], got \[10, 18, 25, 3\]",
+        ),
+        ({"params": torch.zeros(2, 6, 15)}, ValueError, r"params must have shape \[2, N, 16\]"),
+        ({"params": torch.zeros(2, 6, 16).double()}, TypeError, "params must be of dtype"),
+        ({"rows": torch.zeros(5).long()}, ValueError, r"rows must have shape \[6\], got \[5\]"),
+        ({"rows": torch.zeros(6)}, TypeError, "rows must be of dtype torch.int64"),
+        ({"rows": None}, ValueError, "without rows, images must be the 6 of params, got 10"),
+        ({"rows": torch.full((6,), 10)}, IndexError, "out of bounds"),
+        ({"size": 1}, ValueError, "size must be at least 2, got 1"),
+        ({"size": 8.0}, TypeError, "size must be an integer, got float"),
+        ({"dtype": torch.bfloat16}, ValueError, "dtype must be torch.float32 or torch.float16"),
+        ({"interpolation": "nearest"}, ValueError, "interpolation must be bilinear or bicubic"),
+        (
+            {"memory_format": torch.preserve_format},
+            ValueError,
+            "memory_format must be torch.contiguous_format or torch.channels_last",
+        ),
+        ({"mean": (0.5,) * 3}, ValueError, "mean and std must be given together"),
+        ({"mean": 0.5, "std": 0.5}, TypeError, "mean must be a list or tuple, got float"),
+        ({"mean": (0,) * 3, "std": (1, 1)}, ValueError, "std must be 3 finite numbers"),
+        ({"mean": (0,) * 3, "std": (1, 0, 1)}, ValueError, "std must be positive"),
+        ({"impl": "native"}, RuntimeError, "augment has no implementation 'native'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_refuses(changes, error, message):
+    images, params, rows = batch()
+    arguments = {"images": images, "params": params, "rows": rows, "size": 8, **changes}
+    with pytest.raises(error, match=message):
+        clae_fast.augment(**arguments)
