@@ -39,7 +39,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks._cli import Parser, int_list
-from clae_fast.kernels import info_nce, linf_step, nt_xent, tied_nt_xent, uel
+from clae_fast.kernels import augment, info_nce, linf_step, nt_xent, tied_nt_xent, uel
 from clae_fast.ops.linf_step import _layout
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -83,6 +83,15 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         ):
             layout = _layout(x, x, grad, x if x0 is None else x0)
             yield f"{name}{case}", partial(linf_step.linf_step, x, grad, x0, x, bounds, layout)
+    for size in (32, 224):
+        images = empty(1000, 3, size, size, dtype=torch.uint8)
+        ids, params = empty(64, dtype=torch.int64), empty(2, 64, 16)
+        out = empty(128, 3, size, size)
+        last = out.half().contiguous(memory_format=torch.channels_last)
+        plain = (images, params, None, out, out, None, False)
+        yield f"{size}", partial(augment.augment, *plain)
+        all_of_it = (images, params, ids, last, last, (0.5,) * 6, True)
+        yield f"{size} bicubic fp16 rows norm", partial(augment.augment, *all_of_it)
 
 
 class Launch(NamedTuple):

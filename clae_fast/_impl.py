@@ -31,7 +31,7 @@ _IMPLS = {
     "topk_similarity": ("native", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),
-    "augment": (),
+    "augment": ("triton",),
 }
 _DEVICES = {
     "torch": ("cpu", "cuda"),

@@ -20,6 +20,7 @@ torch.library.define(
 )
 _DTYPES = (torch.float32, torch.float16)
 _FORMATS = (torch.contiguous_format, torch.channels_last)
+_LARGEST = 2**14
 _INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -35,6 +36,14 @@ def _augment_impl(
     norm: list[float],  # [0] or [6]
     impl: str,
 ) -> Tensor:  # [2N, 3, size, size]
+    if impl == "triton":
+        out = _empty_views(images, params, size, dtype, channels_last)
+        if out.numel():
+            from clae_fast.kernels.augment import augment
+
+            params, scratch = params.contiguous(), torch.empty_like(out)
+            augment(images, params, rows, out, scratch, tuple(norm) or None, bicubic)
+        return out
     mean, std = (tuple(norm[:3]), tuple(norm[3:])) if norm else (None, None)
     out = reference(
         images,
@@ -87,8 +96,11 @@ def augment(
     Gaussian blur with max(2 floor(size / 20) + 1, 3) taps a direction, reflected at the edges;
     solarized from 1/2 on. The formulas are those of torchvision.transforms.v2.functional on floats
     in [0, 1], cut to that range after the resizing; implementations agree within 1/255 before
-    `mean` and `std`, with one difference from transforms of 8-bit images: these round after every
-    step, this only at the end.
+    `mean` and `std`. Transforms of 8-bit images round after every step, these only at the end.
+
+    On a GPU it is one launch for both views, one block for each view of a sample, whatever the
+    sizes. CUDA graphs can capture it. Between steps a block keeps its view in the result, and the
+    blur needs as much memory again while it runs.
 
     Args:
         images: The batch, or all the data that its samples are rows of, uint8 in any strides:
@@ -103,7 +115,7 @@ def augment(
         memory_format: Of the views, torch.contiguous_format or torch.channels_last.
         mean: Subtracted from the three channels at the end; None, with `std`, leaves pixels.
         std: What the channels are divided by after that.
-        impl: "auto" or "reference".
+        impl: "auto", "reference" or "triton".
 
     Returns:
         The views p and q, which lie in one tensor [2N, 3, size, size], one after the other.
@@ -128,9 +140,9 @@ def augment(
     norm = _checked_norm(mean, std)
     if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"size must be an integer, got {type(size).__name__}")
-    # the blur reflects pixels beside the edge
-    if size < 2:
-        raise ValueError(f"size must be at least 2, got {size}")
+    # the blur reflects pixels beside the edge; kernels count those of a view in 32 bits
+    if not 2 <= size <= _LARGEST:
+        raise ValueError(f"size must be from 2 to {_LARGEST}, got {size}")
     for name, value, wanted in (
         ("interpolation", interpolation, _INTERPOLATIONS),
         ("dtype", dtype, _DTYPES),
