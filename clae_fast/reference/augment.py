@@ -67,12 +67,12 @@ def _view(image: Tensor, params: list[float], size: int, interpolation: str) -> 
     if grey:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
     if sigma:
-        x = F.gaussian_blur(x, [blur_taps(size)] * 2, [sigma] * 2)
+        x = F.gaussian_blur(x, [_blur_taps(size)] * 2, [sigma] * 2)
     if solarize:
         x = F.solarize(x, 0.5)
     return x.clamp(0, 1)
 
 
-def blur_taps(size: int) -> int:
+def _blur_taps(size: int) -> int:
     """Taps of the blur of a view: 23 for one of 224, as SimCLR and BYOL have it."""
     return max(2 * (size // 20) + 1, 3)
