@@ -7,6 +7,8 @@
 #include <sched.h>
 
 #include <cstring>
+#include <string>
+#include <vector>
 
 namespace clae_fast {
 namespace {
@@ -28,24 +30,35 @@ void look_up(void* library, const char* name, Function*& function) {
   function = reinterpret_cast<Function*>(dlsym(library, name));
 }
 
-int find_in(dl_phdr_info* info, size_t, void* found) {
+int add_runtime(dl_phdr_info* info, size_t, void* paths) {
   const char* file = std::strrchr(info->dlpi_name, '/');
-  if (file == nullptr) return 0;
-  if (!std::strstr(file, "libgomp") && !std::strstr(file, "libomp") &&
-      !std::strstr(file, "libiomp")) {
-    return 0;
+  if (file && (std::strstr(file, "libgomp") || std::strstr(file, "libomp") ||
+               std::strstr(file, "libiomp"))) {
+    static_cast<std::vector<std::string>*>(paths)->emplace_back(info->dlpi_name);
   }
-  void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-  if (library == nullptr) return 0;
-  OpenMP candidate;
-  look_up(library, "GOMP_parallel", candidate.parallel);
-  look_up(library, "omp_in_parallel", candidate.in_parallel);
-  look_up(library, "omp_get_thread_num", candidate.thread_num);
-  look_up(library, "omp_get_num_threads", candidate.num_threads);
-  if (!candidate.complete()) return 0;
-  *static_cast<OpenMP*>(found) = candidate;
-  // other packages bring copies that torch does not use
-  return std::strstr(info->dlpi_name, "torch") != nullptr;
+  return 0;
+}
+
+OpenMP find_openmp() {
+  // nothing is opened before the list is whole: the loader's locks have an order
+  std::vector<std::string> paths;
+  dl_iterate_phdr(add_runtime, &paths);
+  OpenMP found;
+  for (const std::string& path : paths) {
+    void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) continue;
+    OpenMP candidate;
+    look_up(library, "GOMP_parallel", candidate.parallel);
+    look_up(library, "omp_in_parallel", candidate.in_parallel);
+    look_up(library, "omp_get_thread_num", candidate.thread_num);
+    look_up(library, "omp_get_num_threads", candidate.num_threads);
+    // other packages bring copies that torch does not use
+    const bool of_torch =
+        path.find("/torch/") != path.npos || path.find("/torch.libs/") != path.npos;
+    if (candidate.complete() && (of_torch || !found.complete())) found = candidate;
+    if (candidate.complete() && of_torch) break;
+  }
+  return found;
 }
 
 bool has_threads() {
@@ -65,11 +78,7 @@ const int registered = pthread_atfork([] { had_threads = has_threads(); },
                                       [] { lost_threads |= had_threads; });
 
 const OpenMP& openmp() {
-  static const OpenMP found = [] {
-    OpenMP runtime;
-    dl_iterate_phdr(find_in, &runtime);
-    return runtime;
-  }();
+  static const OpenMP found = find_openmp();
   return found;
 }
 
