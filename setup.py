@@ -94,8 +94,9 @@ class NinjaBuildExt(build_ext):
         ]
         compiler = find_compiler()
         cxxflags = (
-            "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math "
-            "-ffp-contract=fast -g0 -Wall -Wextra " + os.environ.get("CXXFLAGS", "")
+            "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno "
+            "-fno-trapping-math -ffp-contract=fast -g0 -Wall -Wextra "
+            + os.environ.get("CXXFLAGS", "")
         )
         lines = [
             f"builddir = {ninja_path(objects_dir)}",
