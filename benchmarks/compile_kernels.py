@@ -88,10 +88,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         ids, params = empty(64, dtype=torch.int64), empty(2, 64, 16)
         out = empty(128, 3, size, size)
         last = out.half().contiguous(memory_format=torch.channels_last)
-        plain = (images, params, None, out, out, None, False)
+        plain = (images, None, None, params, None, out, out, None, False)
         yield f"{size}", partial(augment.augment, *plain)
-        all_of_it = (images, params, ids, last, last, (0.5,) * 6, True)
-        yield f"{size} bicubic fp16 rows norm", partial(augment.augment, *all_of_it)
+        all_of_it = (params, ids, last, last, (0.5,) * 6, True)
+        yield (
+            f"{size} bicubic fp16 rows norm",
+            partial(augment.augment, images, None, None, *all_of_it),
+        )
+        ragged = (images.flatten(), empty(1000, dtype=torch.int64))
+        ragged += (empty(1000, 2, dtype=torch.int64),)
+        yield f"{size} the same, ragged", partial(augment.augment, *ragged, *all_of_it)
 
 
 class Launch(NamedTuple):

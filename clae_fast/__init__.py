@@ -8,6 +8,7 @@ __path__ = extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 from clae_fast import attack, nn
+from clae_fast._ragged import RaggedImages
 from clae_fast.ops import (
     augment,
     info_nce,
@@ -22,6 +23,7 @@ from clae_fast.ops.augment_params import augment_params
 from clae_fast.step import pair_step
 
 __all__ = [
+    "RaggedImages",
     "__version__",
     "attack",
     "augment",

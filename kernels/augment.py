@@ -216,7 +216,9 @@ def _tile(start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _augment_kernel(
-    images_ptr,  # [S, 3, H, W]
+    images_ptr,  # [S, 3, H, W] or [bytes]
+    offsets_ptr,  # [S] or None
+    sizes_ptr,  # [S, 2] or None
     rows_ptr,  # [N] or None
     params_ptr,  # [2N, 16]
     out_ptr,  # [2N, 3, SIZE, SIZE]
@@ -238,7 +240,13 @@ def _augment_kernel(
     row = view % N
     if rows_ptr is not None:
         row = tl.load(rows_ptr + row)
-    images_ptr += row * stride_s
+    if offsets_ptr is not None:
+        images_ptr += tl.load(offsets_ptr + row)
+        stride_c = 1
+        stride_h = 3 * tl.load(sizes_ptr + 2 * row + 1)
+        stride_w = 3
+    else:
+        images_ptr += row * stride_s
     params_ptr += view * _COLUMNS
     out_ptr += view * (3 * SIZE * SIZE)
     scratch_ptr += view * (3 * SIZE * SIZE)
@@ -297,7 +305,9 @@ def _augment_kernel(
 
 
 def augment(
-    images: Tensor,  # [S, 3, H, W]
+    images: Tensor,  # [S, 3, H, W] or [bytes]
+    offsets: Tensor | None,  # [S]
+    sizes: Tensor | None,  # [S, 2]
     params: Tensor,  # [2, N, 16]
     rows: Tensor | None,  # [N]
     out: Tensor,  # [2N, 3, size, size]
@@ -308,26 +318,33 @@ def augment(
     """Crop, flip, colors, grey, blur, solarization and normalization of 2N views, to `out`.
 
     Args:
-        images: uint8, in any strides.
+        images: uint8, in any strides; or in one piece images of different sizes, [H, W, 3] each.
+        offsets: Where in `images` each of those begins, int64; None where all are of one size.
+        sizes: Their heights and widths, int64.
         params: Box of the crop, flip, order and factors of brightness, contrast, saturation and
-            hue, grey, standard deviation of the blur, solarization, in fp32 and contiguous.
-        rows: Which of `images` each sample is, int64; None is the first N.
+            hue, grey, standard deviation of the blur, solarization, in fp32.
+        rows: Which of the images each sample is, int64; None is the first N.
         out: Contiguous or channels_last, fp32 or fp16, in which the view is kept between phases.
         scratch: Of the dtype and the strides of `out`, for the blur.
         norm: Three means and three standard deviations.
         bicubic: How crops are resized, else bilinear.
+
+    Offsets, sizes, params and rows are contiguous.
     """
     size = out.shape[-1]
+    strides = images.stride() if offsets is None else (0, 0, 0, 0)
     with on_device_of(images):
         _augment_kernel[(len(out),)](
             images,
+            offsets,
+            sizes,
             rows,
             params,
             out,
             scratch,
             norm,
             params.shape[1],
-            *images.stride(),
+            *strides,
             SIZE=size,
             RADIUS=max(size // 20, 1),
             BICUBIC=bicubic,

@@ -212,23 +212,83 @@ def test_a_view_is_a_function_of_its_sample():
             assert torch.equal(part[view][0], whole[view][i])
 
 
+def ragged(images, *, gap=0):
+    """Images, [3, H, W] each, one after another with some bytes in between."""
+    between = torch.full((gap,), 255).byte()
+    pieces, offsets, at = [between], [], gap
+    for image in images:
+        offsets.append(at)
+        pieces += [image.permute(1, 2, 0).flatten(), between]
+        at += image.numel() + gap
+    sizes = torch.tensor([list(image.shape[1:]) for image in images]).long().view(-1, 2)
+    return clae_fast.RaggedImages(torch.cat(pieces), torch.tensor(offsets).long(), sizes)
+
+
+def mixed_batch(N=6):
+    """Ragged images, the table of some of them, and which they are."""
+    images = [
+        photos(1, height, width, seed=i)[0]
+        for i, (height, width) in enumerate([(18, 25), (7, 60), (31, 12), (16, 16), (1, 1)])
+    ]
+    rows = torch.tensor([4, 0, 3, 3, 2, 1])[:N]
+    data = ragged(images, gap=5)
+    fields = dataclasses.asdict(RECIPES["byol"])
+    fields.pop("interpolation")
+    height, width = data.sizes[rows].unbind(1)
+    ids = torch.arange(N)
+    params = clae_fast.augment_params(ids, seed=0, epoch=0, height=height, width=width, **fields)
+    return images, data, params, rows
+
+
+def test_ragged_images_of_one_size():
+    images, params, rows = batch()
+    options = {"size": 16, "interpolation": "bicubic"}
+    whole = clae_fast.augment(images, params, rows=rows, **options)
+    for gap in (0, 3):
+        views = clae_fast.augment(ragged(images, gap=gap), params, rows=rows, **options)
+        assert all(map(torch.equal, views, whole))
+    views = clae_fast.augment(ragged(images[rows]), params, **options)
+    assert all(map(torch.equal, views, whole))
+
+
+def test_ragged_images_of_any_size():
+    images, data, params, rows = mixed_batch()
+    views = clae_fast.augment(data, params, rows=rows, size=16)
+    for i, row in enumerate(rows.tolist()):
+        alone = clae_fast.augment(images[row][None], params[:, i : i + 1], size=16)
+        for view in (0, 1):
+            assert torch.equal(views[view][i], alone[view][0])
+
+
+def test_ragged_images_keep_their_pixels():
+    images, data, _, _ = mixed_batch()
+    there = data.to("cpu")
+    assert all(map(torch.equal, map(there.image, range(5)), images))
+    assert there.pixels is data.pixels
+    assert data.to(torch.device("meta")).sizes.is_meta
+
+
 def test_no_samples():
     images, params, rows = batch(0)
-    p, q = clae_fast.augment(images, params, rows=rows, size=8)
-    assert p.shape == q.shape == (0, 3, 8, 8)
+    for data in (images, ragged(images), ragged(images[:0])):
+        p, q = clae_fast.augment(data, params, rows=rows, size=8)
+        assert p.shape == q.shape == (0, 3, 8, 8)
 
 
 def test_opcheck():
     images, params, rows = batch(2)
+    _, data, own_params, own_rows = mixed_batch(2)
     norm = [0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
     for arguments in (
-        (images, params, rows, 8, True, torch.float16, True, norm, "reference"),
-        (images[:2], params, None, 8, False, torch.float32, False, [], "reference"),
+        (images, None, None, params, rows, 8, True, torch.float16, True, norm, "reference"),
+        (images[:2], None, None, params, None, 8, False, torch.float32, False, [], "reference"),
+        (*data, own_params, own_rows, 8, False, torch.float32, False, [], "reference"),
     ):
         torch.library.opcheck(torch.ops.clae_fast.augment.default, arguments)
 
 
-def test_compiles():
+@pytest.mark.parametrize("batch", [batch, lambda: mixed_batch()[1:]], ids=["whole", "ragged"])
+def test_compiles(batch):
     images, params, rows = batch()
     compiled = torch.compile(clae_fast.augment, backend="aot_eager", fullgraph=True)
     options = {"rows": rows, "size": 16, "memory_format": torch.channels_last}
@@ -274,3 +334,25 @@ def test_refuses(changes, error, message):
     arguments = {"images": images, "params": params, "rows": rows, "size": 8, **changes}
     with pytest.raises(error, match=message):
         clae_fast.augment(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"pixels": [0]}, TypeError, "images.pixels must be a torch.Tensor, got list"),
+        (
+            {"pixels": torch.zeros(9, 2).byte()[:, 0]},
+            ValueError,
+            "images.pixels must be one-dimensional and contiguous, got shape",
+        ),
+        ({"offsets": torch.zeros(5).int()}, TypeError, "images.offsets must be of dtype"),
+        ({"offsets": torch.zeros(5, 1).long()}, ValueError, r"offsets must have shape \[S\]"),
+        ({"sizes": torch.zeros(4, 2).long()}, ValueError, r"sizes must have shape \[5, 2\]"),
+        ({"sizes": torch.zeros(5, 2, device="meta").long()}, ValueError, "on the device of images"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_refuses_ragged_images(changes, error, message):
+    _, data, params, rows = mixed_batch()
+    with pytest.raises(error, match=message):
+        clae_fast.augment(data._replace(**changes), params, rows=rows, size=8)

@@ -103,9 +103,19 @@ def test_epoch_as_a_tensor():
 
 def test_compiles():
     compiled = torch.compile(clae_fast.augment_params, backend="aot_eager", fullgraph=True)
-    options = {"seed": 3, "epoch": torch.tensor(2), "height": 32, "width": 48, **FIELDS}
     ids = torch.arange(7)
-    assert torch.equal(compiled(ids, **options), clae_fast.augment_params(ids, **options))
+    for height in (32, ids + 30):
+        options = {"seed": 3, "epoch": torch.tensor(2), "height": height, "width": 48, **FIELDS}
+        assert torch.equal(compiled(ids, **options), clae_fast.augment_params(ids, **options))
+
+
+def test_sizes_of_each_sample():
+    sizes = torch.tensor([[32, 32], [1, 1], [500, 375], [10, 100], [100, 10], [32768, 32768]] * 20)
+    params = draw(len(sizes), height=sizes[:, 0], width=sizes[:, 1])
+    for i, (height, width) in enumerate(sizes.tolist()):
+        assert torch.equal(params[:, i : i + 1], draw([i], height=height, width=width))
+    assert torch.equal(draw(9, height=torch.full((9,), 32)), draw(9))
+    assert draw(0, height=sizes[:0, 0], width=sizes[:0, 1]).shape == (2, 0, 16)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +219,12 @@ def test_nothing_where_nothing_is_asked_for():
         ({"epoch": torch.zeros(1)}, ValueError, "epoch must be a number or an int64 tensor"),
         ({"height": 0}, ValueError, "height must be from 1"),
         ({"width": True}, TypeError, "width must be an integer, got bool"),
+        ({"height": torch.ones(3)}, ValueError, "height must be a number or an int64 tensor"),
+        (
+            {"width": torch.ones(2).long()},
+            ValueError,
+            r"width must .* int64 tensor \[3\] on cpu",
+        ),
         ({"flip": 1}, TypeError, "flip must be True or False, got int"),
         ({"crop_min_scale": 1.5}, ValueError, "crop_min_scale must be from 0 to 1.0"),
         ({"color_jitter": 0.4}, TypeError, "color_jitter must be a list or tuple, got float"),

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from clae_fast import augment, augment_params, reference
+from clae_fast import RaggedImages, augment, augment_params, reference
 from clae_fast.data import RECIPES
 from clae_fast.kernels import augment as kernels
 
@@ -46,6 +46,17 @@ def row(
 def table(*rows):
     """The rows as views of half as many samples."""
     return torch.tensor(rows, dtype=torch.float32).view(2, -1, 16)
+
+
+def ragged(images):
+    """Images, [3, H, W] each, as the op takes them, with a byte in front of each."""
+    pieces, offsets, at = [], [], 0
+    for image in images:
+        pieces += [torch.zeros(1).byte(), image.permute(1, 2, 0).flatten()]
+        offsets.append(at + 1)
+        at += 1 + image.numel()
+    sizes = [list(image.shape[1:]) for image in images]
+    return RaggedImages(torch.cat(pieces), torch.tensor(offsets), torch.tensor(sizes))
 
 
 def check(data, params, *, size=SIZE, dtype=torch.float32, rows=None, **options):
@@ -148,6 +159,20 @@ def test_strides(last):
     check(data, params, rows=torch.tensor([1]))
 
 
+def test_ragged_images():
+    data = ragged([images(1)[0], images(1, 5, 30)[0], images(1, 1, 1)[0]])
+    dot = row((0, 0, 1, 1))
+    params = table(row(factors=(1, 1.3, 1, 0.1)), dot, row((2, 3, 9, 8)), dot)
+    check(data, params, rows=torch.tensor([0, 9, 2, 9])[::2])
+    wide = table(row((0, 11, 5, 19), flip=1), row((1, 0, 4, 30), sigma=1))
+    check(data, wide, rows=torch.tensor([1]))
+    whole = ragged(images())
+    options = {"size": SIZE, "impl": "triton"}
+    three = torch.cat([EVERYTHING, EVERYTHING[:, :1]], 1).to(DEVICE)
+    views = augment(whole.to(DEVICE), three, **options)
+    assert all(map(torch.equal, views, augment(images().to(DEVICE), three, **options)))
+
+
 def test_a_recipes_table():
     fields = dataclasses.asdict(RECIPES["byol"])
     interpolation = fields.pop("interpolation")
@@ -172,6 +197,6 @@ def test_no_samples():
 
 def test_opcheck():
     params = table(row((0, 0, 2, 2)), row((5, 5, 2, 2))).to(DEVICE)
-    arguments = (images(1).to(DEVICE), params, None, 2, False)
+    arguments = (images(1).to(DEVICE), None, None, params, None, 2, False)
     options = (torch.float16, True, [0.5] * 6, "triton")
     torch.library.opcheck(torch.ops.clae_fast.augment.default, (*arguments, *options))

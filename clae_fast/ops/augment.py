@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from clae_fast import _impl
+from clae_fast._ragged import RaggedImages
 from clae_fast.ops.augment_params import COLUMNS, VIEWS
 from clae_fast.reference.augment import augment as reference
 
-# norm is none, or the means of the three channels and their standard deviations
+# images are [S, 3, H, W] or, with offsets and sizes, the pixels of RaggedImages; norm is none, or
+# the means of the three channels and their standard deviations
 torch.library.define(
     "clae_fast::augment",
-    "(Tensor images, Tensor params, Tensor? rows, int size, bool bicubic, ScalarType dtype, "
-    "bool channels_last, float[] norm, str impl) -> Tensor",
+    "(Tensor images, Tensor? offsets, Tensor? sizes, Tensor params, Tensor? rows, int size, "
+    "bool bicubic, ScalarType dtype, bool channels_last, float[] norm, str impl) -> Tensor",
 )
 _DTYPES = (torch.float32, torch.float16)
 _FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -26,7 +28,9 @@ _INTERPOLATIONS = ("bilinear", "bicubic")
 
 @torch.library.impl("clae_fast::augment", ("cpu", "cuda"))
 def _augment_impl(
-    images: Tensor,  # [S, 3, H, W]
+    images: Tensor,  # [S, 3, H, W] or [bytes]
+    offsets: Tensor | None,  # [S]
+    sizes: Tensor | None,  # [S, 2]
     params: Tensor,  # [2, N, 16]
     rows: Tensor | None,  # [N]
     size: int,
@@ -41,12 +45,14 @@ def _augment_impl(
         if out.numel():
             from clae_fast.kernels.augment import augment
 
-            params, scratch = params.contiguous(), torch.empty_like(out)
-            augment(images, params, rows, out, scratch, tuple(norm) or None, bicubic)
+            tables = [_in_one_piece(tensor) for tensor in (offsets, sizes, params, rows)]
+            scratch = torch.empty_like(out)
+            augment(images, *tables, out, scratch, tuple(norm) or None, bicubic)
         return out
     mean, std = (tuple(norm[:3]), tuple(norm[3:])) if norm else (None, None)
+    whole = offsets is None or sizes is None
     out = reference(
-        images,
+        images if whole else RaggedImages(images, offsets, sizes),
         params,
         rows=rows,
         size=size,
@@ -61,6 +67,8 @@ def _augment_impl(
 @torch.library.register_fake("clae_fast::augment")
 def _augment_fake(
     images: Tensor,
+    offsets: Tensor | None,
+    sizes: Tensor | None,
     params: Tensor,
     rows: Tensor | None,
     size: int,
@@ -77,7 +85,7 @@ _augment = torch.ops.clae_fast.augment.default
 
 
 def augment(
-    images: Tensor,  # [S, 3, H, W]
+    images: Tensor | RaggedImages,  # [S, 3, H, W], or S of them
     params: Tensor,  # [2, N, 16]
     *,
     rows: Tensor | None = None,  # [N]
@@ -104,9 +112,10 @@ def augment(
 
     Args:
         images: The batch, or all the data that its samples are rows of, uint8 in any strides:
-            images [S, H, W, 3] go in as `images.permute(0, 3, 1, 2)`.
-        params: The table of `augment_params` for the samples and the images' height and width. A
-            crop outside the image is undefined.
+            images [S, H, W, 3] go in as `images.permute(0, 3, 1, 2)`. Those of different sizes are
+            `RaggedImages`.
+        params: The table of `augment_params` for the samples and the heights and widths of their
+            images. A crop outside the image is undefined.
         rows: Which of `images` each sample is, counted from 0, int64; None is that they are the
             batch itself. On a GPU it is not checked that there are such images.
         size: Side of the views in pixels.
@@ -136,7 +145,16 @@ def augment(
         ...     images, params, rows=ids, size=32, interpolation=interpolation
         ... )
     """
-    _check_tensors(images, params, rows)
+    pixels: Tensor
+    offsets: Tensor | None = None
+    sizes: Tensor | None = None
+    if isinstance(images, RaggedImages):
+        _check_ragged(*images)
+        pixels, offsets, sizes = images
+    else:
+        _check_images(images)
+        pixels = images
+    _check_table(params, rows, len(pixels if offsets is None else offsets), pixels.device)
     norm = _checked_norm(mean, std)
     if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"size must be an integer, got {type(size).__name__}")
@@ -150,9 +168,11 @@ def augment(
     ):
         if value not in wanted:
             raise ValueError(f"{name} must be {wanted[0]} or {wanted[1]}, got {value}")
-    impl = _impl.resolve("augment", impl, images)
+    impl = _impl.resolve("augment", impl, pixels)
     views = _augment(
-        images,
+        pixels,
+        offsets,
+        sizes,
         params,
         rows,
         size,
@@ -178,31 +198,59 @@ def _empty_views(
     )
 
 
-def _check_tensors(images: Tensor, params: Tensor, rows: Tensor | None) -> None:
-    """Raises unless these are images, the table of their views, and rows of one for each of it."""
-    tensors = [("images", images, torch.uint8), ("params", params, torch.float32)]
-    if rows is not None:
-        tensors.append(("rows", rows, torch.int64))
-    for name, value, dtype in tensors:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be of dtype {dtype}, got {value.dtype}")
-        if value.device != images.device:
-            raise ValueError(
-                f"{name} must be on the device of images, {images.device}, got {value.device}"
-            )
+def _in_one_piece(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _check_images(images: Tensor) -> None:
+    _check_tensor("images", images, torch.uint8)
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must have shape [S, 3, H, W], got {list(images.shape)}")
+
+
+def _check_ragged(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> None:
+    _check_tensor("images.pixels", pixels, torch.uint8)
+    _check_tensor("images.offsets", offsets, torch.int64, pixels.device)
+    _check_tensor("images.sizes", sizes, torch.int64, pixels.device)
+    if pixels.ndim != 1 or not pixels.is_contiguous():
+        raise ValueError(
+            f"images.pixels must be one-dimensional and contiguous, got shape "
+            f"{list(pixels.shape)}, strides {list(pixels.stride())}"
+        )
+    if offsets.ndim != 1:
+        raise ValueError(f"images.offsets must have shape [S], got {list(offsets.shape)}")
+    if list(sizes.shape) != [len(offsets), 2]:
+        raise ValueError(
+            f"images.sizes must have shape [{len(offsets)}, 2], got {list(sizes.shape)}"
+        )
+
+
+def _check_table(params: Tensor, rows: Tensor | None, count: int, device: torch.device) -> None:
+    """Raises unless this is a table of views and, if any, rows of `count` images for it."""
+    _check_tensor("params", params, torch.float32, device)
     if params.ndim != 3 or params.shape[0] != VIEWS or params.shape[2] != COLUMNS:
         raise ValueError(
             f"params must have shape [{VIEWS}, N, {COLUMNS}], got {list(params.shape)}"
         )
     N = params.shape[1]
-    if rows is not None and list(rows.shape) != [N]:
+    if rows is None:
+        if count != N:
+            raise ValueError(f"without rows, images must be the {N} of params, got {count}")
+        return
+    _check_tensor("rows", rows, torch.int64, device)
+    if list(rows.shape) != [N]:
         raise ValueError(f"rows must have shape [{N}], got {list(rows.shape)}")
-    if rows is None and len(images) != N:
-        raise ValueError(f"without rows, images must be the {N} of params, got {len(images)}")
+
+
+def _check_tensor(
+    name: str, value: Tensor, dtype: torch.dtype, device: torch.device | None = None
+) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be of dtype {dtype}, got {value.dtype}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on the device of images, {device}, got {value.device}")
 
 
 def _checked_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[float]:

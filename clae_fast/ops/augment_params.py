@@ -25,8 +25,8 @@ def augment_params(
     *,
     seed: int,
     epoch: int | Tensor,
-    height: int,
-    width: int,
+    height: int | Tensor,  # [] or [N]
+    width: int | Tensor,
     crop_min_scale: float,
     flip: bool,
     color_jitter: tuple[float, float, float, float],
@@ -66,8 +66,9 @@ def augment_params(
         seed: Of the run, from 0 to 2^64 - 1.
         epoch: From 0 to 2^32 - 1, as a number or as an int64 tensor [] on the device of `ids`,
             which CUDA graphs can replay with another value.
-        height: Of the images in pixels.
-        width: Of the images in pixels.
+        height: Of the images in pixels, from 1 to 2^15: a number or, where they differ, an int64
+            tensor [N] on the device of `ids`, whose values are not checked.
+        width: As `height`.
         crop_min_scale: Smallest part of the image's area that a crop takes; the largest is 1.
         flip: Whether to mirror one half of the views.
         color_jitter: Strengths of brightness, contrast, saturation and hue.
@@ -101,8 +102,7 @@ def augment_params(
             )
     else:
         _check_integer("epoch", epoch, 0, MASK)
-    _check_integer("height", height, 1, 2**15)
-    _check_integer("width", width, 1, 2**15)
+    height, width = _checked_side("height", height, ids), _checked_side("width", width, ids)
     _check_real("crop_min_scale", crop_min_scale, 1.0)
     if not isinstance(flip, bool):
         raise TypeError(f"flip must be True or False, got {type(flip).__name__}")
@@ -154,16 +154,16 @@ def _uniform(ids: Tensor, seed: int, epoch: int | Tensor) -> Tensor:  # [2, N, w
     return words.flatten(-2).double() * 2.0**-32
 
 
-def _crops(u: Tensor, height: int, width: int, min_scale: float) -> tuple[Tensor, ...]:
+def _crops(u: Tensor, height: Tensor, width: Tensor, min_scale: float) -> tuple[Tensor, ...]:
     """Top, left, height and width: of the first of ten tries that fits, else of the centre."""
-    area = height * width * (min_scale + (1 - min_scale) * u[..., :_TRIES])
+    area = (height * width)[:, None] * (min_scale + (1 - min_scale) * u[..., :_TRIES])
     low, high = (math.log(ratio) for ratio in _RATIO)
     ratio = torch.exp(low + (high - low) * u[..., _TRIES : 2 * _TRIES])
     rows, columns = torch.sqrt(area / ratio).round(), torch.sqrt(area * ratio).round()
-    fits = (rows >= 1) & (rows <= height) & (columns >= 1) & (columns <= width)
+    fits = (rows >= 1) & (rows <= height[:, None]) & (columns >= 1) & (columns <= width[:, None])
     # the whole image, or what the nearest allowed ratio leaves of its longer side
-    crop_height = torch.full_like(u[..., 0], min(height, round(width / _RATIO[0])))
-    crop_width = torch.full_like(u[..., 0], min(width, round(height * _RATIO[1])))
+    crop_height = torch.minimum(height, (width / _RATIO[0]).round())
+    crop_width = torch.minimum(width, (height * _RATIO[1]).round())
     for attempt in reversed(range(_TRIES)):
         crop_height = torch.where(fits[..., attempt], rows[..., attempt], crop_height)
         crop_width = torch.where(fits[..., attempt], columns[..., attempt], crop_width)
@@ -185,6 +185,19 @@ def _check_ids(ids: Tensor) -> None:
         raise TypeError(f"ids must be of dtype int64, got {ids.dtype}")
     if ids.ndim != 1:
         raise ValueError(f"ids must have shape [N], got {list(ids.shape)}")
+
+
+def _checked_side(name: str, side: int | Tensor, ids: Tensor) -> Tensor:  # [N]
+    """The images' heights or widths, fp64; raises where they are wrong."""
+    if not isinstance(side, Tensor):
+        _check_integer(name, side, 1, 2**15)
+        return torch.full_like(ids, side, dtype=torch.float64)
+    if side.dtype != torch.int64 or side.shape != ids.shape or side.device != ids.device:
+        raise ValueError(
+            f"{name} must be a number or an int64 tensor {list(ids.shape)} on {ids.device}, got "
+            f"{side.dtype}, shape {list(side.shape)} on {side.device}"
+        )
+    return side.double()
 
 
 def _check_integer(name: str, value: int, least: int, largest: int) -> None:

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from clae_fast._ragged import RaggedImages
+
 
 def augment(
-    images: Tensor,  # [S, 3, H, W]
+    images: Tensor | RaggedImages,  # [S, 3, H, W], or S of them
     params: Tensor,  # [2, N, 16]
     *,
     rows: Tensor | None = None,  # [N]
@@ -22,7 +24,7 @@ def augment(
     before the end, where transforms of 8-bit images round after every step.
 
     Args:
-        images: uint8.
+        images: uint8, all of one size or ragged.
         params: A row of `augment_params` for each view of each sample.
         rows: Which of `images` each sample is; None is the first N.
         size: Side of the views.
@@ -32,14 +34,15 @@ def augment(
         std: What each channel is divided by after that.
     """
     N = params.shape[1]
+    image = images.image if isinstance(images, RaggedImages) else images.__getitem__
     if rows is None:
         rows = torch.arange(N)
     views = [
-        _view(images[row], numbers, size, interpolation)
+        _view(image(row), numbers, size, interpolation)
         for table in params.tolist()
         for row, numbers in zip(rows.tolist(), table, strict=True)
     ]
-    out = torch.stack(views) if views else torch.empty(0, 3, size, size, device=images.device)
+    out = torch.stack(views) if views else torch.empty(0, 3, size, size, device=params.device)
     if mean is not None and std is not None:
         centre, scale = (out.new_tensor(numbers).view(3, 1, 1) for numbers in (mean, std))
         out = (out - centre) / scale
