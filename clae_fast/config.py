@@ -61,6 +61,11 @@ class Config:
     temperature: float = _option(0.5, "temperature of the softmax")
     attack: str = _option("pair", "who is attacked", choices=("none", "pair", "self"))
     adv_weight: float = _option(1.0, "weight of the adversarial loss")
+    adv_every: int = _option(1, "steps of which one is adversarial, the others are plain")
+    adv_fraction: float = _option(1.0, "part of the batch that gets an adversarial view")
+    adv_replace: bool = _option(
+        False, "the adversarial view replaces view q instead of being added"
+    )
     eps: float = _option(0.06, "radius of the attack")
     step_size: float | None = _option(None, "step of the attack; eps by default")
     eps_space: str = _option(
@@ -87,6 +92,19 @@ class Config:
 
     seed: int = _option(0, "seed of weights, order and augmentation")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
+    precision: str = _option(
+        "auto",
+        "numbers that encoders compute with; auto: fp16 on a GPU, fp32 on the CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: str = _option(
+        "auto", "compile the encoders; auto: on a GPU", choices=("auto", "yes", "no")
+    )
+    capture: str = _option(
+        "auto",
+        "replay the step as a CUDA graph; auto: on a GPU, where it can be",
+        choices=("auto", "yes", "no"),
+    )
     log_every: int = _option(10, "steps between log points")
     checkpoint_every: int | None = _option(None, "steps between checkpoints within an epoch")
     keep_every: int | None = _option(None, "epochs between checkpoints that stay")
@@ -183,7 +201,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 _POSITIVE = (
     "limit", "image_size", "crop_min_scale", "std", "temperature", "proj_dim", "lr", "epochs",
-    "batch_size", "log_every", "checkpoint_every", "keep_every", "val_every",
+    "batch_size", "adv_every", "log_every", "checkpoint_every",
+    "keep_every", "val_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "color_jitter", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob", "workers",

@@ -20,6 +20,10 @@ class LARS(Optimizer):
     Biases and normalisation weights (1-D tensors) take neither weight decay nor the scale.
     You et al., "Large batch training of convolutional networks", 2017.
 
+    As with torch's fused optimisers, `torch.amp.GradScaler` leaves to it to undo the loss scale and
+    to stand still where a gradient is not finite, so that the host waits for neither. Learning
+    rates may be tensors, which CUDA graphs can replay with another value.
+
     Args:
         params: parameters or parameter groups.
         lr: learning rate gamma.
@@ -50,6 +54,8 @@ class LARS(Optimizer):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, defaults)
+        # what GradScaler asks for
+        self._step_supports_amp_scaling = True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -62,13 +68,18 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for w in group["params"]:
                 if w.grad is not None:
-                    self._move(w, w.grad, group)
+                    grad = w.grad if scale is None else w.grad / scale
+                    self._move(w, grad, group, found_inf)
         return loss
 
-    def _move(self, w: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _move(
+        self, w: Tensor, grad: Tensor, group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
         if w.ndim > 1:
             grad = grad.add(w, alpha=group["weight_decay"])
             w_norm, grad_norm = w.norm(), grad.norm()
@@ -77,5 +88,11 @@ class LARS(Optimizer):
         state = self.state[w]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(w)
-        velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
-        w.add_(velocity, alpha=-group["lr"])
+        velocity = state["momentum_buffer"]
+        moved = velocity * group["momentum"] + grad
+        if found_inf is not None:
+            moved = torch.where(found_inf > 0, velocity, moved)
+            w.sub_(torch.where(found_inf > 0, 0.0, group["lr"] * moved))
+        else:
+            w.sub_(group["lr"] * moved)
+        velocity.copy_(moved)

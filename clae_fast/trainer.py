@@ -3,14 +3,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from clae_fast import checkpoint, data
@@ -18,13 +16,14 @@ from clae_fast.attack import LinfAttack
 from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
 from clae_fast.device import pick_device, to_device
-from clae_fast.lars import LARS
+from clae_fast.engine import Engine
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.nn.normalize import Normalize
+from clae_fast.optimizer import lr_factor
 from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.run_folder import MetricsLog, RunFolder
-from clae_fast.step import StepResult, method_step
+from clae_fast.step import StepResult
 
 
 class NonFiniteError(Exception):
@@ -74,40 +73,6 @@ def build_attack(config: Config) -> LinfAttack:
     )
 
 
-def build_optimizer(config: Config, module: nn.Module) -> Optimizer:
-    """The optimiser of all parameters of `module`."""
-    parameters = list(module.parameters())
-    exempt = [p for p in parameters if p.ndim <= 1 and not config.decay_1d]
-    decayed = [p for p in parameters if p.ndim > 1 or config.decay_1d]
-    groups: list[dict[str, Any]] = [{"params": decayed}]
-    if exempt:
-        groups.append({"params": exempt, "weight_decay": 0.0})
-    if config.optimizer == "sgd":
-        return SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    if config.optimizer == "lars":
-        return LARS(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    adam = Adam if config.optimizer == "adam" else AdamW
-    return adam(groups, config.lr, weight_decay=config.weight_decay)
-
-
-def lr_factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate at a step, relative to `config.lr`: linear warm-up, then the schedule."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    total = config.epochs * steps_per_epoch
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if config.schedule == "cosine":
-            return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
-        if config.schedule == "step":
-            passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
-            return (1.0, *config.factors)[passed]
-        return 1.0
-
-    return factor
-
-
 def hold_out(config: Config, splits: data.Splits) -> tuple[data.Splits, data.Split | None]:
     """Takes the validation images out of what is trained on.
 
@@ -150,6 +115,7 @@ class Trainer:
         held: labelled images for validation, no part of the two; None without.
         test: the test images, untouched by training.
         method: encoders and loss.
+        engine: takes the steps.
         step: optimiser steps done.
 
     Raises:
@@ -170,12 +136,10 @@ class Trainer:
         (self.train, self.labelled, self.test), self.held = hold_out(config, self.splits)
         torch.manual_seed(config.seed)
         self.method = build_method(config, self.device)
-        self.attack = build_attack(config)
-        self.optimizer = build_optimizer(config, self.method)
+        self.engine = Engine(config, self.method, build_attack(config), self.device)
         self.step = 0
         self._steps_per_epoch = self._batches().steps_per_epoch
         self._lr_factor = lr_factor(config, self._steps_per_epoch)
-        self._scheduler = LambdaLR(self.optimizer, self._lr_factor)
         self._metrics_size = 0
         # the step and the validation accuracy of the best checkpoint
         self._best: dict[str, float] | None = None
@@ -204,8 +168,7 @@ class Trainer:
 
     def _take(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
+        self.engine.load_state_dict(state)
         self.step = state["step"]
         self._metrics_size = state["metrics_size"]
         # version 0.1 had no validation
@@ -250,18 +213,11 @@ class Trainer:
                     self._save(folder, log)
 
     def _train_step(self, views: list[Tensor]) -> StepResult:
-        self.optimizer.zero_grad()
-        result = method_step(
-            self.method,
-            [to_device(view, self.device) for view in views],
-            kind=self.config.attack,
-            attack=self.attack,
-            adv_weight=self.config.adv_weight,
-        )
-        self.optimizer.step()
-        self._scheduler.step()
-        self.method.after_step()
-        return result
+        x_p, x_q = (to_device(view, self.device).to(self.engine.dtype) for view in views)
+        return self.engine.step(x_p, x_q, number=self.step, lr=self._lr(self.step))
+
+    def _lr(self, step: int) -> float:
+        return self.config.lr * self._lr_factor(step)
 
     def _saves_at(self, step: int) -> bool:
         every = self.config.checkpoint_every
@@ -294,7 +250,7 @@ class Trainer:
         bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
         epoch = self.step / self._steps_per_epoch
         rate = window.steps * self.config.batch_size / window.seconds()
-        values = {"epoch": epoch, **losses, "lr": self.config.lr * self._lr_factor(self.step - 1)}
+        values = {"epoch": epoch, **losses, "lr": self._lr(self.step - 1)}
         if self.held is not None and self._ends_epoch(self.config.val_every):
             values["val_knn"] = self._validate()
         log.write(self.step, values, rate)
@@ -307,8 +263,7 @@ class Trainer:
         state = {
             "step": self.step,
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
+            **self.engine.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "metrics_size": log.sync(),
@@ -357,6 +312,8 @@ class _Window:
     def __init__(self) -> None:
         self.steps = 0
         self._sums: dict[str, Tensor] = {}
+        # a plain step between adversarial ones has one loss
+        self._counts: Counter[str] = Counter()
         self._start = time.perf_counter()
 
     def add(self, result: StepResult) -> None:
@@ -364,9 +321,10 @@ class _Window:
         for name, value in (("loss", result.loss), ("adv_loss", result.adv_loss)):
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0) + value
+                self._counts[name] += 1
 
     def means(self) -> dict[str, float]:
-        return {name: float(total) / self.steps for name, total in self._sums.items()}
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start

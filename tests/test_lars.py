@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -78,3 +79,32 @@ def test_closure_and_parameters_without_gradient():
 def test_negative_arguments_are_named():
     with pytest.raises(ValueError, match="momentum must not be negative, got -1"):
         LARS([parameter(1.0)], lr=0.1, momentum=-1)
+
+
+class TestLossScale:
+    def step(self, grad, scaler=None):
+        w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        optimizer = LARS([w], lr=0.5, weight_decay=0.1)
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+        velocity = optimizer.state[w]["momentum_buffer"]
+        before = w.detach().clone(), velocity.clone()
+        w.grad = torch.tensor([grad])
+        if scaler is None:
+            optimizer.step()
+        else:
+            w.grad *= scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        return before, (w.detach(), velocity)
+
+    def test_it_is_undone(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        torch.testing.assert_close(self.step([1.0, -2.0], scaler), self.step([1.0, -2.0]))
+
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    def test_nothing_moves_where_a_gradient_is_not_finite(self, bad):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        before, after = self.step([1.0, bad], scaler)
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert scaler.get_scale() == 512

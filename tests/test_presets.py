@@ -6,9 +6,10 @@ import pytest
 
 from clae_fast.config import Config
 from clae_fast.data import RECIPES
+from clae_fast.optimizer import lr_factor
 from clae_fast.presets import PRESETS, dataset_defaults
 from clae_fast.settings import resolve
-from clae_fast.trainer import build_attack, lr_factor
+from clae_fast.trainer import build_attack
 
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet")
 IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -10,18 +10,10 @@ from torch import nn
 from clae_fast import checkpoint, data
 from clae_fast.config import Config
 from clae_fast.device import pick_device
-from clae_fast.lars import LARS
+from clae_fast.optimizer import lr_factor
 from clae_fast.run_folder import RunFolder, RunFolderError
 from clae_fast.settings import resolve
-from clae_fast.trainer import (
-    NonFiniteError,
-    Trainer,
-    build_attack,
-    build_method,
-    build_optimizer,
-    hold_out,
-    lr_factor,
-)
+from clae_fast.trainer import NonFiniteError, Trainer, build_attack, build_method, hold_out
 
 # two epochs of four steps on 32 images of 8x8
 TINY = {"limit": 32, "image_size": 8, "batch_size": 8, "epochs": 2, "log_every": 3}
@@ -239,57 +231,6 @@ class TestAttack:
         torch.testing.assert_close(encoder.features(x), backbone((x - mean) / std))
 
 
-class TestOptimizer:
-    @pytest.mark.parametrize(
-        ("name", "kind"),
-        [
-            ("adam", torch.optim.Adam),
-            ("adamw", torch.optim.AdamW),
-            ("sgd", torch.optim.SGD),
-            ("lars", LARS),
-        ],
-    )
-    def test_settings_arrive_and_1d_parameters_may_be_exempt(self, name, kind):
-        module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-        config = tiny(optimizer=name, lr=0.5, weight_decay=0.1, momentum=0.8)
-        optimizer = build_optimizer(config, module)
-        assert type(optimizer) is kind
-        (group,) = optimizer.param_groups
-        assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.5, 0.1, 4)
-        assert group.get("momentum", 0.8) == 0.8
-        config = tiny(optimizer=name, weight_decay=0.1, decay_1d=False)
-        groups = build_optimizer(config, module).param_groups
-        assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (3, 0.0)]
-
-    def test_shared_weights_are_optimised_once(self):
-        method = build_method(tiny())
-        (group,) = build_optimizer(tiny(), method).param_groups
-        assert len({id(p) for p in group["params"]}) == len(group["params"])
-        shared = set(method.encoder.parameters()) & set(method.adv_encoder.parameters())
-        assert shared < set(group["params"])
-
-
-class TestSchedule:
-    def factors(self, steps, **settings):
-        factor = lr_factor(Config(**settings), steps_per_epoch=2)
-        return [factor(step) for step in range(steps)]
-
-    def test_cosine_after_warm_up(self):
-        found = self.factors(8, schedule="cosine", epochs=4, warmup_epochs=2)
-        cosine = [(1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
-        assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, *cosine])
-
-    def test_steps_are_relative_to_the_first_rate(self):
-        found = self.factors(
-            8, schedule="step", epochs=4, warmup_epochs=0, milestones=(1, 3), factors=(0.1, 0.05)
-        )
-        assert found == [1, 1, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]
-
-    def test_constant_and_warm_up_to_the_end(self):
-        assert self.factors(3, schedule="constant", epochs=2, warmup_epochs=0) == [1, 1, 1]
-        assert self.factors(3, schedule="cosine", epochs=1, warmup_epochs=1) == [0.5, 1.0, 1.0]
-
-
 class TestDevice:
     def test_auto_finds_what_there_is(self):
         expected = "cuda" if torch.cuda.is_available() else "cpu"
@@ -411,7 +352,7 @@ class TestForeignCheckpoints:
         [
             ({"step": ...}, "it lacks 'step'"),
             ({"method": {}}, r"Error\(s\) in loading state_dict for SimCLR"),
-            ({"optimizer": {"state": {}, "param_groups": []}}, "parameter group"),
+            ({"optimizer": {"state": {}, "param_groups": []}}, "the optimizer's parameters differ"),
         ],
     )
     def test_what_does_not_fit_is_one_line(self, tmp_path, change, message):

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from clae_fast.nn.resnet import narrow_resnet, resnet
+from clae_fast.nn.resnet import ConvNet, narrow_resnet, resnet
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -75,12 +76,17 @@ class Encoder(nn.Module):
     Args:
         backbone: [N, C, H, W] -> [N, F].
         head: [N, F] -> [N, D].
+
+    Attributes:
+        autocast: Type in which projections are computed, fp16 or bf16; None leaves it to the
+            caller. Backward passes follow, and run outside of autocast, as they should.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.autocast: torch.dtype | None = None
 
     def features(self, x: Tensor) -> Tensor:
         """What evaluation uses: h = backbone(x), [N, F]."""
@@ -88,4 +94,17 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Projections z = head(backbone(x)), [N, D]."""
-        return self.head(self.features(x))
+        if self.autocast is None:
+            return self.head(self.features(x))
+        with torch.autocast(x.device.type, self.autocast):
+            return self.head(self.features(x))
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the backbone, but for what a `ConvNet` keeps apart.
+
+        Args:
+            options: Of `torch.compile`.
+        """
+        parts = [part for part in self.backbone.modules() if isinstance(part, ConvNet)]
+        for part in parts or [self.backbone]:
+            part.compile(**options)

@@ -1,13 +1,37 @@
 """ResNets out of torchvision's parts, with a stem that fits the size of the image."""
 
 from collections import OrderedDict
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 SMALL_IMAGE = 64  # up to this size the ImageNet stem, stride 4, leaves too little
 
 
-def resnet(arch: str, image_size: int) -> tuple[nn.Module, int]:
+class ConvNet(nn.Sequential):
+    """Layers one after another, the first of them a convolution.
+
+    The convolution is apart from the body: an attack ends at it, see `clae_fast.stem`, and where
+    the rest is compiled it is not.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, features]."""
+        return self.body(self[0](x))
+
+    def body(self, y: Tensor) -> Tensor:
+        """All but the first layer."""
+        for layer in list(self)[1:]:
+            y = layer(y)
+        return y
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the body, with options of `torch.compile`."""
+        self.body = torch.compile(self.body, **options)  # type: ignore[method-assign]
+
+
+def resnet(arch: str, image_size: int) -> tuple[ConvNet, int]:
     """A ResNet of torchvision without its classifier (He et al., CVPR 2016).
 
     Images of at most 64 pixels get the CIFAR stem: a 3x3 convolution of stride 1 and no pooling, in
@@ -23,16 +47,17 @@ def resnet(arch: str, image_size: int) -> tuple[nn.Module, int]:
     from torchvision import models
 
     network = models.get_model(arch, weights=None)
-    features = network.fc.in_features
-    network.fc = nn.Identity()
+    # the names are torchvision's, and so are those of its checkpoints
+    layers = OrderedDict(network.named_children())
+    features = layers.pop("fc").in_features
     if image_size <= SMALL_IMAGE:
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()
-    return network, features
+        layers["conv1"] = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(layers["conv1"].weight, mode="fan_out", nonlinearity="relu")
+        del layers["maxpool"]
+    return ConvNet(layers | {"flatten": nn.Flatten()}), features
 
 
-def narrow_resnet(width: int = 16) -> tuple[nn.Module, int]:
+def narrow_resnet(width: int = 16) -> tuple[ConvNet, int]:
     """A ResNet of 8 layers for images of 16x16 or so: three basic blocks behind a CIFAR stem.
 
     Args:
@@ -47,7 +72,7 @@ def narrow_resnet(width: int = 16) -> tuple[nn.Module, int]:
         shortcut = nn.Sequential(conv1x1(channels, 2 * channels, 2), nn.BatchNorm2d(2 * channels))
         return BasicBlock(channels, 2 * channels, stride=2, downsample=shortcut)
 
-    network = nn.Sequential(
+    network = ConvNet(
         OrderedDict(
             conv1=nn.Conv2d(3, width, 3, padding=1, bias=False),
             bn1=nn.BatchNorm2d(width),

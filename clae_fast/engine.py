@@ -1,0 +1,181 @@
+"""The training step on a device: its precision, compilation and capture, and the optimiser's move.
+
+A step reads images, learning rate and loss scale from the device and leaves losses and weights
+there; the host says which step comes next and waits for none. So a whole step, from two views to
+the moved weights, can be recorded once as a CUDA graph and replayed.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from clae_fast.attack import LinfAttack
+from clae_fast.config import Config
+from clae_fast.methods import Method
+from clae_fast.nn import Encoder
+from clae_fast.optimizer import build_optimizer, load_optimizer, set_lr
+from clae_fast.step import StepResult, method_step
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# steps before a capture: libraries choose algorithms, compilers compile, states come into being
+_WARM_UP = 3
+
+Step = Callable[[Tensor, Tensor], StepResult]
+
+
+class Engine:
+    """Takes a method's steps.
+
+    Args:
+        config: Settings of the run; where precision, compile and capture are "auto", a GPU takes
+            fp16 with a loss scale and both, the CPU takes fp32 and neither.
+        method: The method and its encoders, on `device`.
+        attack: How far an attack goes.
+        device: Where steps run.
+
+    Attributes:
+        dtype: Of the views that steps take, fp16 or fp32: bf16's spacing near 1 is coarser than an
+            attack.
+
+    Raises:
+        ValueError: A setting that this device does not have.
+    """
+
+    def __init__(
+        self, config: Config, method: Method, attack: LinfAttack, device: torch.device
+    ) -> None:
+        on_gpu = device.type == "cuda"
+        precision = config.precision
+        if precision == "auto":
+            precision = "fp16" if on_gpu else "fp32"
+        if config.capture == "yes" and not on_gpu:
+            raise ValueError(f"capture must be no or auto on {device}: CUDA graphs need a GPU")
+        autocast = _AUTOCAST[precision]
+        compiled = config.compile == "yes" or (config.compile == "auto" and on_gpu)
+        for encoder in (method.encoder, method.adv_encoder):
+            if encoder is not None:
+                encoder = cast(Encoder, encoder)
+                encoder.autocast = autocast
+                if compiled:
+                    encoder.compile(dynamic=False)
+        self.dtype = torch.float16 if precision == "fp16" else torch.float32
+        self._config = config
+        self._method = method
+        self._attack = attack
+        self._device = device
+        captured = on_gpu and config.capture != "no"
+        self._optimizer = build_optimizer(config, method, device)
+        self._scaler = GradScaler(device.type, enabled=precision == "fp16")
+        self._describe = ", ".join((precision, *["compiled"] * compiled, *["captured"] * captured))
+        self._one = torch.ones((), device=device)
+        self._stream = torch.cuda.Stream(device) if captured else None
+        self._taken: Counter[str] = Counter()
+        self._graphs: dict[str, _Graph] = {}
+
+    def __str__(self) -> str:
+        """As in "fp16, compiled, captured"."""
+        return self._describe
+
+    def step(self, x_p: Tensor, x_q: Tensor, *, number: int, lr: float) -> StepResult:
+        """Takes a step on two views of a batch, [N, 3, H, W] each, of `dtype`.
+
+        Args:
+            x_p: View p.
+            x_q: View q.
+            number: Of the step in the run, from 0: every `adv_every`-th is adversarial.
+            lr: Its learning rate.
+
+        Returns:
+            The losses, constants on the device that the next step overwrites.
+        """
+        set_lr(self._optimizer, lr)
+        kind = self._config.attack if number % self._config.adv_every == 0 else "none"
+        self._taken[kind] += 1
+        if self._stream is None:
+            return self._eager(kind, x_p, x_q)
+        if self._taken[kind] <= _WARM_UP:
+            return self._warm_up(self._stream, kind, x_p, x_q)
+        if kind not in self._graphs:
+            try:
+                self._graphs[kind] = _Graph(partial(self._eager, kind), x_p, x_q)
+            except RuntimeError as error:
+                self._do_without_graphs(error)
+                return self._eager(kind, x_p, x_q)
+        return self._graphs[kind](x_p, x_q)
+
+    def _warm_up(
+        self, stream: torch.cuda.Stream, kind: str, x_p: Tensor, x_q: Tensor
+    ) -> StepResult:
+        """A step as a capture will see it: on a stream of its own."""
+        current = torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            result = self._eager(kind, x_p, x_q)
+        current.wait_stream(stream)
+        return result
+
+    def _do_without_graphs(self, error: RuntimeError) -> None:
+        """Goes on after a capture that failed, during which nothing ran."""
+        if self._config.capture == "yes":
+            raise error
+        reason = str(error).partition("\n")[0]
+        print(f"steps run uncaptured, since capture failed: {reason}", file=sys.stderr)
+        self._stream = None
+        self._graphs.clear()
+        # the old one may have stopped half-way through a step
+        scaler = GradScaler(self._device.type, enabled=self._scaler.is_enabled())
+        scaler.load_state_dict(self._scaler.state_dict())
+        self._scaler = scaler
+
+    def _eager(self, kind: str, x_p: Tensor, x_q: Tensor) -> StepResult:
+        config = self._config
+        self._optimizer.zero_grad()
+        result = method_step(
+            self._method,
+            (x_p, x_q),
+            kind=kind,
+            attack=self._attack,
+            adv_weight=config.adv_weight,
+        )
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._method.after_step()
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on, besides the method."""
+        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave, on this or another kind of device.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is of another optimiser.
+        """
+        load_optimizer(self._optimizer, state["optimizer"])
+        # there is none before the first step, in another precision, or in version 0.1
+        if self._scaler.is_enabled() and state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])
+
+
+class _Graph:
+    """A step as a CUDA graph, on views that are copied into its own."""
+
+    def __init__(self, step: Step, *views: Tensor) -> None:
+        self._views = [view.clone() for view in views]
+        self._graph = torch.cuda.CUDAGraph()
+        # loaders' threads pin memory meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._result = step(*self._views)
+
+    def __call__(self, *views: Tensor) -> StepResult:
+        for own, view in zip(self._views, views, strict=True):
+            own.copy_(view)
+        self._graph.replay()
+        return self._result

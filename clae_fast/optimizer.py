@@ -1,0 +1,78 @@
+"""The optimiser of a run, and its learning rate at every step."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from clae_fast.config import Config
+from clae_fast.lars import LARS
+
+
+def build_optimizer(
+    config: Config, module: nn.Module, device: torch.device | str = "cpu"
+) -> Optimizer:
+    """The optimiser of all parameters of `module`, in fused kernels.
+
+    On a GPU the learning rate is a tensor there, which captured steps read.
+    """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    lr: Any = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+    parameters = list(module.parameters())
+    exempt = [p for p in parameters if p.ndim <= 1 and not config.decay_1d]
+    decayed = [p for p in parameters if p.ndim > 1 or config.decay_1d]
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if exempt:
+        groups.append({"params": exempt, "weight_decay": 0.0})
+    decay = config.weight_decay
+    if config.optimizer == "sgd":
+        return SGD(groups, lr, momentum=config.momentum, weight_decay=decay, fused=True)
+    if config.optimizer == "lars":
+        return LARS(groups, lr, momentum=config.momentum, weight_decay=decay)
+    adam = Adam if config.optimizer == "adam" else AdamW
+    return adam(groups, lr, weight_decay=decay, fused=True, capturable=on_gpu)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step; no host waits for a GPU."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Takes up a state that `optimizer.state_dict()` gave on this or another kind of device.
+
+    Settings stay the optimiser's own: they are the run's, and where the numbers live differs.
+
+    Raises:
+        KeyError, ValueError: It is of other parameters.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
+        raise ValueError("the optimizer's parameters differ")
+    optimizer.load_state_dict({**state, "param_groups": own})
+
+
+def lr_factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate at a step, relative to `config.lr`: linear warm-up, then the schedule."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = config.epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "cosine":
+            return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
+        if config.schedule == "step":
+            passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+            return (1.0, *config.factors)[passed]
+        return 1.0
+
+    return factor
