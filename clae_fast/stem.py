@@ -9,7 +9,7 @@ Whether it is so is read off the autograd graph of every forward pass. Nothing i
 nothing in the encoder replaced, so an encoder that changes is seen to have changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,13 +29,15 @@ class Stem(NamedTuple):
 
     Attributes:
         node: Its node in the graph, whose backward function gets the gradient at its output.
-        convolution: Its weight before a cast, stride and padding, as `stem_step` names them.
+        convolution: Its weight, stride and padding, as `stem_step` names them.
+        trained: Whether a backward pass to the leaves reaches it, since its weight is one.
         leaves: Every leaf below the output but for the view: where a backward pass goes that leaves
             the view's gradient out.
     """
 
     node: Any
     convolution: dict[str, Any]
+    trained: bool
     leaves: list[Tensor]
 
 
@@ -43,7 +45,7 @@ def forward(
     encoder: nn.Module,
     view: Tensor,  # [N, C, H, W], no leaf
     impl: str,
-) -> tuple[Tensor, Callable[[Tensor], Stem | None]]:
+) -> tuple[Tensor, Callable[[], Stem | None]]:
     """Encodes the view.
 
     Args:
@@ -52,11 +54,11 @@ def forward(
         impl: Implementation of `stem_step`.
 
     Returns:
-        The encoder's output, and a function to call with what is computed of it, a loss, say, or
-        with itself, that returns the stem, or None where the backward pass is needed to its end.
+        The encoder's output, and a function to call before the backward pass, that returns the
+        stem, or None where that pass is needed to its end.
     """
-    if not (has_kernel(impl, view.device) and _only_itself(encoder)):
-        return encoder(view), lambda output: None
+    if not has_kernel(impl, view.device):
+        return encoder(view), lambda: None
     image = view
 
     def follow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -67,7 +69,7 @@ def forward(
 
     hooks = [
         module.register_forward_hook(follow)
-        for module in encoder.modules()
+        for module in _eager(encoder)
         if type(module) is Normalize
     ]
     try:
@@ -75,20 +77,15 @@ def forward(
     finally:
         for hook in hooks:
             hook.remove()
-    return z, lambda output: _find(output, view, image)
+    return z, lambda: _find(z, view, image)
 
 
-def _only_itself(encoder: nn.Module) -> bool:
-    """Whether nothing is compiled, and no hook there, which might want a gradient left out."""
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl
-        or type(module).__name__ == "OptimizedModule"
-        for module in encoder.modules()
-    )
+def _eager(module: nn.Module) -> Iterator[nn.Module]:
+    """What is not compiled: what is would be compiled anew for every hook."""
+    if module._compiled_call_impl is None and type(module).__name__ != "OptimizedModule":
+        yield module
+        for child in module.children():
+            yield from _eager(child)
 
 
 def _find(output: Tensor, view: Tensor, image: Tensor) -> Stem | None:
@@ -106,19 +103,21 @@ def _find(output: Tensor, view: Tensor, image: Tensor) -> Stem | None:
     if node is None or node.name() != "ConvolutionBackward0" or position != 0:
         return None
     (y,) = node._input_metadata
-    weight = _leaf(node.next_functions[1][0])
     stride, *strides = node._saved_stride
     padding, *paddings = node._saved_padding
     if (
-        weight is None
-        or y.device != view.device
+        y.device != view.device
         or node._saved_transposed
         or node._saved_groups != 1
         or (node._saved_dilation, strides, paddings) != ((1, 1), [stride], [padding])
-        or not kernel_takes(y.dtype, weight, view, stride, padding)
     ):
         return None
-    return Stem(node, {"weight": weight, "stride": stride, "padding": padding}, leaves)
+    source, _ = node.next_functions[1]
+    weight = node._saved_weight.detach() if source is None else _leaf(source)
+    if weight is None or not kernel_takes(y.dtype, weight, view, stride, padding):
+        return None
+    convolution = {"weight": weight, "stride": stride, "padding": padding}
+    return Stem(node, convolution, source is not None, leaves)
 
 
 def _graph(root: Any, end: Any) -> tuple[_Consumers, list[Tensor]] | None:
@@ -156,6 +155,6 @@ def _consumer(consumers: _Consumers, node: Any) -> tuple[Any, int]:
 
 def _leaf(node: Any) -> Tensor | None:
     """The leaf that a node is, or casts."""
-    if node is not None and node.name() == _CAST:
+    if node.name() == _CAST:
         node = node.next_functions[0][0]
-    return node.variable if node is not None and node.name() == _LEAF else None
+    return node.variable if node.name() == _LEAF else None

@@ -1,0 +1,53 @@
+"""Several views in one encoder pass, each normalised by itself."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def grouped_norm(module: nn.Module, groups: int) -> Iterator[None]:
+    """Within it, training BatchNorm layers see a batch as `groups` equal batches, one by one.
+
+    Every group has its own statistics, the running ones are updated group after group, weight and
+    bias are shared: outputs, gradients and buffers are those of as many calls. All other layers see
+    one batch. BatchNorm layers keep their tensors and change their class meanwhile, so whatever
+    they do besides, as timm's activate, they do, and a compiled encoder has a variant for it.
+
+    Args:
+        module: An encoder; any whose BatchNorm layers derive from torch's.
+        groups: Batches that lie in a row in one.
+
+    Example:
+        >>> with grouped_norm(encoder, 2):
+        ...     z_p, z_q = encoder(torch.cat((x_p, x_q))).chunk(2)
+    """
+    kinds = {norm: type(norm) for norm in module.modules() if isinstance(norm, _BatchNorm)}
+    for norm, kind in kinds.items():
+        norm.__class__ = _grouped(kind, groups)
+    try:
+        yield
+    finally:
+        for norm, kind in kinds.items():
+            norm.__class__ = kind
+
+
+class _Grouped(_BatchNorm):
+    """BatchNorm by groups, in front of the class that normalises one."""
+
+    groups: int
+
+    def forward(self, x: Tensor) -> Tensor:  # [groups * N, C, ...]
+        if not self.training:
+            return super().forward(x)
+        one = super().forward
+        return torch.cat([one(part) for part in x.chunk(self.groups)])
+
+
+@cache
+def _grouped(kind: type[_BatchNorm], groups: int) -> type[_BatchNorm]:
+    return type(f"Grouped{kind.__name__}", (_Grouped, kind), {"groups": groups})

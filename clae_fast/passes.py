@@ -1,0 +1,245 @@
+"""One view through an encoder: forward, a stop at its embeddings, and back.
+
+A pass leaves its embeddings as a leaf, where losses accumulate their gradients in any number and
+order; then `back` takes the sum to the weights, once. With chunks the view's activations are alive
+a chunk at a time, as in GradCache (Gao et al., Scaling Deep Contrastive Learning Batch Size under
+Memory Limited Setup, RepL4NLP 2021).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clae_fast import stem
+from clae_fast.attack import LinfAttack
+
+Around = Callable[[], AbstractContextManager[object]]
+
+
+class Pass:
+    """A view whose backward pass goes to the weights: 1 unit now, 2 by `back`.
+
+    Args:
+        encoder: The encoder.
+        x: The view, [N, C, ...].
+
+    Attributes:
+        z: The embeddings, a leaf, [N, D].
+    """
+
+    def __init__(self, encoder: nn.Module, x: Tensor) -> None:
+        self._stop(encoder(x))
+
+    def _stop(self, output: Tensor) -> None:
+        self._output = output
+        self.z = output.detach().requires_grad_()
+        self._x_adv: Tensor | None = None
+
+    def back(self, around: Around = nullcontext) -> None:
+        """Takes back what losses have left at the embeddings, if they have; to be called once.
+
+        Args:
+            around: Makes a context for the last backward pass.
+        """
+        with around():
+            if self.z.grad is not None:
+                self._back(self.z.grad)
+
+    def _back(self, dz: Tensor) -> None:
+        self._output.backward(dz)
+
+    @property
+    def x_adv(self) -> Tensor:
+        """The adversarial view, where the pass attacks its view and has been taken back.
+
+        Raises:
+            RuntimeError: It is not there.
+        """
+        if self._x_adv is None:
+            raise RuntimeError("no x_adv yet: run backward on a loss that depends on the view")
+        return self._x_adv
+
+
+class AttackedPass(Pass):
+    """A pass whose way back to the weights leaves the adversarial view behind.
+
+    Args:
+        encoder: The encoder.
+        x: The view, [N, C, ...].
+        attack: How far the attack goes.
+    """
+
+    def __init__(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> None:
+        view, self._twin = attack.twin(x)
+        output, self._find_stem = stem.forward(encoder, view, attack.impl)
+        self._x, self._attack = x, attack
+        self._stop(output)
+
+    def _back(self, dz: Tensor) -> None:
+        found = self._find_stem()
+        if found is None or not found.trained:
+            self._output.backward(dz)
+            self._x_adv = self._twin.x_adv
+            return
+
+        def step(dys: tuple[Tensor | None]) -> None:
+            (dy,) = dys
+            if dy is None:  # zero
+                self._x_adv = self._attack.project(self._x, self._x)
+            else:
+                self._x_adv = self._attack.stem_step(self._x, dy, **found.convolution)
+
+        hook = found.node.register_prehook(step)
+        # not to the view, so that the convolution computes its weight's gradient alone
+        self._output.backward(dz, inputs=found.leaves)
+        hook.remove()
+
+
+class InputPass(Pass):
+    """A pass that goes back to the view alone, for an attack: 1 unit now, 1 by `back`.
+
+    It runs in `frozen(encoder)`: asked for one gradient alone, autograd computes no weight's, but
+    keeps what they would need, and a compiled encoder computes all the gradients it was traced for.
+
+    Args:
+        encoder: The encoder.
+        x: The view, [N, C, ...].
+        attack: How far the attack goes.
+    """
+
+    def __init__(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> None:
+        # no leaf, to which torch's FLOP counter cannot follow
+        self._view = x.detach().requires_grad_().view_as(x)
+        output, self._find_stem = stem.forward(encoder, self._view, attack.impl)
+        self._x, self._attack = x, attack
+        self._stop(output)
+
+    def _back(self, dz: Tensor) -> None:
+        found = self._find_stem()
+        if found is None:
+            (dx,) = torch.autograd.grad(self._output, self._view, dz)
+            self._x_adv = self._attack.step(self._x, dx)
+            return
+        (dy,) = torch.autograd.grad(self._output, [GradientEdge(found.node, 0)], dz)
+        self._x_adv = self._attack.stem_step(self._x, dy, **found.convolution)
+
+
+class CachedPass(Pass):
+    """A pass in chunks, each encoded anew on the way back: 1 unit now, 1 more by `back`.
+
+    BatchNorm normalises a chunk by its own statistics, and its running ones move once a chunk.
+    Random layers draw for a chunk what they drew for it the first time.
+
+    Args:
+        one: Makes the pass of a chunk.
+        encoder: The encoder.
+        x: The view, [N, C, ...].
+        micro_batch: Rows of a chunk.
+    """
+
+    def __init__(
+        self, one: Callable[[Tensor], Pass], encoder: nn.Module, x: Tensor, micro_batch: int
+    ) -> None:
+        self._one, self._encoder = one, encoder
+        self._chunks = x.split(micro_batch)
+        self._random: list[list[Tensor]] = []
+        rows = []
+        # frozen too: autocast remembers casts of trained weights, here without their graph
+        with torch.no_grad(), _weights_frozen(encoder):
+            for chunk in self._chunks:
+                self._random.append(_random_state(x.device))
+                rows.append(encoder(chunk))
+        self._stop(torch.cat(rows))
+
+    def back(self, around: Around = nullcontext) -> None:
+        """As a pass at once; the context is for the last chunk's."""
+        if self.z.grad is None:
+            super().back(around)
+            return
+        device = self.z.device
+        drawn = [device] if device.type == "cuda" else []
+        parts = []
+        with torch.random.fork_rng(drawn), _statistics_held(self._encoder):
+            for chunk, state, dz in zip(
+                self._chunks, self._random, self.z.grad.split(len(self._chunks[0])), strict=True
+            ):
+                _set_random_state(state, device)
+                part = self._one(chunk)
+                part.z.grad = dz
+                part.back(around if chunk is self._chunks[-1] else nullcontext)
+                parts.append(part._x_adv)
+        attacked = [x_adv for x_adv in parts if x_adv is not None]
+        if attacked:
+            self._x_adv = torch.cat(attacked)
+
+
+def run(
+    kind: Callable[..., Pass],
+    encoder: nn.Module,
+    x: Tensor,  # [N, C, ...]
+    *options: Any,
+    micro_batch: int | None = None,
+) -> Pass:
+    """Runs a view.
+
+    Args:
+        kind: `Pass`, `AttackedPass` or `InputPass`.
+        encoder: The encoder.
+        x: The view.
+        options: Further arguments of `kind`.
+        micro_batch: Rows of a chunk; None takes the view at once.
+    """
+    if micro_batch is None:
+        return kind(encoder, x, *options)
+    return CachedPass(lambda chunk: kind(encoder, chunk, *options), encoder, x, micro_batch)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Leaves weights without gradients and BatchNorm's running statistics where they are."""
+    with _weights_frozen(module), _statistics_held(module):
+        yield
+
+
+@contextmanager
+def _weights_frozen(module: nn.Module) -> Iterator[None]:
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _statistics_held(module: nn.Module) -> Iterator[None]:
+    """Normalises by the batch's statistics without updating the running ones."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU's generator and, where it is a GPU, the device's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,109 @@
+"""BatchNorm by groups of a batch: exactly what a pass for each group does."""
+
+import copy
+
+import pytest
+import torch
+from test_step import norm_buffers, randomise_norms
+from torch import Tensor, nn
+
+from clae_fast.nn import adversarial_twin
+from clae_fast.nn.grouped_norm import grouped_norm
+
+
+def encoder(norm: nn.Module) -> nn.Sequential:
+    layers = (nn.Conv2d(3, 4, 3, padding=1), norm, nn.Softplus(), nn.Conv2d(4, 4, 3))
+    module = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(6), nn.BatchNorm1d(6)).double()
+    module(views(1)[0])
+    for layer in (module[1], module[-1]):
+        layer.reset_running_stats()
+    if norm.affine:
+        randomise_norms(norm, torch.Generator().manual_seed(1))
+    return module
+
+
+def views(groups: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(groups)
+    return [
+        torch.rand(5, 3, 6, 6, generator=generator, dtype=torch.float64) * (1 + i)
+        for i in range(groups)
+    ]
+
+
+NORMS = {
+    "torch's": lambda: nn.BatchNorm2d(4),
+    "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
+    "no running statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "not affine": lambda: nn.BatchNorm2d(4, affine=False),
+    "in eval mode": lambda: nn.BatchNorm2d(4).eval(),
+    "timm's with an activation": lambda: pytest.importorskip("timm.layers").BatchNormAct2d(4),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("groups", [2, 3])
+def test_equals_a_pass_for_each_group(norm, groups):
+    module, x = encoder(NORMS[norm]()), views(groups)
+    one_by_one = copy.deepcopy(module)
+    kinds = [type(layer) for layer in module.modules()]
+    with grouped_norm(module, groups):
+        z = module(torch.cat(x))
+    expected = torch.cat([one_by_one(view) for view in x])
+    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-14)
+    assert [type(layer) for layer in module.modules()] == kinds
+    for output in (z, expected):
+        output.pow(3).sum().backward()
+    for weight, reference in zip(module.parameters(), one_by_one.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, reference.grad, rtol=1e-12, atol=1e-12)
+    for name, buffer in norm_buffers(one_by_one).items():
+        torch.testing.assert_close(norm_buffers(module)[name], buffer, rtol=1e-12, atol=0)
+    if norm == "torch's":
+        assert not torch.allclose(module(torch.cat(x)), expected)
+
+
+def test_the_class_comes_back_after_an_error():
+    module = encoder(nn.BatchNorm2d(4))
+    with pytest.raises(KeyError), grouped_norm(module, 2):
+        raise KeyError
+    assert type(module[1]) is nn.BatchNorm2d
+    assert type(module[-1]) is nn.BatchNorm1d
+
+
+def test_the_twin_is_its_own():
+    module, (x,) = encoder(nn.BatchNorm2d(4)), views(1)
+    twin = adversarial_twin(module)
+    before = norm_buffers(twin)
+    with grouped_norm(module, 2):
+        assert type(twin[1]) is nn.BatchNorm2d
+        module(torch.cat((x, x)))
+    for name, buffer in norm_buffers(twin).items():
+        assert torch.equal(buffer, before[name])
+
+
+def test_keeps_channels_last():
+    module = nn.BatchNorm2d(4).to(memory_format=torch.channels_last)
+    x = torch.rand(6, 4, 5, 5).to(memory_format=torch.channels_last)
+    with grouped_norm(module, 2):
+        assert module(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compiles_into_one_graph_for_each_number_of_groups():
+    torch.compiler.reset()
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    eager = copy.deepcopy(module)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    module.compile(backend=backend, fullgraph=True, dynamic=False)
+    x = torch.cat(views(2))
+    for _ in range(2):
+        for groups in (1, 2):
+            with grouped_norm(module, groups), grouped_norm(eager, groups):
+                torch.testing.assert_close(module(x), eager(x), rtol=1e-12, atol=1e-14)
+    assert len(graphs) == 2
+    for name, buffer in norm_buffers(eager).items():
+        torch.testing.assert_close(norm_buffers(module)[name], buffer, rtol=1e-12, atol=0)
