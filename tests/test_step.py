@@ -345,8 +345,9 @@ def test_released_buffers_see_what_the_released_code_shows_them():
             torch.testing.assert_close(norm_buffers(module)[name], buffer, rtol=1e-12, atol=1e-15)
 
 
-def test_self_leaves_the_statistics_switched_on():
+def test_self_leaves_statistics_and_weights_switched_on():
     pair, (x_p, x_q) = encoders(), views()
+    frozen = pair[1].head[0].bias.requires_grad_(False)
 
     def broken(z):
         raise KeyError
@@ -356,6 +357,7 @@ def test_self_leaves_the_statistics_switched_on():
     norms = [m for m in pair.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norm.track_running_stats for norm in norms)
     assert all(norm.num_batches_tracked == 0 for norm in norms)
+    assert [weight for weight in pair.parameters() if not weight.requires_grad] == [frozen]
 
 
 class FunctionalDropout(nn.Module):
