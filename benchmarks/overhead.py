@@ -7,14 +7,19 @@ A step is forward, backward, Adam and zero_grad on two views that are there alre
 process, interleaved rounds; ratios are medians of the ratios within rounds. The schedules:
 
     plain           SimCLR, 6 units (a unit is one encoder forward of one view)
+    plain_batched   both its views in one pass, BatchNorm by views, 6 units
     pair            the second view attacked inside the clean pair, 9 units
     self            the first view attacked against itself, as released, 11 units
     released        the order of the released code with our loss, 15 units
     released_as_is  the same with the released loss
+    pair_added      pair, a fifth of the rows with an adversarial view beside the clean one, 6.6
+    pair_replaced   pair, a fifth of the rows with an adversarial view for the clean one, 6.4
+    pair_micro      pair in four chunks with cached embeddings, 12 units
 
-So that no ratio is bought with a slow baseline, plain is held against a SimCLR step written by hand
-in torch, on the same network, in the same rounds. Every step uses channels_last where that is
-faster for both plain steps, the contiguous layout otherwise. Units are counted by torch's FLOP
+So that no ratio is bought with a slow baseline, time is over the faster of the two plain steps, and
+plain is held against a SimCLR step written by hand in torch, on the same network, in the same
+rounds. Every step uses channels_last where that is faster for plain and by hand, the contiguous
+layout otherwise. Units are counted by torch's FLOP
 counter. Peak memory is that of one step above weights, optimiser state and views: on the CPU the
 VmHWM of a fresh process, on a GPU the allocator's peak.
 """
@@ -37,10 +42,22 @@ from benchmarks.peers import released_nt_xent
 from clae_fast import nn, step
 from clae_fast.attack import LinfAttack
 
-SCHEDULES = ("plain", "pair", "self", "released", "released_as_is")
+PLAIN = ("plain", "plain_batched")
+SCHEDULES = (
+    *PLAIN,
+    "pair",
+    "self",
+    "released",
+    "released_as_is",
+    "pair_added",
+    "pair_replaced",
+    "pair_micro",
+)
 BY_HAND = "by hand"
 PLAIN_UNITS = 6
 TEMPERATURE = 0.5
+FRACTION = 0.2
+CHUNKS = 4
 ATTACK = LinfAttack(eps=8 / 255, lo=0.0, hi=1.0)
 BARS = {"pair": 1.6, "self": 2.0}
 PLAIN_BAR = 1.03
@@ -78,11 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         }
         for name in names
     }
+    faster = min(PLAIN, key=lambda name: timings[name].ms)
     rows = [
         {
             "schedule": name,
             "units_ratio": flops[name] / flops["plain"],
-            "time_ratio": timings[name].over(timings["plain"]),
+            "time_ratio": timings[name].over(timings[faster]),
             "memory_ratio": _ratio(peaks[name], peaks["plain"]),
             **measured[name],
         }
@@ -93,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         "plain_memory_ratio": _ratio(peaks["plain"], peaks[BY_HAND]),
         **measured[BY_HAND],
     }
+    print(f"  x time: over {faster}")
     verdicts = _report(rows, by_hand)
     if args.json:
         result = {
@@ -102,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             "image_size": args.image_size,
             "device": str(args.device),
             "layout": str(layout).removeprefix("torch."),
+            "time_over": faster,
             "rows": rows,
             "by_hand": by_hand,
             "bars": verdicts,
@@ -129,10 +149,12 @@ def build(
     loss = partial(clae_fast.nt_xent, temperature=TEMPERATURE)
     clean = (encoder, x_p, x_q)
     adversarial = (encoder, adv_encoder, x_p, x_q)
+    pair = partial(step.pair_step, *adversarial, loss, attack=ATTACK)
     passes: dict[str, Callable[[], object]] = {
         BY_HAND: partial(_simclr_by_hand, *clean),
         "plain": partial(step.plain_step, *clean, loss),
-        "pair": partial(step.pair_step, *adversarial, loss, attack=ATTACK),
+        "plain_batched": partial(step.plain_step, *clean, loss, batched=True),
+        "pair": pair,
         "self": partial(
             step.self_step,
             *adversarial,
@@ -147,9 +169,12 @@ def build(
             released_nt_xent(2 * batch_size, TEMPERATURE),
             attack=ATTACK,
         ),
+        "pair_added": partial(pair, adv_fraction=FRACTION),
+        "pair_replaced": partial(pair, adv_fraction=FRACTION, adv_replace=True),
+        "pair_micro": partial(pair, micro_batch=-(-batch_size // CHUNKS)),
     }
     trained = list(encoder.parameters())
-    if schedule not in (BY_HAND, "plain"):
+    if schedule not in (BY_HAND, *PLAIN):
         shared = {id(weight) for weight in trained}
         trained += [weight for weight in adv_encoder.parameters() if id(weight) not in shared]
     optimizer = torch.optim.Adam(trained, lr=3e-4)
@@ -236,7 +261,9 @@ def _report(rows: list[dict[str, Any]], by_hand: dict[str, Any]) -> dict[str, st
         line(row["schedule"], row, f"{PLAIN_UNITS * row['units_ratio']:.2f}", ratios)
 
     got = {row["schedule"]: row["time_ratio"] for row in rows}
-    bounds = {f"{name} <= {bound} x plain": (got[name], bound) for name, bound in BARS.items()}
+    bounds = {
+        f"{name} <= {bound} x the faster plain": (got[name], bound) for name, bound in BARS.items()
+    }
     bounds[f"plain <= {PLAIN_BAR} x a step by hand"] = (by_hand["plain_time_ratio"], PLAIN_BAR)
     verdicts = {
         bar: f"{'met' if ratio <= bound else 'missed'} ({ratio:.3f})"

@@ -384,7 +384,10 @@ def test_overhead_command(tmp_path, capsys, same_process, one_thread):
     units = {row["schedule"]: row["units_ratio"] for row in result["rows"]}
     # the input gradient that an attack adds to conv1 weighs more in a narrow network
     expected = {"plain": 1, "pair": 1.5, "self": 11 / 6, "released": 2.5, "released_as_is": 2.5}
-    assert units == pytest.approx(expected, rel=0.03)
+    # a fifth of 8 rows is 2
+    expected |= {"pair_added": 6.75 / 6, "pair_replaced": 6.5 / 6, "pair_micro": 2}
+    assert units == pytest.approx(expected | {"plain_batched": 1}, rel=0.03)
+    assert result["time_over"] in ("plain", "plain_batched")
     for row in result["rows"]:
         assert row["time_ratio"] > 0
         assert row["memory_ratio"] is None or row["memory_ratio"] >= 0
@@ -410,6 +413,7 @@ def test_steps_of_one_meaning_train_alike(one_thread):
         return torch.cat([weight.detach().flatten() for weight in trained["weights"]])
 
     torch.testing.assert_close(weights("plain"), weights(overhead.BY_HAND))
+    torch.testing.assert_close(weights("plain"), weights("plain_batched"))
     torch.testing.assert_close(weights("released"), weights("released_as_is"))
     torch.testing.assert_close(weights("released"), weights("self"))
     assert not torch.equal(weights("pair"), weights("self"))
