@@ -56,6 +56,11 @@ class Config:
         choices=("fail", "skip"),
     )
     workers: int = _option(0, "loader processes, at most one a core; 0 loads in the main process")
+    resident: str = _option(
+        "auto",
+        "keep the decoded training images on the device; auto: where they fit comfortably",
+        choices=("auto", "yes", "no"),
+    )
 
     method: str = _option("simclr", "contrastive method", choices=("simclr", "plain", "uel"))
     temperature: float = _option(0.5, "temperature of the softmax")
@@ -196,8 +201,8 @@ class Config:
 
 # settings that do not decide what was trained so far
 MAY_CHANGE = (
-    "epochs", "data_dir", "download", "on_corrupt", "workers", "device", "log_every",
-    "checkpoint_every", "keep_every",
+    "epochs", "data_dir", "download", "on_corrupt", "workers", "resident", "device",
+    "log_every", "checkpoint_every", "keep_every",
 )  # fmt: skip
 _POSITIVE = (
     "limit", "image_size", "crop_min_scale", "std", "temperature", "proj_dim", "lr", "epochs",

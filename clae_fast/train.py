@@ -49,6 +49,7 @@ def _main(argv: Sequence[str] | None) -> None:
             return
         folder, trainer = _start(config, options["out"] or _default_out(config))
     try:
+        print(f"data: {trainer.views.where}", flush=True)
         trainer.fit(folder)
         results = evaluate(folder, splits=trainer.splits)
     except KeyboardInterrupt:

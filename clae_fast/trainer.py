@@ -1,6 +1,7 @@
 """The training loop: epochs, log points, checkpoints and resume. It knows no method's formula."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from clae_fast import checkpoint, data
 from clae_fast.attack import LinfAttack
 from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
-from clae_fast.device import pick_device, to_device
+from clae_fast.device import pick_device
 from clae_fast.engine import Engine
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
@@ -138,11 +139,39 @@ class Trainer:
         self.method = build_method(config, self.device)
         self.engine = Engine(config, self.method, build_attack(config), self.device)
         self.step = 0
-        self._steps_per_epoch = self._batches().steps_per_epoch
+        self._steps_per_epoch = data.BatchSchedule(
+            len(self.train), config.batch_size, epochs=config.epochs, seed=config.seed
+        ).steps_per_epoch
         self._lr_factor = lr_factor(config, self._steps_per_epoch)
         self._metrics_size = 0
         # the step and the validation accuracy of the best checkpoint
         self._best: dict[str, float] | None = None
+
+    @functools.cached_property
+    def views(self) -> data.ViewSource:
+        """The views of all steps to come, which are prepared when they are first asked for.
+
+        Raises:
+            DataError: an image is damaged.
+            ValueError: the images have to stay on the device, and do not fit.
+        """
+        config = self.config
+        recipe = data.Recipe(
+            **{field.name: getattr(config, field.name) for field in dataclasses.fields(data.Recipe)}
+        )
+        return data.view_source(
+            self.train,
+            recipe,
+            image_size=config.image_size,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            seed=config.seed,
+            start=self.step,
+            device=self.device,
+            dtype=self.engine.dtype,
+            workers=config.workers,
+            resident=config.resident,
+        )
 
     def restore(self, folder: RunFolder) -> None:
         """Takes up the state of a run's checkpoint, if it got as far as the first.
@@ -186,14 +215,8 @@ class Trainer:
             DataError: an image is damaged.
         """
         config = self.config
-        loader = data.view_loader(
-            self._views(),
-            self._batches(),
-            workers=config.workers,
-            pin_memory=self.device.type == "cuda",
-        )
         self.method.train()
-        done, size = self.step * config.batch_size, len(loader) * config.batch_size
+        done, size = self.step * config.batch_size, len(self.views) * config.batch_size
         with (
             MetricsLog(folder, step=self.step, size=self._metrics_size) as log,
             tqdm(total=done + size, initial=done, unit="img", dynamic_ncols=True) as bar,
@@ -201,7 +224,7 @@ class Trainer:
             if self.step == 0:
                 self._save(folder, log)
             window = _Window()
-            for views in loader:
+            for views in self.views:
                 window.add(self._train_step(views))
                 self.step += 1
                 bar.update(config.batch_size)
@@ -212,9 +235,8 @@ class Trainer:
                 if save:
                     self._save(folder, log)
 
-    def _train_step(self, views: list[Tensor]) -> StepResult:
-        x_p, x_q = (to_device(view, self.device).to(self.engine.dtype) for view in views)
-        return self.engine.step(x_p, x_q, number=self.step, lr=self._lr(self.step))
+    def _train_step(self, views: tuple[Tensor, Tensor]) -> StepResult:
+        return self.engine.step(*views, number=self.step, lr=self._lr(self.step))
 
     def _lr(self, step: int) -> float:
         return self.config.lr * self._lr_factor(step)
@@ -286,23 +308,6 @@ class Trainer:
         return NonFiniteError(
             f"{what} at step {self.step}, training diverged: try a smaller lr or eps; "
             f"{folder.checkpoint} is from before"
-        )
-
-    def _views(self) -> data.TwoViews:
-        config = self.config
-        recipe = data.Recipe(
-            **{field.name: getattr(config, field.name) for field in dataclasses.fields(data.Recipe)}
-        )
-        return data.TwoViews(self.train, config.image_size, recipe, seed=config.seed)
-
-    def _batches(self) -> data.BatchSchedule:
-        config = self.config
-        return data.BatchSchedule(
-            len(self.train),
-            config.batch_size,
-            epochs=config.epochs,
-            seed=config.seed,
-            start=self.step,
         )
 
 

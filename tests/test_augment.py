@@ -1,6 +1,8 @@
 """`augment` and its reference against torchvision's transforms, made to draw what a table says."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 import clae_fast
-from clae_fast.data import RECIPES, augmentation
+from clae_fast.data import RECIPES
+
+# behind everything else, so that clae_fast stays the installed one
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.torchvision_views import augmentation
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 

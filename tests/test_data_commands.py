@@ -100,6 +100,7 @@ class TestProcesses:
 
     def test_no_worker_outlives_ctrl_c(self, folder):
         flags = ["--epochs", "100000", "--workers", "2", "--log-every", "1", "--attack", "none"]
+        flags += ["--resident", "no"]
         argv = [*TINY, "--data-dir", str(folder), "--out", str(folder.parent / "run"), *flags]
         process = subprocess.Popen(
             [sys.executable, "-m", "clae_fast.train", *argv],

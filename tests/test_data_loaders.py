@@ -1,10 +1,11 @@
-"""Order of training, loader processes, and images that cannot be read."""
+"""Loader processes, and images that cannot be read."""
 
 import dataclasses
 import io
 import os
 import pickle
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,39 +17,30 @@ from clae_fast.data import RECIPES, CorruptImages, DataError
 from clae_fast.data.split import Arrays
 
 
-class TestBatchSchedule:
-    def test_an_epoch_is_a_permutation_that_changes(self):
-        batches = list(data.BatchSchedule(10, 5, epochs=2, seed=0))
-        epochs = [[key for batch in batches[i : i + 2] for key in batch] for i in (0, 2)]
-        for epoch, keys in enumerate(epochs):
-            assert {e for e, _ in keys} == {epoch}
-            assert sorted(i for _, i in keys) == list(range(10))
-        assert [i for _, i in epochs[0]] != [i for _, i in epochs[1]]
-
-    @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 5, 8, 9])
-    def test_starting_late_skips_and_changes_nothing(self, start):
-        settings = {"epochs": 3, "seed": 1}
-        whole = data.BatchSchedule(10, 3, **settings)
-        rest = data.BatchSchedule(10, 3, **settings, start=start)
-        assert whole.steps_per_epoch == 3
-        assert list(rest) == list(whole)[start:]
-        assert len(rest) == 9 - start
-
-    def test_a_batch_larger_than_the_set_is_refused(self):
-        with pytest.raises(ValueError, match="batch_size must be at most the 10 images, got 11"):
-            data.BatchSchedule(10, 11, epochs=1, seed=0)
-
-
 @pytest.fixture(autouse=True)
 def three_cores(monkeypatch):
     """As many loader processes as are asked for, on any machine."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
 
 
-def load_views(split, workers, epochs=2, batch_size=3):
-    views = data.TwoViews(split, 8, RECIPES["byol"], seed=0)
-    batches = data.BatchSchedule(len(split), batch_size, epochs=epochs, seed=0)
-    return list(data.view_loader(views, batches, workers=workers, pin_memory=False))
+def load_views(split, workers, resident="yes", epochs=2, batch_size=3):
+    source = data.view_source(
+        split,
+        RECIPES["byol"],
+        image_size=8,
+        batch_size=batch_size,
+        epochs=epochs,
+        seed=0,
+        start=0,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        workers=workers,
+        resident=resident,
+    )
+    return list(source)
+
+
+stream_views = partial(load_views, resident="no")
 
 
 def load_images(split, workers, batch_size=3):
@@ -63,15 +55,6 @@ def photographs():
 
 
 class TestLoaders:
-    def test_workers_do_not_change_the_views(self, photographs):
-        runs = [load_views(photographs, workers) for workers in (0, 1, 2)]
-        for run in runs:
-            assert len(run) == 4
-            for batch, expected in zip(run, runs[0], strict=True):
-                for view, same in zip(batch, expected, strict=True):
-                    assert view.shape == (3, 3, 8, 8)
-                    assert torch.equal(view, same)
-
     @pytest.mark.parametrize("workers", [0, 1, 2])
     def test_every_image_is_loaded_once_in_order(self, photographs, workers):
         images, labels = (
@@ -85,6 +68,7 @@ class TestLoaders:
     def test_the_global_generator_is_left_alone(self, photographs, workers):
         state = torch.get_rng_state()
         load_views(photographs, workers)
+        load_views(photographs, workers, "no")
         load_images(photographs, workers)
         assert torch.equal(torch.get_rng_state(), state)
 
@@ -167,13 +151,14 @@ def assert_named_once(stderr, folder):
 class TestCorruptImages:
     def test_the_first_one_fails(self, folder, workers):
         train = load(folder, "fail")
-        for loader in (load_views, load_images):
+        for loader in (load_views, stream_views, load_images):
             with pytest.raises(DataError, match=r"train/\d/\d\.png: "):
                 loader(train, workers)
 
-    def test_training_takes_the_next_readable_one(self, folder, workers, capsys):
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_training_takes_the_next_readable_one(self, folder, workers, resident, capsys):
         train = load(folder, "skip")
-        views = load_views(train, workers)
+        views = load_views(train, workers, resident)
         assert_named_once(capsys.readouterr().err, folder)
         assert len(train.corrupt) == 5
         # what stands in is a function of the index alone: 7 for each of 2 to 6
@@ -196,13 +181,13 @@ class TestCorruptImages:
         train = load(folder, "skip")
         load_views(train, workers)
         load_images(train, workers)
-        load_views(train.select([2, 3, 8, 9]), workers)
+        load_views(train.select([2, 3, 8, 9]), workers, "no")
         assert_named_once(capsys.readouterr().err, folder)
         assert len(train.corrupt) == 5
 
     def test_all_of_them_is_an_error(self, folder, workers):
         train = load(folder, "skip").select([2, 3, 4])
-        for loader in (load_views, load_images):
+        for loader in (load_views, stream_views, load_images):
             with pytest.raises(DataError, match="none of the 3 images can be read"):
                 loader(train, workers)
 

@@ -1,17 +1,13 @@
-"""Recipes against what their papers print, and the views that they draw."""
+"""Recipes against what their papers print, and the tables that are drawn by them."""
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms import v2
 
-from clae_fast import data
+import clae_fast
 from clae_fast.config import Config
 from clae_fast.data import RECIPES, Recipe
-from clae_fast.data.split import Arrays
 
 # the crop's area and resizing, jitter and its probability, grey, blur and solarization of each view
 PUBLISHED = {
@@ -44,74 +40,56 @@ def test_every_field_is_a_setting():
         assert settings[field.name] == field.type
 
 
-def steps(name, image_size=224, view=0):
-    """The steps of a view by kind; those of RandomApply by what they apply."""
-    found = {}
-    for step in data.augmentation(image_size, RECIPES[name], view).transforms:
-        kind = type(step.transforms[0]) if isinstance(step, v2.RandomApply) else type(step)
-        found[kind] = step
-    return found
+N = 4000
 
 
-class TestAugmentation:
-    @pytest.mark.parametrize("name", PUBLISHED)
-    @pytest.mark.parametrize("view", [0, 1])
-    def test_parameters_reach_torchvision(self, name, view):
-        crop, interpolation, strengths, jitter_prob, grey, blur, solarize = PUBLISHED[name]
-        found = steps(name, view=view)
-        assert found[v2.RandomResizedCrop].size == (224, 224)
-        assert tuple(found[v2.RandomResizedCrop].scale) == (crop, 1)
-        assert tuple(found[v2.RandomResizedCrop].ratio) == (3 / 4, 4 / 3)
-        assert found[v2.RandomResizedCrop].interpolation.value == interpolation
-        assert found[v2.RandomHorizontalFlip].p == 0.5
-        (jitter,) = found[v2.ColorJitter].transforms
-        assert found[v2.ColorJitter].p == jitter_prob
-        for value, range_ in zip(
-            strengths, (jitter.brightness, jitter.contrast, jitter.saturation), strict=False
-        ):
-            assert range_ == pytest.approx((1 - value, 1 + value))
-        assert jitter.hue == pytest.approx((-strengths[3], strengths[3]))
-        assert found[v2.RandomGrayscale].p == grey
-        for prob, kind in ((blur[view], v2.GaussianBlur), (solarize[view], v2.RandomSolarize)):
-            assert (kind in found) == (prob > 0)
-            assert prob in (0, found[kind].p if kind in found else 0)
+def drawn(recipe):
+    """The table of a recipe for images of 300 x 300: [2, N, 16]."""
+    settings = dataclasses.asdict(recipe)
+    del settings["interpolation"]
+    ids = torch.arange(N)
+    return clae_fast.augment_params(ids, seed=1, epoch=0, height=300, width=300, **settings)
 
-    @pytest.mark.parametrize(
-        ("image_size", "kernel"), [(16, 3), (32, 3), (64, 7), (96, 9), (224, 23)]
-    )
-    def test_blur_spans_a_tenth_of_the_view(self, image_size, kernel):
-        blur = steps("byol", image_size)[v2.GaussianBlur].transforms[0]
-        assert tuple(blur.kernel_size) == (kernel, kernel)
-        assert tuple(blur.sigma) == (0.1, 2.0)
 
-    @pytest.mark.parametrize("name", PUBLISHED)
-    @pytest.mark.parametrize("view", [0, 1])
-    def test_views_of_floats_stay_in_range(self, name, view):
-        transform = data.augmentation(24, RECIPES[name], view)
-        checks = (torch.arange(12).reshape(-1, 1) + torch.arange(12)) % 2
-        for image in (torch.ones(3, 12, 12), checks.float().expand(3, -1, -1)):
-            for _ in range(10):
-                found = transform(image)
-                assert found.min() >= 0
-                assert found.max() <= 1
+def assert_share(chosen, probability):
+    """`chosen` is true with that probability, to within four standard deviations."""
+    deviation = (probability * (1 - probability) / chosen.numel()) ** 0.5
+    assert abs(chosen.double().mean().item() - probability) <= 4 * deviation
 
-    def test_solarization_inverts_the_bright_half(self):
-        recipe = dataclasses.replace(CROP_ONLY, solarize_prob=(0.0, 1.0))
-        pixels = np.array([0, 100, 127, 128, 200, 255], dtype=np.uint8)
-        image = Image.fromarray(np.tile(pixels[:, None, None], (1, 6, 3)))
-        views = [data.augmentation(6, recipe, view) for view in (0, 1)]
-        found = [view(image)[0, :, 0] * 255 for view in views]
-        torch.testing.assert_close(found[0], torch.tensor([0.0, 100, 127, 128, 200, 255]))
-        torch.testing.assert_close(found[1], torch.tensor([0.0, 100, 127, 127, 55, 0]))
 
-    def test_what_is_switched_off_is_left_out(self):
-        kinds = [type(t) for t in data.augmentation(16, CROP_ONLY, 0).transforms]
-        assert kinds == [v2.RandomResizedCrop, v2.ToImage, v2.ToDtype, v2.ToPureTensor]
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("view", [0, 1])
+def test_tables_have_the_published_laws(name, view):
+    crop, _, strengths, jitter_prob, grey, blur, solarize = PUBLISHED[name]
+    table = drawn(RECIPES[name])[view].double()
+    top, left, height, width, flip = table[:, :5].T
+    area = height * width / 300**2
+    # sides are rounded to pixels
+    assert crop - 0.01 < area.min() < crop + 0.05
+    assert 0.9 < area.max() <= 1
+    assert 0.72 < (width / height).min() < 0.8
+    assert 1.25 < (width / height).max() < 1.37
+    assert (top + height).max() <= 300
+    assert (left + width).max() <= 300
+    assert_share(flip, 0.5)
+    jittered = (table[:, 9:13] != torch.tensor([1.0, 1, 1, 0])).any(dim=1)
+    assert_share(jittered, jitter_prob)
+    for factor, none, strength in zip(table[:, 9:13].T, (1, 1, 1, 0), strengths, strict=True):
+        spread = (factor[jittered] - none).abs()
+        assert 0.95 * strength < spread.max() <= strength * (1 + 1e-6)
+    assert_share(table[:, 13], grey)
+    sigma = table[:, 14]
+    assert_share(sigma > 0, blur[view])
+    if blur[view]:
+        assert sigma[sigma > 0].min() >= 0.1 - 1e-6
+        assert sigma.max() <= 2
+    assert_share(table[:, 15], solarize[view])
 
-    def test_evaluation_sees_the_middle(self):
-        image = torch.zeros(3, 8, 16)
-        image[:, :, 4:12] = 1
-        assert torch.equal(data.eval_transform(8)(image), torch.ones(3, 8, 8))
+
+def test_what_is_switched_off_does_nothing():
+    table = drawn(CROP_ONLY)
+    assert not table[..., 4].any()
+    assert torch.equal(table[..., 9:], torch.tensor([1.0, 1, 1, 0, 0, 0, 0]).expand(2, N, 7))
 
 
 CROP_ONLY = Recipe(
@@ -124,50 +102,3 @@ CROP_ONLY = Recipe(
     blur_prob=(0.0, 0.0),
     solarize_prob=(0.0, 0.0),
 )
-
-
-@pytest.fixture(scope="module")
-def photographs():
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)
-    return data.Split.whole(Arrays(pixels), range(8))
-
-
-class TestTwoViews:
-    @pytest.mark.parametrize("name", PUBLISHED)
-    def test_views_are_plain_float_pixels(self, photographs, name):
-        p, q, errors = data.TwoViews(photographs, 16, RECIPES[name], seed=0)[0, 3]
-        assert errors == []
-        for view in (p, q):
-            assert type(view) is torch.Tensor
-            assert (view.shape, view.dtype) == ((3, 16, 16), torch.float32)
-            assert 0 <= view.min() < view.max() <= 1
-
-    @pytest.mark.parametrize("name", ["simclr_cifar", "byol"])
-    def test_a_view_depends_on_seed_epoch_index_and_view_alone(self, photographs, name):
-        def views(seed=5):
-            return data.TwoViews(photographs, 16, RECIPES[name], seed=seed)
-
-        p, q, _ = views()[2, 3]
-        torch.manual_seed(123)
-        _ = views()[0, 1]
-        again = views()[2, 3]
-        assert torch.equal(p, again[0])
-        assert torch.equal(q, again[1])
-        others = [q, views()[3, 3][0], views()[2, 4][0], views(seed=6)[2, 3][0]]
-        assert not any(torch.equal(p, other) for other in others)
-
-    def test_the_global_generator_is_left_alone(self, photographs):
-        views = data.TwoViews(photographs, 16, RECIPES["byol"], seed=0)
-        state = torch.get_rng_state()
-        _ = views[0, 0]
-        assert torch.equal(torch.get_rng_state(), state)
-
-    def test_digits_see_the_views_that_they_always_saw(self):
-        train = data.load("digits", limit=4).train
-        recipe = dataclasses.replace(CROP_ONLY, crop_min_scale=0.4)
-        p, q, _ = data.TwoViews(train, 16, recipe, seed=0)[1, 2]
-        crop = v2.RandomResizedCrop(16, scale=(0.4, 1.0))
-        for number, view in enumerate((p, q)):
-            seed = np.random.SeedSequence((0, 1, 2, number)).generate_state(1)[0]
-            torch.manual_seed(int(seed))
-            assert torch.equal(view, crop(train[2]))

@@ -70,9 +70,10 @@ class TestRun:
         ]
         assert re.fullmatch(r"encoder: resnet-narrow, [\d,]+ parameters", out[3])
         assert out[4] == "method: simclr, attack pair"
-        assert re.fullmatch(r"knn accuracy: \d+\.\d %", out[5])
-        assert re.fullmatch(r"linear accuracy: \d+\.\d %", out[6])
-        assert out[7:] == [f"run folder: {run}"]
+        assert out[5] == "data: on cpu, 0.0246 MB"
+        assert re.fullmatch(r"knn accuracy: \d+\.\d %", out[6])
+        assert re.fullmatch(r"linear accuracy: \d+\.\d %", out[7])
+        assert out[8:] == [f"run folder: {run}"]
 
     def test_progress_has_rate_losses_and_time_left(self, finished):
         last = finished[2].split("\r")[-1]
@@ -81,8 +82,8 @@ class TestRun:
     def test_results_are_those_printed(self, finished):
         run, out, _ = finished
         results = json.loads((run / "results.json").read_text())
-        assert out[5] == f"knn accuracy: {results['knn']:.1f} %"
-        assert out[6] == f"linear accuracy: {results['linear']:.1f} %"
+        assert out[6] == f"knn accuracy: {results['knn']:.1f} %"
+        assert out[7] == f"linear accuracy: {results['linear']:.1f} %"
         assert results["step"] == 8
 
     def test_settings_are_recorded(self, finished):

@@ -71,7 +71,7 @@ class TestFit:
         trainer = Trainer(tiny())
         convolution = trainer.method.adv_encoder.backbone[1].conv1
         convolution.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        trainer._train_step([torch.rand(4, 3, 8, 8) for _ in range(2)])
+        trainer._train_step(next(iter(trainer.views)))
         (x_adv,) = seen
         for tensor in (x_adv, convolution.weight):
             assert tensor.is_contiguous(memory_format=torch.channels_last)
@@ -307,7 +307,7 @@ class TestHeldOut:
         trainer = Trainer(tiny(val_size=10))
         assert (len(trainer.held), len(trainer.train), len(trainer.labelled)) == (10, 22, 22)
         held = set(trainer.held.rows.tolist())
-        for split in (trainer.train, trainer.labelled, trainer._views().split):
+        for split in (trainer.train, trainer.labelled):
             assert not held & set(split.rows.tolist())
         assert len(trainer.splits.train) == 32
         assert len(trainer.test) == 32

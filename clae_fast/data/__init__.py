@@ -1,11 +1,12 @@
-"""Data sets, recipes of augmentation and the loaders that feed training and evaluation."""
+"""Data sets, recipes of augmentation, and the batches that feed training and evaluation."""
 
-from clae_fast.data.augment import TwoViews, augmentation, eval_transform
 from clae_fast.data.corrupt import CorruptImages
 from clae_fast.data.datasets import DATASETS, load, require_dataset
-from clae_fast.data.loaders import Batches, BatchSchedule, image_loader, view_loader
+from clae_fast.data.loaders import Batches, eval_transform, image_loader
 from clae_fast.data.recipes import RECIPES, Recipe
+from clae_fast.data.schedule import BatchSchedule
 from clae_fast.data.split import DataError, Split, Splits, hold_out
+from clae_fast.data.views import ViewSource, view_source
 
 __all__ = [
     "DATASETS",
@@ -17,12 +18,11 @@ __all__ = [
     "Recipe",
     "Split",
     "Splits",
-    "TwoViews",
-    "augmentation",
+    "ViewSource",
     "eval_transform",
     "hold_out",
     "image_loader",
     "load",
     "require_dataset",
-    "view_loader",
+    "view_source",
 ]

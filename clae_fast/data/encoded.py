@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,9 +24,26 @@ def decode(file: IO[bytes] | Path, name: str) -> Image.Image:
     Raises:
         DataError: it cannot be read, or is no whole image.
     """
+    with _opened(file, name) as image:
+        return _to_rgb(image)
+
+
+def dimensions(file: IO[bytes] | Path, name: str) -> tuple[int, int]:
+    """Height and width of the image, from its header.
+
+    Raises:
+        DataError: it cannot be read, or is no image.
+    """
+    with _opened(file, name) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
+    """The image, of which nothing but the header has been read; names what goes wrong with it."""
     try:
         with Image.open(file) as image:
-            return _to_rgb(image)
+            yield image
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: damaged image (of no known format)") from error
     except OSError as error:
@@ -74,8 +92,16 @@ class Files:
 
     def open(self, row: int) -> Image.Image:
         """Image `row` in RGB."""
-        path = self.root / os.fsdecode(self.names[row])
+        path = self._path(row)
         return decode(path, str(path))
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of image `row`."""
+        path = self._path(row)
+        return dimensions(path, str(path))
+
+    def _path(self, row: int) -> Path:
+        return self.root / os.fsdecode(self.names[row])
 
     def digest(self, rows: Sequence[int]) -> bytes:
         """Of names and sizes."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clae_fast.data.encoded import decode
+from clae_fast.data.encoded import decode, dimensions
 from clae_fast.data.split import DataError, Split, Splits
 
 
@@ -33,13 +33,21 @@ class Table:
 
     def open(self, row: int) -> Image.Image:
         """Image `row` in RGB."""
+        return decode(*self._file(row))
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of image `row`."""
+        return dimensions(*self._file(row))
+
+    def _file(self, row: int) -> tuple[BytesIO | Path, str]:
+        """Encoded image `row`, and what an error calls it."""
         name = f"{self.name}, row {row}"
         record = self.records[row][self.column]
         if record is None:
             raise DataError(f"{name}: {self.column} is empty")
         if record["bytes"] is not None:
-            return decode(BytesIO(record["bytes"]), name)
-        return decode(Path(record["path"]), f"{name}, {record['path']}")
+            return BytesIO(record["bytes"]), name
+        return Path(record["path"]), f"{name}, {record['path']}"
 
     def digest(self, rows: Sequence[int]) -> bytes:
         """Of the sizes that `datasets` knows."""

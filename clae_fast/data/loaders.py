@@ -1,4 +1,4 @@
-"""Loaders: the batches of a whole training run, and of one pass for evaluation."""
+"""Loader processes, and the loader of one pass for evaluation."""
 
 import os
 import signal
@@ -7,50 +7,19 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from clae_fast.data.augment import TwoViews
 from clae_fast.data.split import DataError, Split
 
 
-class BatchSchedule(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) from one step of a run to its last.
-
-    An epoch is a permutation drawn from (seed, epoch), cut into full batches; the rest is dropped.
-    One iterator spans the epochs, so that workers never idle at a boundary.
-    """
-
-    def __init__(
-        self, size: int, batch_size: int, *, epochs: int, seed: int, start: int = 0
-    ) -> None:
-        if batch_size > size:
-            raise ValueError(f"batch_size must be at most the {size} images, got {batch_size}")
-        self.size = size
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.seed = seed
-        self.start = start
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full batches in an epoch."""
-        return self.size // self.batch_size
-
-    def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first_epoch, skip = divmod(self.start, self.steps_per_epoch)
-        for epoch in range(first_epoch, self.epochs):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.size).tolist()
-            for step in range(skip, self.steps_per_epoch):
-                rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield [(epoch, row) for row in rows]
-            skip = 0
+def eval_transform(image_size: int) -> v2.Compose:
+    """The middle of an image, as a float tensor [3, image_size, image_size] in [0, 1]."""
+    middle = [v2.Resize(image_size), v2.CenterCrop(image_size)]
+    as_floats = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+    return v2.Compose([*middle, *as_floats])
 
 
 class Batches:
@@ -71,18 +40,7 @@ class Batches:
                 readable = True
                 yield batch
         if not readable and len(self):
-            raise DataError(f"none of the {len(self._split)} images can be read")
-
-
-def view_loader(
-    views: TwoViews, batches: BatchSchedule, *, workers: int, pin_memory: bool
-) -> Batches:
-    """Loads the scheduled batches as pairs of views, [N, 3, H, W] each, with `workers` or fewer.
-
-    The workers live from the first batch to the last, each two batches ahead.
-    """
-    loader = _loader(views, workers=workers, pin_memory=pin_memory, batch_sampler=batches)
-    return Batches(loader, views.split)
+            raise self._split.nothing_readable()
 
 
 def image_loader(
@@ -98,15 +56,24 @@ def image_loader(
     Corrupt images are left out, where they are skipped.
     """
     images = _Images(split, transform)
-    loader = _loader(images, workers=workers, pin_memory=pin_memory, batch_size=batch_size)
+    loader = make_loader(
+        images,
+        workers=workers,
+        pin_memory=pin_memory,
+        batch_size=batch_size,
+        collate_fn=_collate,
+    )
     return Batches(loader, split)
 
 
-def _loader(dataset: Dataset, *, workers: int, **settings: Any) -> DataLoader:
+def make_loader(dataset: Dataset, *, workers: int, **settings: Any) -> DataLoader:
+    """A DataLoader with `workers` processes or fewer, one a core, which leave Ctrl-C to this one.
+
+    `settings` are other arguments of it.
+    """
     return DataLoader(
         dataset,
         num_workers=min(workers, _cores()),
-        collate_fn=_collate,
         worker_init_fn=_leave_interrupts_to_the_parent,
         # the loader's own seed, unused here, must not move the global generator on a resume
         generator=torch.Generator(),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clae_fast.data.encoded import decode
+from clae_fast.data.encoded import decode, dimensions
 from clae_fast.data.split import DataError, Split, Splits
 
 # a split of at most so many bytes is kept in memory; of a larger one, an image's row group is read
@@ -77,6 +77,14 @@ class Shards:
 
     def open(self, row: int) -> Image.Image:
         """Image `row` in RGB."""
+        return decode(*self._file(row))
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of image `row`."""
+        return dimensions(*self._file(row))
+
+    def _file(self, row: int) -> tuple[BytesIO, str]:
+        """Encoded image `row`, and what an error calls it."""
         at = int(np.searchsorted(self.starts, row, side="right")) - 1
         group, offset = self.groups[at], row - int(self.starts[at])
         name = f"{group.file}, row {group.start + offset}"
@@ -84,7 +92,7 @@ class Shards:
         record = records[offset].as_py()
         if record is None or record["bytes"] is None:
             raise DataError(f"{name}: {group.column} holds no bytes")
-        return decode(BytesIO(record["bytes"]), name)
+        return BytesIO(record["bytes"]), name
 
     def digest(self, rows: Sequence[int]) -> bytes:
         """Of the shards' names, sizes and footers."""

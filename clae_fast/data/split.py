@@ -30,6 +30,9 @@ class Images(Protocol):
             DataError: it cannot be read; the message names it.
         """
 
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of image `row`, without decoding it; raises what `open` does."""
+
     def digest(self, rows: Sequence[int]) -> bytes:
         """Cheap bytes that change with the stored images `rows`."""
 
@@ -66,9 +69,17 @@ class Split:
     def __getitem__(self, index: int) -> Any:
         return self.images.open(int(self.rows[index]))
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, without decoding it."""
+        return self.images.size(int(self.rows[index]))
+
     def select(self, indices: Any) -> "Split":
         """The part at `indices`, which index a tensor."""
         return replace(self, labels=self.labels[indices], rows=self.rows[indices])
+
+    def nothing_readable(self, errors: Sequence[str] = ()) -> DataError:
+        """The error that no image can be read, with the first of the reasons."""
+        return DataError("; ".join([f"none of the {len(self)} images can be read", *errors[:1]]))
 
     def fingerprint(self) -> str:
         """A digest of what the images and labels are, wherever they are stored.
@@ -132,6 +143,11 @@ class Arrays:
         """Image `row`: a tensor, or a PIL image of bytes."""
         image = self.pixels[row]
         return image if isinstance(image, Tensor) else Image.fromarray(image)
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of image `row`."""
+        height, width = self.pixels.shape[2 if isinstance(self.pixels, Tensor) else 1 :][:2]
+        return height, width
 
     def digest(self, rows: Sequence[int]) -> bytes:
         """Of the pixels themselves."""

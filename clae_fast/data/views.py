@@ -1,0 +1,140 @@
+"""The views of a whole training run, wherever its images are."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from clae_fast.data.memory import decoded_bytes, free_bytes, readable
+from clae_fast.data.recipes import Recipe
+from clae_fast.data.resident import Resident
+from clae_fast.data.schedule import BatchSchedule
+from clae_fast.data.split import Split
+from clae_fast.data.streamed import Streamed
+from clae_fast.ops.augment import augment
+from clae_fast.ops.augment_params import augment_params
+
+RESIDENT = ("auto", "yes", "no")
+
+
+class ViewSource:
+    """Iterates over a run's batches of views, from one step to the last.
+
+    Both views of a sample are a function of (seed, epoch, index, view) alone, the index being that
+    in the training split: neither of workers, nor of processes, nor of where the images are.
+
+    Attributes:
+        where: in a few words, where the images are.
+        steps_per_epoch: full batches in an epoch.
+    """
+
+    def __init__(
+        self,
+        batches: Resident | Streamed,
+        schedule: BatchSchedule,
+        *,
+        image_size: int,
+        interpolation: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.where = batches.where
+        self.steps_per_epoch = schedule.steps_per_epoch
+        self._batches = batches
+        self._schedule = schedule
+        self._augment = partial(
+            augment,
+            size=image_size,
+            interpolation=interpolation,
+            dtype=dtype,
+            memory_format=torch.channels_last,
+        )
+
+    def __len__(self) -> int:
+        """Batches to come."""
+        return len(self._schedule)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of views [n, 3, image_size, image_size] in 0..1, channels_last, on the device."""
+        for images, params, rows in self._batches:
+            yield self._augment(images, params, rows=rows)
+
+
+def view_source(
+    split: Split,
+    recipe: Recipe,
+    *,
+    image_size: int,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    start: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int,
+    resident: str,
+    rank: int = 0,
+    world: int = 1,
+) -> ViewSource:
+    """Makes the views of a run from the images on the device, or from a loader.
+
+    Args:
+        split: the training images.
+        recipe: how views are drawn.
+        image_size: side of the views in pixels.
+        batch_size: images in a batch, of all processes together.
+        epochs: passes over the images in the whole run.
+        seed: of the run.
+        start: steps that are done already.
+        device: where views are made.
+        dtype: of the views, fp32 or fp16.
+        workers: processes that decode, at most one a core; 0 decodes in this one.
+        resident: "yes" to decode all images once, to bytes that stay on the device; "no" to decode
+            them for each batch; "auto" for the first where they take at most a third of the GPU's
+            free memory, or a quarter of the main memory.
+        rank: whose part of each batch is made.
+        world: processes that share a batch.
+
+    Raises:
+        DataError: an image cannot be read, or where such are skipped, none can.
+        ValueError: an argument out of its range, or images that do not fit and have to.
+    """
+    if resident not in RESIDENT:
+        raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, got {resident!r}")
+    schedule = BatchSchedule(
+        len(split), batch_size, epochs=epochs, seed=seed, start=start, rank=rank, world=world
+    )
+    settings = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    interpolation = settings.pop("interpolation")
+    draw = partial(augment_params, seed=seed, **settings)
+    stays = resident != "no" and _fits(split, device, world, must=resident == "yes")
+    kind = Resident if stays else Streamed
+    return ViewSource(
+        kind(split, schedule, draw, device=device, workers=workers),
+        schedule,
+        image_size=image_size,
+        interpolation=interpolation,
+        dtype=dtype,
+    )
+
+
+def _fits(split: Split, device: torch.device, world: int, *, must: bool) -> bool:
+    """Whether the decoded images fit comfortably; raises where they `must`, and do not at all."""
+    need = decoded_bytes(split)
+    # each process of a run has all images, and on one machine all take from the same memory
+    main = "main memory", free_bytes(torch.device("cpu")) // world
+    # a place, what is free there, and what part of that is comfortable to take
+    rooms = [(*main, 4)]
+    if device.type == "cuda":
+        # decoded in main memory, where they stay no longer than that
+        rooms = [(str(device), free_bytes(device), 3), (*main, 2)]
+    if not must:
+        return all(need <= free // part for _, free, part in rooms)
+    for place, free, _ in rooms:
+        if need > free:
+            raise ValueError(
+                f"resident is 'yes', but decoded the training images take about {readable(need)} "
+                f"and {place} has {readable(free)} free: leave it at 'auto'"
+            )
+    return True

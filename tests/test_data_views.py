@@ -1,0 +1,277 @@
+"""The views of a run: the same pixels wherever the images are, and where they are put."""
+
+import dataclasses
+import os
+import re
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clae_fast
+from clae_fast import data
+from clae_fast.data import RECIPES, memory, resident
+from clae_fast.data.pixels import pack, sides, to_bytes, unpack
+from clae_fast.data.split import Arrays
+
+CPU = torch.device("cpu")
+# three batches in each of two epochs, one image left over
+COUNT, BATCH = 7, 2
+SIZE = 8
+
+
+@pytest.fixture(autouse=True)
+def three_cores(monkeypatch):
+    """As many loader processes as are asked for, on any machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+
+
+@pytest.fixture(scope="module")
+def dense():
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 20, 24, 3), dtype=np.uint8)
+    return data.Split.whole(Arrays(pixels), range(COUNT))
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory):
+    """Image files whose sizes differ, as in a folder of photographs."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for row in range(COUNT):
+        for part in ("train", "test"):
+            file = folder / part / str(row % 2) / f"{row}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (10 + row, 19 - 2 * row, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file)
+    return data.load("folder", data_dir=folder).train
+
+
+@pytest.fixture(params=["dense", "ragged"])
+def split(request):
+    return request.getfixturevalue(request.param)
+
+
+def source(split, *, recipe="byol", **settings):
+    settings = {
+        "image_size": SIZE,
+        "batch_size": BATCH,
+        "epochs": 2,
+        "seed": 5,
+        "start": 0,
+        "device": CPU,
+        "dtype": torch.float32,
+        "workers": 0,
+        "resident": "yes",
+        **settings,
+    }
+    return data.view_source(split, RECIPES[recipe], **settings)
+
+
+def assert_same(batches, expected):
+    batches, expected = list(batches), list(expected)
+    assert len(batches) == len(expected)
+    for pair, other in zip(batches, expected, strict=True):
+        for view, same in zip(pair, other, strict=True):
+            assert torch.equal(view, same)
+
+
+class TestPixels:
+    def test_are_those_of_augment(self, split):
+        schedule = data.BatchSchedule(COUNT, BATCH, epochs=2, seed=5)
+        settings = dataclasses.asdict(RECIPES["byol"])
+        interpolation = settings.pop("interpolation")
+        batches = list(source(split))
+        assert len(batches) == len(schedule) == 6
+        for (epoch, rows), (x_p, x_q) in zip(schedule, batches, strict=True):
+            for i, row in enumerate(rows.tolist()):
+                image = torch.from_numpy(np.array(split[row])).permute(2, 0, 1)[None]
+                height, width = image.shape[2:]
+                params = clae_fast.augment_params(
+                    torch.tensor([row]),
+                    seed=5,
+                    epoch=epoch,
+                    height=height,
+                    width=width,
+                    **settings,
+                )
+                p, q = clae_fast.augment(image, params, size=SIZE, interpolation=interpolation)
+                assert torch.equal(x_p[i], p[0])
+                assert torch.equal(x_q[i], q[0])
+
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_workers_and_residence_change_none(self, split, resident, workers):
+        assert_same(source(split, resident=resident, workers=workers), source(split))
+
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    @pytest.mark.parametrize("start", [1, 3, 4, 6])
+    def test_starting_late_changes_none(self, split, resident, start):
+        rest = source(split, resident=resident, start=start)
+        assert len(rest) == 6 - start
+        assert_same(rest, list(source(split))[start:])
+
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_ranks_change_none(self, split, resident):
+        ranks = [source(split, resident=resident, rank=rank, world=2) for rank in (0, 1)]
+        together = [
+            tuple(torch.cat(views) for views in zip(*pairs, strict=True))
+            for pairs in zip(*ranks, strict=True)
+        ]
+        assert_same(together, source(split))
+
+    def test_how_many_are_drawn_at_a_time_changes_none(self, split, monkeypatch):
+        expected = list(source(split))
+        for drawn in (1, BATCH, 2 * BATCH):
+            monkeypatch.setattr(resident, "_DRAWN", drawn)
+            assert_same(source(split), expected)
+
+    def test_chunks_of_decoding_change_none(self, split, monkeypatch):
+        expected = list(source(split))
+        monkeypatch.setattr(resident, "_CHUNK", 3)
+        assert_same(source(split), expected)
+        assert_same(source(split, workers=2), expected)
+
+    def test_seeds_and_epochs_change_them(self, dense):
+        whole = source(dense, batch_size=COUNT)
+        (p, q), (later, _) = list(whole)
+        other = next(iter(source(dense, batch_size=COUNT, seed=6)))[0]
+        for views in (q, later, other):
+            assert not torch.equal(p, views)
+
+    def test_a_second_pass_is_the_first(self, split):
+        once = source(split)
+        assert_same(once, list(once))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_format(self, split, dtype, resident):
+        for view in next(iter(source(split, dtype=dtype, resident=resident))):
+            assert (view.shape, view.dtype) == ((BATCH, 3, SIZE, SIZE), dtype)
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            assert 0 <= view.min() < view.max() <= 1
+
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_the_global_generator_is_left_alone(self, dense, resident):
+        state = torch.get_rng_state()
+        list(source(dense, resident=resident))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestBytes:
+    def test_digits_are_rounded(self):
+        train = data.load("digits", limit=9).train
+        pixels, sizes = pack([to_bytes(train[i]) for i in range(9)])
+        images = unpack(pixels, sizes)
+        assert images.shape == (9, 3, 16, 16)
+        assert sides(images) == (16, 16)
+        exact = torch.stack([train[i] for i in range(9)])
+        assert (images / 255 - exact).abs().max() <= 0.5 / 255 + 1e-6
+
+    def test_sizes_that_differ_make_ragged_images(self, ragged):
+        images = unpack(*pack([to_bytes(ragged[i]) for i in range(COUNT)]))
+        assert isinstance(images, clae_fast.RaggedImages)
+        for i in range(COUNT):
+            assert np.array_equal(images.image(i).permute(1, 2, 0), np.asarray(ragged[i]))
+        height, width = sides(images, torch.tensor([4, 1]))
+        assert list(zip(width.tolist(), height.tolist(), strict=True)) == [
+            ragged[4].size,
+            ragged[1].size,
+        ]
+
+
+class TestEstimate:
+    def test_is_the_size_where_all_headers_are_read(self, split):
+        exact = sum(3 * height * width for height, width in map(split.size, range(COUNT)))
+        assert memory.decoded_bytes(split) == exact
+        assert sum(to_bytes(split[i]).size for i in range(COUNT)) == exact
+
+    def test_reads_a_sample_of_headers_and_decodes_none(self, monkeypatch):
+        asked = []
+        Stored = namedtuple("Stored", "size")
+        images = Stored(lambda row: asked.append(row) or (10, 20 + row % 2))
+        rows = torch.arange(100_000)
+        split = data.Split(images, rows, rows)
+        assert memory.decoded_bytes(split) == 3 * 10 * 20.5 * 100_000
+        assert len(set(asked)) == len(asked) == 256
+        assert min(asked) == 0
+        assert max(asked) == 99_999
+
+    def test_floats_become_bytes(self):
+        train = data.load("digits").train
+        assert memory.decoded_bytes(train) == 1437 * 16 * 16 * 3
+
+    def test_passes_over_what_cannot_be_read(self, ragged, tmp_path):
+        names = ragged.images.names.copy()
+        names[:3] = b"nowhere.png"
+        split = dataclasses.replace(ragged, images=dataclasses.replace(ragged.images, names=names))
+        assert memory.decoded_bytes(split) > 0
+        split = split.select([0, 1, 2])
+        assert memory.decoded_bytes(split) == 0
+
+
+class TestPlace:
+    def where(self, split, monkeypatch, free, resident="auto", **settings):
+        monkeypatch.setattr("clae_fast.data.views.free_bytes", lambda device: free)
+        return source(split, resident=resident, **settings).where
+
+    def test_auto_takes_a_quarter_of_the_main_memory(self, split, monkeypatch):
+        need = memory.decoded_bytes(split)
+        assert self.where(split, monkeypatch, 4 * need).startswith("on cpu, ")
+        assert self.where(split, monkeypatch, 4 * need - 1) == "streamed, no workers"
+        assert self.where(split, monkeypatch, 4 * need, world=2) == "streamed, no workers"
+        assert self.where(split, monkeypatch, 8 * need, world=2).startswith("on cpu, ")
+
+    def test_yes_takes_what_there_is(self, dense, monkeypatch):
+        need = memory.decoded_bytes(dense)
+        assert self.where(dense, monkeypatch, need, "yes") == "on cpu, 0.0101 MB"
+        message = (
+            "resident is 'yes', but decoded the training images take about 0.0101 MB and main "
+            "memory has 0.0101 MB free: leave it at 'auto'"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            self.where(dense, monkeypatch, need - 1, "yes")
+
+    @pytest.mark.parametrize(
+        ("workers", "where"), [(0, "no workers"), (1, "1 worker"), (9, "3 workers")]
+    )
+    def test_no_streams_with_a_worker_a_core(self, split, monkeypatch, workers, where):
+        found = self.where(split, monkeypatch, 10**12, "no", workers=workers)
+        assert found == f"streamed, {where}"
+
+    def test_what_is_unknown_is_named(self, dense):
+        with pytest.raises(ValueError, match="resident must be one of auto, yes, no, got 'maybe'"):
+            source(dense, resident="maybe")
+
+    @pytest.mark.parametrize(
+        ("size", "text"),
+        [(10_080, "0.0101 MB"), (153_600_000, "154 MB"), (26_400_000_000, "26.4 GB")],
+    )
+    def test_sizes_are_readable(self, size, text):
+        assert memory.readable(size) == text
+
+
+class TestFree:
+    def test_is_less_than_the_machine_has(self):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        assert 0 < memory.free_bytes(CPU) < total
+
+    def test_a_gpu_is_asked(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
+        assert memory.free_bytes(torch.device("cuda", 3)) == 5
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_control_groups_count(self, tmp_path, monkeypatch, version):
+        name, controllers = ("memory", "memory") if version == 1 else ("", "")
+        limit, use, cache = memory._CGROUPS[controllers][1:]
+        monkeypatch.setitem(memory._CGROUPS, controllers, (str(tmp_path), limit, use, cache))
+        for folder, most in ((tmp_path / "job" / "step", "max"), (tmp_path / "job", "1000")):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / limit).write_text(most)
+            (folder / use).write_text("700\n")
+            (folder / "memory.stat").write_text(f"anon 400\n{cache} 250\n")
+        groups = tmp_path / "cgroup"
+        groups.write_text(f"5:cpu:/\n4:{name}:/job/step\n")
+        monkeypatch.setattr(memory, "_GROUPS_OF_PROCESS", groups)
+        assert memory.free_bytes(CPU) == 1000 - 700 + 250
