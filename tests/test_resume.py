@@ -117,10 +117,11 @@ def test_schedules_optimisers_attacks_methods(tmp_path, schedule, optimizer, att
 
 
 @pytest.mark.parametrize("workers", [(2, 2), (0, 2)])
-def test_loader_processes(tmp_path, workers):
-    config = resolve(TINY | {"workers": workers[0]})
+@pytest.mark.parametrize("resident", ["yes", "no"])
+def test_loader_processes(tmp_path, workers, resident):
+    config = resolve(TINY | {"workers": workers[0], "resident": resident})
     whole = fit(tmp_path / "whole", config)
-    other = resolve(TINY | {"workers": workers[1]})
+    other = resolve(TINY | {"workers": workers[1], "resident": "no"})
     assert_same_run(whole, fit(tmp_path / "stopped", other, stops=(1, 4)))
 
 
