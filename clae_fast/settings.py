@@ -21,6 +21,7 @@ from clae_fast.data import RECIPES
 from clae_fast.presets import PRESETS, dataset_defaults
 
 _LAYERS = ("preset", "recipe")
+_CHOICES = {field.name: field.metadata["choices"] or () for field in dataclasses.fields(Config)}
 
 
 def resolve(
@@ -94,7 +95,7 @@ def read(path: Path) -> dict[str, Any]:
         for key, value in node.value:
             name = str(loader.construct_object(key, deep=True))
             try:
-                _add(settings, name, loader.construct_object(value, deep=True))
+                _add(settings, name, _value(loader, name, value))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {_line(key)}: {error}") from error
     except OSError as error:
@@ -109,6 +110,13 @@ def read(path: Path) -> dict[str, Any]:
         # characters that no YAML may hold
         raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from error
     return settings
+
+
+def _value(loader: _Loader, name: str, node: yaml.Node) -> Any:
+    # to YAML 1.1 the words yes and no are true and false, where a setting may mean the words
+    if node.value in _CHOICES.get(name, ()):
+        return node.value
+    return loader.construct_object(node, deep=True)
 
 
 def _line(node: yaml.Node) -> int:

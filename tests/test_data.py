@@ -164,6 +164,22 @@ class TestParquet:
             with pytest.raises(DataError, match=rf"train\.parquet, row {row}: damaged image"):
                 train[row]
 
+    def test_sizes_are_those_of_headers(self, folder):
+        train, _, _ = data.load("parquet", data_dir=folder)
+        assert train.size(0) == (10, 12)
+        # the pixels are missing
+        write_parquet(folder / "train.parquet", [jpeg(3, size=(64, 48))[:700], b"no image"], [0, 1])
+        train, _, _ = data.load("parquet", data_dir=folder)
+        assert train.size(0) == (48, 64)
+        with pytest.raises(DataError, match=r"train\.parquet, row 1: damaged image"):
+            train.size(1)
+
+    def test_an_image_too_large_for_crops_is_named(self, folder):
+        write_parquet(folder / "train.parquet", [jpeg(0, size=(32_769, 1)), jpeg(0)], [0, 1])
+        train, _, _ = data.load("parquet", data_dir=folder)
+        with pytest.raises(DataError, match=r"row 0: sides must be at most 32768 pixels, got"):
+            train[0]
+
     def test_a_row_without_bytes_is_named(self, folder):
         write_parquet(folder / "train.parquet", [jpeg(0), None], [0, 1])
         train, _, _ = data.load("parquet", data_dir=folder)

@@ -1,5 +1,6 @@
 """The views of a run: the same pixels wherever the images are, and where they are put."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -12,9 +13,10 @@ from PIL import Image
 
 import clae_fast
 from clae_fast import data
-from clae_fast.data import RECIPES, memory, resident
+from clae_fast.data import RECIPES, memory, resident, views
 from clae_fast.data.pixels import pack, sides, to_bytes, unpack
 from clae_fast.data.split import Arrays
+from clae_fast.data.streamed import _copied_ahead
 
 CPU = torch.device("cpu")
 # three batches in each of two epochs, one image left over
@@ -137,8 +139,8 @@ class TestPixels:
         whole = source(dense, batch_size=COUNT)
         (p, q), (later, _) = list(whole)
         other = next(iter(source(dense, batch_size=COUNT, seed=6)))[0]
-        for views in (q, later, other):
-            assert not torch.equal(p, views)
+        for view in (q, later, other):
+            assert not torch.equal(p, view)
 
     def test_a_second_pass_is_the_first(self, split):
         once = source(split)
@@ -213,7 +215,7 @@ class TestEstimate:
 
 class TestPlace:
     def where(self, split, monkeypatch, free, resident="auto", **settings):
-        monkeypatch.setattr("clae_fast.data.views.free_bytes", lambda device: free)
+        monkeypatch.setattr(views, "free_bytes", lambda device: free)
         return source(split, resident=resident, **settings).where
 
     def test_auto_takes_a_quarter_of_the_main_memory(self, split, monkeypatch):
@@ -222,6 +224,21 @@ class TestPlace:
         assert self.where(split, monkeypatch, 4 * need - 1) == "streamed, no workers"
         assert self.where(split, monkeypatch, 4 * need, world=2) == "streamed, no workers"
         assert self.where(split, monkeypatch, 8 * need, world=2).startswith("on cpu, ")
+
+    @pytest.mark.parametrize(
+        ("gpu", "main", "auto"),
+        [(3, 2, True), (2, 2, False), (3, 1, False), (1, 1, False)],
+    )
+    def test_auto_takes_a_third_of_a_gpu(self, dense, monkeypatch, gpu, main, auto):
+        need = memory.decoded_bytes(dense)
+        free = {"cuda": gpu * need, "cpu": main * need}
+        monkeypatch.setattr(views, "free_bytes", lambda device: free[device.type])
+        device = torch.device("cuda", 1)
+        assert views._fits(dense, device, 1, must=False) == auto
+        assert views._fits(dense, device, 1, must=True)
+        free["cuda"] = need - 1
+        with pytest.raises(ValueError, match=r"0\.0101 MB and cuda:1 has 0\.0101 MB free"):
+            views._fits(dense, device, 1, must=True)
 
     def test_yes_takes_what_there_is(self, dense, monkeypatch):
         need = memory.decoded_bytes(dense)
@@ -275,3 +292,57 @@ class TestFree:
         groups.write_text(f"5:cpu:/\n4:{name}:/job/step\n")
         monkeypatch.setattr(memory, "_GROUPS_OF_PROCESS", groups)
         assert memory.free_bytes(CPU) == 1000 - 700 + 250
+
+
+class TestCopiedAhead:
+    def test_each_batch_is_copied_before_the_last_is_used(self, monkeypatch):
+        """On the CPU, with a stream that does nothing."""
+        said = []
+
+        class Stream:
+            def __init__(self, device):
+                pass
+
+            def record_event(self):
+                return "copied"
+
+            def wait_event(self, event):
+                said.append(event)
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device))
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, stream: said.append("held")
+        )
+        dense = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+        ragged = unpack(*pack([np.zeros((2, size, 3), np.uint8) for size in (2, 3)]))
+        batches = [(dense, torch.zeros(2, 1, 16)), (ragged, torch.zeros(2, 2, 16))]
+
+        def decoded():
+            for number, batch in enumerate(batches):
+                said.append(number)
+                yield batch
+
+        found = []
+        for batch in _copied_ahead(decoded(), CPU):
+            said.append("used")
+            found.append(batch)
+        assert said == [0, 1, "copied", "held", "held", "used", "copied", *["held"] * 4, "used"]
+        assert torch.equal(found[0][0], dense)
+        assert isinstance(found[1][0], clae_fast.RaggedImages)
+        assert torch.equal(found[1][0].pixels, ragged.pixels)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestGpu:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_residence_changes_no_pixel(self, split, workers):
+        settings = {"device": torch.device("cuda"), "epochs": 8}
+        resident = list(source(split, **settings))
+        assert_same(source(split, **settings, resident="no", workers=workers), resident)
+        for pair, other in zip(resident, source(split, epochs=8), strict=True):
+            for view, expected in zip(pair, other, strict=True):
+                assert view.device.type == "cuda"
+                assert view.is_contiguous(memory_format=torch.channels_last)
+                assert (view.cpu() - expected).abs().max() <= 1 / 255

@@ -91,6 +91,7 @@ class TestFile:
             file(
                 "# a run\nlr: 3e-4  # small\nweight_decay: 1E-06\neps: 8\nmean: [0, 0.5, 1]\n"
                 "milestones:\n  - 5\n  - 9\nflip: true\nlimit: null\nattack: none\ndata_dir: '5'\n"
+                "resident: no\n"
             )
         )
         assert settings == {
@@ -103,6 +104,7 @@ class TestFile:
             "limit": None,
             "attack": "none",
             "data_dir": "5",
+            "resident": "no",
         }
         assert isinstance(settings["eps"], float)
 

@@ -13,6 +13,9 @@ from PIL import Image, UnidentifiedImageError
 
 from clae_fast.data.split import DataError
 
+# what `augment_params` draws crops of
+_LARGEST = 2**15
+
 
 def decode(file: IO[bytes] | Path, name: str) -> Image.Image:
     """The image as RGB bytes; transparency is dropped, 16-bit grey scaled.
@@ -25,7 +28,10 @@ def decode(file: IO[bytes] | Path, name: str) -> Image.Image:
         DataError: it cannot be read, or is no whole image.
     """
     with _opened(file, name) as image:
-        return _to_rgb(image)
+        image = _to_rgb(image)
+    if max(image.size) > _LARGEST:
+        raise DataError(f"{name}: sides must be at most {_LARGEST} pixels, got {image.size}")
+    return image
 
 
 def dimensions(file: IO[bytes] | Path, name: str) -> tuple[int, int]:

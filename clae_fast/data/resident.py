@@ -50,7 +50,7 @@ class Resident:
     ) -> None:
         self._schedule = schedule
         self._draw = draw
-        pixels, sizes = _decode(split, device, workers=workers)
+        pixels, sizes = _decode(split, device, workers=workers, bar=schedule.rank == 0)
         decoded = sizes[:, 0] > 0  # [S]
         images = unpack(pixels, sizes[decoded])
         self._images = images.to(device)
@@ -78,21 +78,27 @@ def _to_device(ids: Tensor, device: torch.device) -> Tensor:
     return ids.to(device, non_blocking=True)
 
 
-def _decode(split: Split, device: torch.device, *, workers: int) -> tuple[Tensor, Tensor]:
-    """The pixels of all readable images, and all sizes: those of the others are 0.  # [S, 2]."""
+def _decode(
+    split: Split, device: torch.device, *, workers: int, bar: bool
+) -> tuple[Tensor, Tensor]:  # [bytes], [S, 2]
+    """The pixels of all readable images, and the sizes of all: those of the others are 0.
+
+    With `bar` it shows on stderr how far it is, where that takes longer.
+    """
     chunks = _Chunks(split)
     loader = make_loader(chunks, workers=workers, batch_size=None)
     parts: deque[Tensor] = deque()
     sizes: list[Tensor] = []
     reasons: list[str] = []
-    # the bar shows where it takes longer than these seconds
-    with tqdm(total=len(split), desc="decoding", unit="img", delay=2, leave=False) as bar:
+    with tqdm(
+        total=len(split), desc="decoding", unit="img", leave=False, delay=2, disable=not bar
+    ) as done:
         for pixels, found, errors in loader:
             reasons += errors
             # a copy, since what a worker sends keeps a file open
             parts.append(pixels.clone())
             sizes.append(found.clone())
-            bar.update(len(found))
+            done.update(len(found))
     # not within the bar, which would show at once
     split.corrupt.add(reasons)
     total = sum(len(part) for part in parts)
