@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from clae_fast.attack import LinfAttack
+from clae_fast.distributed import World
 from clae_fast.methods import Method
 from clae_fast.nn.grouped_norm import grouped_norm
 from clae_fast.passes import Around, AttackedPass, InputPass, Pass, frozen, run
@@ -341,6 +342,7 @@ def method_step(
     scale: Tensor | None = None,  # []
     micro_batch: int | None = None,
     last_backward: Around = nullcontext,
+    world: World | None = None,
 ) -> StepResult:
     """One step of a method on its views, under one of the schedules.
 
@@ -356,6 +358,7 @@ def method_step(
         scale: What gradients are multiplied by.
         micro_batch: Rows of a chunk; None takes the batch at once, as "released" must.
         last_backward: Makes a context for the last backward pass.
+        world: Processes that have other rows of the batch, all of which the losses see.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -367,20 +370,22 @@ def method_step(
     if len(views) != method.views:
         raise ValueError(f"views must be {method.views} for {method.name}, got {len(views)}")
     x_p, x_q = views
+    world = world or World.single()
+    loss = world.gather_loss(method.loss)
     options: dict[str, Any] = {"scale": scale, "last_backward": last_backward}
     if kind == "none":
         return plain_step(
             method.encoder,
             x_p,
             x_q,
-            method.loss,
+            loss,
             batched=batched,
             micro_batch=micro_batch,
             **options,
         )
     if method.adv_encoder is None or attack is None:
         raise ValueError(f"kind={kind!r} needs an attack and a method built with adversarial=True")
-    given = (method.encoder, method.adv_encoder, x_p, x_q, method.loss)
+    given = (method.encoder, method.adv_encoder, x_p, x_q, loss)
     options |= {"attack": attack, "adv_weight": adv_weight}
     if kind == "released":
         if (adv_fraction, adv_replace, micro_batch) != (1, False, None):
@@ -393,7 +398,7 @@ def method_step(
     }
     if kind == "pair":
         return pair_step(*given, **options)
-    return self_step(*given, attack_grad=method.attack_grad, **options)
+    return self_step(*given, attack_grad=world.gather_grad(method.attack_grad), **options)
 
 
 class _Parts:
