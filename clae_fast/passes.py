@@ -133,7 +133,8 @@ class CachedPass(Pass):
     """A pass in chunks, each encoded anew on the way back: 1 unit now, 1 more by `back`.
 
     BatchNorm normalises a chunk by its own statistics, and its running ones move once a chunk.
-    Random layers draw for a chunk what they drew for it the first time.
+    Random layers draw for a chunk what they drew for it the first time: states of generators are
+    read and written, so no CUDA graph can be captured of it.
 
     Args:
         one: Makes the pass of a chunk.
@@ -149,8 +150,7 @@ class CachedPass(Pass):
         self._chunks = x.split(micro_batch)
         self._random: list[list[Tensor]] = []
         rows = []
-        # frozen too: autocast remembers casts of trained weights, here without their graph
-        with torch.no_grad(), _weights_frozen(encoder):
+        with torch.no_grad():
             for chunk in self._chunks:
                 self._random.append(_random_state(x.device))
                 rows.append(encoder(chunk))
@@ -202,17 +202,12 @@ def run(
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Leaves weights without gradients and BatchNorm's running statistics where they are."""
-    with _weights_frozen(module), _statistics_held(module):
-        yield
-
-
-@contextmanager
-def _weights_frozen(module: nn.Module) -> Iterator[None]:
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
     try:
-        yield
+        with _statistics_held(module):
+            yield
     finally:
         for weight in weights:
             weight.requires_grad_(True)

@@ -236,8 +236,8 @@ def test_random_layers_draw_the_same_twice(kind):
     assert torch.equal(torch.get_rng_state(), drawn[1])
 
 
-def test_a_frozen_first_forward_leaves_autocast_its_weights():
-    """Autocast keeps casts of weights: one made without a graph would take no gradient."""
+def test_chunks_under_autocast():
+    """Autocast keeps casts of weights: one kept from the first pass would take no gradient."""
     pair, x = encoders(torch.float32), views(dtype=torch.float32)
     other = copy.deepcopy(pair)
     with torch.autocast("cpu", torch.bfloat16):
