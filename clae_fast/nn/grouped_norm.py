@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ def grouped_norm(module: nn.Module, groups: int) -> Iterator[None]:
         >>> with grouped_norm(encoder, 2):
         ...     z_p, z_q = encoder(torch.cat((x_p, x_q))).chunk(2)
     """
-    kinds = {norm: type(norm) for norm in module.modules() if isinstance(norm, _BatchNorm)}
+    norms = (norm for norm in module.modules() if isinstance(norm, _BatchNorm))
+    kinds: dict[_BatchNorm, Any] = {norm: type(norm) for norm in norms}
     for norm, kind in kinds.items():
         norm.__class__ = _grouped(kind, groups)
     try:
