@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from clae_fast import distributed
 from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config, hints, nearest
 from clae_fast.data import DataError
@@ -90,9 +91,9 @@ def _run(command: Callable[[], None], signals: Sequence[int]) -> int:
         command()
     except KeyboardInterrupt as interrupt:
         what, code = ("terminated", TERMINATED) if signals else ("interrupted", INTERRUPTED)
-        print("; ".join((what, *interrupt.args)), file=sys.stderr)
+        _say("; ".join((what, *interrupt.args)))
         return code
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, CheckpointError, distributed.LostWorkerError) as error:
         return _fail(error, FAILED)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
@@ -139,5 +140,11 @@ def _terminable() -> Iterator[list[int]]:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"error: {str(message).strip()}", file=sys.stderr)
+    _say(f"error: {str(message).strip()}")
     return code
+
+
+def _say(line: str) -> None:
+    """Prints why a command ends, once for all processes of a run."""
+    if distributed.reports_first():
+        print(line, file=sys.stderr)

@@ -93,7 +93,7 @@ class Config:
     milestones: tuple[int, ...] = _option((), "epochs at which the step schedule changes")
     factors: tuple[float, ...] = _option((), "the rate from each milestone on, relative to lr")
     epochs: int = _option(30, "passes over the training set")
-    batch_size: int = _option(128, "images in a batch")
+    batch_size: int = _option(128, "images in a batch, of all processes together")
 
     seed: int = _option(0, "seed of weights, order and augmentation")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
@@ -110,6 +110,7 @@ class Config:
         "replay the step as a CUDA graph; auto: on a GPU, where it can be",
         choices=("auto", "yes", "no"),
     )
+    sync_norm: bool = _option(True, "synchronise BatchNorm over processes")
     log_every: int = _option(10, "steps between log points")
     checkpoint_every: int | None = _option(None, "steps between checkpoints within an epoch")
     keep_every: int | None = _option(None, "epochs between checkpoints that stay")

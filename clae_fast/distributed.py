@@ -9,9 +9,10 @@ One process is a `World` too, in which nothing is communicated and nothing costs
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 # how long a process waits for the others; they wait for the first one to validate
 TIMEOUT = timedelta(minutes=30)
+# where the processes that fail are counted
+_failures: Store | None = None
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # integers as long as an element
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -56,7 +59,6 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    _store: Store | None = field(default=None, repr=False)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "World":
@@ -196,15 +198,14 @@ class World:
             return attack_grad
         return lambda z: self.own_rows(attack_grad(self.all_gather(z)))
 
-    def reports_first(self) -> bool:
-        """Whether no other process has asked this: of many that fail, one is to say why."""
-        if self._store is None:
-            return True
-        try:
-            return self._store.add("clae_fast/failed", 1) == 1
-        except RuntimeError:
-            # whoever kept count is gone, and may not have reported
-            return True
+    @contextmanager
+    def one_at_first(self) -> Iterator[None]:
+        """Lets one process of each machine through, then the others: what it fetches, they find."""
+        if self.local_rank:
+            self.barrier()
+        yield
+        if not self.local_rank:
+            self.barrier()
 
     def shutdown(self) -> None:
         """Leaves, after waiting for the others; each may go on alone."""
@@ -268,7 +269,21 @@ def init(device_name: str = "auto") -> World:
             timeout=TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
-    return World(rank, size, local_rank, device, store)
+    global _failures
+    _failures = store
+    return World(rank, size, local_rank, device)
+
+
+def reports_first() -> bool:
+    """Whether no other process of the run has asked this: of many that fail, one says why."""
+    if _failures is None:
+        # what fails so early fails on all processes of a machine
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return _failures.add("clae_fast/failed", 1) == 1
+    except RuntimeError:
+        # whoever kept count is gone, and may not have reported
+        return True
 
 
 def _number(name: str) -> int:
@@ -307,5 +322,6 @@ def _others_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        words = " ".join(str(error).split())
+        # without the place in the backend's code, and its advice
+        words = re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split())).partition(". ")[0]
         raise LostWorkerError(f"another process of the run is lost: {words[:150]}") from error

@@ -17,9 +17,11 @@ from torch.amp import GradScaler
 
 from clae_fast.attack import LinfAttack
 from clae_fast.config import Config
+from clae_fast.distributed import World
 from clae_fast.methods import Method
 from clae_fast.nn import Encoder
 from clae_fast.optimizer import build_optimizer, load_optimizer, set_lr
+from clae_fast.reducer import GradientReducer
 from clae_fast.step import StepResult, method_step
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +39,7 @@ class Engine:
             fp16 with a loss scale and both, the CPU takes fp32 and neither.
         method: The method and its encoders, on `device`.
         attack: How far an attack goes.
-        device: Where steps run.
+        world: The processes that share a batch; one alone by default.
 
     Attributes:
         dtype: Of the views that steps take, fp16 or fp32: bf16's spacing near 1 is coarser than an
@@ -48,8 +50,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, method: Method, attack: LinfAttack, device: torch.device
+        self,
+        config: Config,
+        method: Method,
+        attack: LinfAttack,
+        device: torch.device,
+        world: World | None = None,
     ) -> None:
+        world = world or World.single(device)
         on_gpu = device.type == "cuda"
         precision = config.precision
         if precision == "auto":
@@ -71,6 +79,8 @@ class Engine:
         self._device = device
         captured = on_gpu and config.capture != "no"
         self._optimizer = build_optimizer(config, method, device)
+        self._world = world
+        self._reducer = GradientReducer(method.parameters(), world)
         self._scaler = GradScaler(device.type, enabled=precision == "fp16")
         self._describe = ", ".join((precision, *["compiled"] * compiled, *["captured"] * captured))
         self._one = torch.ones((), device=device)
@@ -83,7 +93,7 @@ class Engine:
         return self._describe
 
     def step(self, x_p: Tensor, x_q: Tensor, *, number: int, lr: float) -> StepResult:
-        """Takes a step on two views of a batch, [N, 3, H, W] each, of `dtype`.
+        """Takes a step on two views of this process's rows, [N, 3, H, W] each, of `dtype`.
 
         Args:
             x_p: View p.
@@ -135,14 +145,17 @@ class Engine:
 
     def _eager(self, kind: str, x_p: Tensor, x_q: Tensor) -> StepResult:
         config = self._config
-        self._optimizer.zero_grad()
+        self._reducer.zero_grad()
         result = method_step(
             self._method,
             (x_p, x_q),
             kind=kind,
             attack=self._attack,
             adv_weight=config.adv_weight,
+            last_backward=self._reducer.last_backward,
+            world=self._world,
         )
+        self._reducer.finish()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._method.after_step()

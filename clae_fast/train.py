@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clae_fast import _cli, _impl, provenance
+from clae_fast import _cli, _impl, distributed, provenance
 from clae_fast.config import MAY_CHANGE, Config, hints
 from clae_fast.data import RECIPES
+from clae_fast.distributed import LostWorkerError, World
 from clae_fast.evaluate import evaluate, report
 from clae_fast.presets import PRESETS
 from clae_fast.run_folder import RunFolder, require_free
@@ -49,26 +50,36 @@ def _main(argv: Sequence[str] | None) -> None:
             return
         folder, trainer = _start(config, options["out"] or _default_out(config))
     try:
-        print(f"data: {trainer.views.where}", flush=True)
+        if trainer.world.leads:
+            print(f"data: {trainer.views.where}", flush=True)
         trainer.fit(folder)
+        trainer.world.shutdown()
+        if not trainer.world.leads:
+            return
         results = evaluate(folder, splits=trainer.splits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with --resume {folder.path}") from None
+    except LostWorkerError as error:
+        raise LostWorkerError(f"{error}; continue with --resume {folder.path}") from error
     print(report(results))
     print(f"run folder: {folder.path}")
 
 
-def _build(config: Config) -> Trainer:
+def _build(config: Config, world: World) -> Trainer:
     try:
-        trainer = Trainer(config)
+        trainer = Trainer(config, world)
         ops = _impl.describe(trainer.device)
+    except LostWorkerError:
+        raise
     except RuntimeError as error:
         # a package or an implementation that was asked for by name is not installed
         raise ValueError(error) from error
+    if not world.leads:
+        return trainer
     encoder = trainer.method.encoder
     parameters = sum(p.numel() for p in encoder.parameters())
     print(f"ops: {ops}")
-    print(f"device: {trainer.device}")
+    print(f"device: {trainer.device}" + f", {world.size} processes" * (world.size > 1))
     print(
         f"dataset: {config.dataset}, {len(trainer.train)} training and {len(trainer.test)} test "
         f"images, views of {config.image_size}x{config.image_size}"
@@ -79,8 +90,13 @@ def _build(config: Config) -> Trainer:
 
 
 def _start(config: Config, path: Path) -> tuple[RunFolder, Trainer]:
-    require_free(path)
-    trainer = _build(config)
+    world = distributed.init(config.device)
+    path = world.broadcast(path)
+    if world.leads:
+        require_free(path)
+    trainer = _build(config, world)
+    if not world.leads:
+        return RunFolder(path, config), trainer
     now = provenance.describe(trainer.device, trainer.splits)
     folder = RunFolder.create(path, config)
     provenance.record(folder, now, step=0)
@@ -94,8 +110,11 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
         raise ValueError(f"--resume goes on with the run's own settings: drop {names}")
     folder = RunFolder.open(options["resume"])
     config = folder.config.resumed(settings)
-    trainer = _build(config)
+    world = distributed.init(config.device)
+    trainer = _build(config, world)
     trainer.restore(folder)
+    if not world.leads:
+        return folder, trainer
     changes = provenance.record(
         folder,
         provenance.describe(trainer.device, trainer.splits),

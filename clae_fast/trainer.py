@@ -17,10 +17,12 @@ from clae_fast.attack import LinfAttack
 from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
 from clae_fast.device import pick_device
+from clae_fast.distributed import World
 from clae_fast.engine import Engine
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.nn.normalize import Normalize
+from clae_fast.nn.sync_norm import convert
 from clae_fast.optimizer import lr_factor
 from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.run_folder import MetricsLog, RunFolder
@@ -107,8 +109,10 @@ class Trainer:
 
     Args:
         config: the settings.
+        world: the processes that train together; one alone by default.
 
     Attributes:
+        world: those processes.
         device: where it trains.
         splits: the data set.
         train: the training images.
@@ -124,20 +128,27 @@ class Trainer:
         ValueError: settings that do not fit the data or this machine.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, world: World | None = None) -> None:
         self.config = config
-        self.device = pick_device(config.device)
-        self.splits = data.load(
-            config.dataset,
-            data_dir=config.data_dir,
-            limit=config.limit,
-            download=config.download,
-            on_corrupt=config.on_corrupt,
-        )
+        self.world = world or World.single(pick_device(config.device))
+        self.world.local_batch(config.batch_size)
+        self.device = self.world.device
+        with self.world.one_at_first():
+            self.splits = data.load(
+                config.dataset,
+                data_dir=config.data_dir,
+                limit=config.limit,
+                download=config.download,
+                on_corrupt=config.on_corrupt,
+            )
         (self.train, self.labelled, self.test), self.held = hold_out(config, self.splits)
         torch.manual_seed(config.seed)
         self.method = build_method(config, self.device)
-        self.engine = Engine(config, self.method, build_attack(config), self.device)
+        # the same seed gives the same weights on machines that are alike
+        self.world.share(self.method)
+        if config.sync_norm:
+            convert(self.method, self.world)
+        self.engine = Engine(config, self.method, build_attack(config), self.device, self.world)
         self.step = 0
         self._steps_per_epoch = data.BatchSchedule(
             len(self.train), config.batch_size, epochs=config.epochs, seed=config.seed
@@ -171,6 +182,8 @@ class Trainer:
             dtype=self.engine.dtype,
             workers=config.workers,
             resident=config.resident,
+            rank=self.world.rank,
+            world=self.world.size,
         )
 
     def restore(self, folder: RunFolder) -> None:
@@ -207,15 +220,19 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def fit(self, folder: RunFolder) -> None:
-        """Trains to the last epoch, writing into `folder`.
+        """Trains to the last epoch; the process that leads writes into `folder`.
 
         Raises:
+            LostWorkerError: another process is gone.
             NonFiniteError: training diverged; the checkpoint before it remains.
             CheckpointError: a checkpoint cannot be written; the one before it remains.
             DataError: an image is damaged.
         """
         config = self.config
         self.method.train()
+        if not self.world.leads:
+            self._follow()
+            return
         done, size = self.step * config.batch_size, len(self.views) * config.batch_size
         with (
             MetricsLog(folder, step=self.step, size=self._metrics_size) as log,
@@ -231,9 +248,21 @@ class Trainer:
                 save = self._saves_at(self.step)
                 if save or self.step % config.log_every == 0:
                     self._log(folder, log, window, bar)
+                    if save:
+                        self._save(folder, log)
                     window = _Window()
-                if save:
-                    self._save(folder, log)
+
+    def _follow(self) -> None:
+        """Trains on this process's rows, while another one logs, validates and saves."""
+        # random layers draw other numbers for other rows
+        torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)
+        if self.step == 0:
+            self.world.require_equal(self.method)
+        for views in self.views:
+            self._train_step(views)
+            self.step += 1
+            if self._saves_at(self.step):
+                self.world.require_equal(self.method)
 
     def _train_step(self, views: tuple[Tensor, Tensor]) -> StepResult:
         return self.engine.step(*views, number=self.step, lr=self._lr(self.step))
@@ -281,6 +310,7 @@ class Trainer:
         # the loss of the last step was taken before it moved the weights
         if not all(bool(p.isfinite().all()) for p in self.method.parameters()):
             raise self._diverged("a weight is not finite", folder)
+        self.world.require_equal(self.method)
         cuda = self.device.type == "cuda"
         state = {
             "step": self.step,

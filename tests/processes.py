@@ -21,6 +21,15 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def context() -> multiprocessing.context.BaseContext:
+    """Starts processes that find everything imported."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(
+        ["pytest", "clae_fast.train", "torchvision.transforms.v2", "torch.utils.tensorboard"]
+    )
+    return found
+
+
 def run(
     function: Callable[..., Any], size: int, folder: Path, *args: Any, timeout: float = 60
 ) -> list[Any]:
@@ -29,15 +38,12 @@ def run(
     Raises:
         AssertionError: one failed, or was not done after `timeout` seconds; none is left over.
     """
-    context = multiprocessing.get_context("forkserver")
-    # imported once for all processes of all tests
-    context.set_forkserver_preload(["pytest", "clae_fast.trainer", "torch.distributed.rendezvous"])
     paths = [folder / f"rank-{rank}.pt" for rank in range(size)]
     for path in paths:
         path.unlink(missing_ok=True)
     port = free_port()
     processes = [
-        context.Process(target=_call, args=(function, rank, size, port, paths[rank], args))
+        context().Process(target=_call, args=(function, rank, size, port, paths[rank], args))
         for rank in range(size)
     ]
     try:

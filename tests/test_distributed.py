@@ -48,7 +48,7 @@ def check_collectives(world):
     with pytest.raises(ValueError, match=f"divisible by the {world.size} processes, got 7"):
         world.local_batch(7)
     world.barrier()
-    firsts = world.all_gather(torch.tensor([world.reports_first()]))
+    firsts = world.all_gather(torch.tensor([distributed.reports_first()]))
     assert firsts.sum() == 1
 
     torch.manual_seed(world.rank)
@@ -286,7 +286,7 @@ class TestInit:
         x = torch.ones(2)
         assert world.all_gather(x) is x
         assert world.all_reduce(x) is x
-        assert world.reports_first()
+        assert distributed.reports_first()
         world.barrier()
         world.share(nn.Linear(1, 1))
         world.shutdown()
