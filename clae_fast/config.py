@@ -94,6 +94,12 @@ class Config:
     factors: tuple[float, ...] = _option((), "the rate from each milestone on, relative to lr")
     epochs: int = _option(30, "passes over the training set")
     batch_size: int = _option(128, "images in a batch, of all processes together")
+    micro_batch: int | None = _option(
+        None, "images encoded at once, where a batch is too large for memory"
+    )
+    batch_views: bool = _option(
+        False, "encode both views of a plain step at once, each with statistics of its own"
+    )
 
     seed: int = _option(0, "seed of weights, order and augmentation")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
@@ -133,7 +139,8 @@ class Config:
             self._require(name, lambda v: v >= 0, "0 or more")
         for name in ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
             self._require(name, lambda v: v <= 1, "at most 1")
-        self._require("crop_min_scale", lambda v: v <= 1, "at most 1")
+        for name in ("crop_min_scale", "adv_fraction"):
+            self._require(name, lambda v: v <= 1, "at most 1")
         if self.color_jitter[3] > 0.5:
             raise ValueError(
                 f"color_jitter must have a hue of at most 0.5, got {self.color_jitter}"
@@ -143,6 +150,8 @@ class Config:
             raise ValueError(
                 f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
             )
+        if self.batch_views and self.micro_batch is not None:
+            raise ValueError("batch_views and micro_batch exclude each other, got both")
         if len(self.milestones) != len(self.factors):
             raise ValueError(
                 f"factors must match milestones, got {len(self.factors)} for {len(self.milestones)}"
@@ -207,7 +216,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 _POSITIVE = (
     "limit", "image_size", "crop_min_scale", "std", "temperature", "proj_dim", "lr", "epochs",
-    "batch_size", "adv_every", "log_every", "checkpoint_every",
+    "batch_size", "micro_batch", "adv_every", "adv_fraction", "log_every", "checkpoint_every",
     "keep_every", "val_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (

@@ -152,6 +152,11 @@ class Engine:
             kind=kind,
             attack=self._attack,
             adv_weight=config.adv_weight,
+            adv_fraction=config.adv_fraction,
+            adv_replace=config.adv_replace,
+            batched=config.batch_views,
+            scale=self._scaler.scale(self._one) if self._scaler.is_enabled() else None,
+            micro_batch=config.micro_batch,
             last_backward=self._reducer.last_backward,
             world=self._world,
         )
