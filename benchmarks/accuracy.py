@@ -2,18 +2,25 @@
 
     python -m benchmarks.accuracy                                    # digits, 3 seeds, minutes
     python -m benchmarks.accuracy --seeds 5 --dataset parquet --data-dir DIR --epochs 20
+    python -m benchmarks.accuracy --equal-time --plot accuracy.png
 
 Flags other than the ones below go to `python -m clae_fast.train`, which trains and evaluates every
 run. Beside them stand the same encoder untrained and a probe on raw pixels. Each accuracy is the
 mean over the seeds with its 95 % interval (Student's t), on the whole test set after the last
 epoch. A seed decides weights, order and augmentation, so the runs of one seed are paired:
 `over none` is the mean of the differences within seeds.
+
+An attack costs time, in which a run without one could have trained on: `--equal-time` adds
+`none for pair's time`, as many epochs without an attack as take as long as the run with the pair
+attack did, the learning rate's schedule stretched over them. Seconds are those of training steps,
+from the rates that the run has logged; evaluation and checkpoints do not count.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import statistics
@@ -21,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +43,8 @@ from clae_fast.trainer import Trainer
 
 ATTACKS = ("none", "pair", "self")
 OURS = ("--attack", "--seed", "--out", "--resume", "--print-config")
+LONGER = "none for pair's time"
+METRICS = ("knn", "linear")
 
 
 class TrainError(Exception):
@@ -56,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     machine = timing.machine()
     print(timing.header(machine))
     print("\n" + _markdown(rows))
+    if args.plot:
+        _plot(rows, args.plot)
     if args.json:
         settings = config.to_dict()
         for name in ("attack", "seed"):
@@ -79,6 +91,14 @@ def _parse(argv: list[str] | None) -> tuple[Any, list[str]]:
         "--runs", type=Path, metavar="DIR", help="keep the run folders in this new folder"
     )
     parser.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="also train without an attack for as long as the pair attack takes",
+    )
+    parser.add_argument(
+        "--plot", type=_cli.json_path, metavar="FILE", help="draw accuracy over time, .png or .svg"
+    )
+    parser.add_argument(
         "--json", type=_cli.json_path, metavar="FILE", help="write the results there too"
     )
     args, flags = parser.parse_known_args(argv)
@@ -87,22 +107,33 @@ def _parse(argv: list[str] | None) -> tuple[Any, list[str]]:
             parser.error(f"argument {flag}: this benchmark sets it itself")
     if args.runs and args.runs.exists():
         parser.error(f"argument --runs: {str(args.runs)!r} exists")
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("argument --plot: needs matplotlib: pip install 'clae_fast[bench]'")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"argument --plot: {str(args.plot)!r} is no .png, .svg or .pdf")
     return args, flags
 
 
 def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[dict[str, float]]]:
-    """Accuracies {"knn", "linear"} of every row's runs, a dict a seed."""
+    """Of every row's runs {"knn", "linear"} and, where trained, "seconds"; a dict a seed."""
+    trained = (*ATTACKS, LONGER) if args.equal_time else ATTACKS
     scores: dict[str, list[dict[str, float]]] = {"raw pixels": [], "untrained": []}
-    scores |= {attack: [] for attack in ATTACKS}
+    scores |= {name: [] for name in trained}
     with tempfile.TemporaryDirectory() as temporary:
         runs = args.runs or Path(temporary)
         for seed in range(args.seeds):
-            for attack in ATTACKS:
-                out = runs / f"{attack}-{seed}"
-                _train([*flags, "--attack", attack, "--seed", str(seed), "--out", str(out)])
+            for name in trained:
+                attack, more = name, []
+                if name == LONGER:
+                    longer = scores["pair"][-1]["seconds"] / scores["none"][-1]["seconds"]
+                    attack, more = "none", ["--epochs", str(round(config.epochs * longer))]
+                out = runs / f"{name.replace(' ', '-')}-{seed}"
+                ours = ["--attack", attack, "--seed", str(seed), "--out", str(out)]
+                _train([*flags, *more, *ours])
                 results = json.loads((out / "results.json").read_text())
-                scores[attack].append({name: results[name] for name in ("knn", "linear")})
-                print(f"attack {attack}, seed {seed}: {scores[attack][-1]}", flush=True)
+                found = {metric: results[metric] for metric in METRICS}
+                scores[name].append(found | {"seconds": _seconds(out)})
+                print(f"{name}, seed {seed}: {scores[name][-1]}", flush=True)
             fresh = Trainer(dataclasses.replace(config, seed=seed, attack="none"))
             scores["untrained"].append(_probe(fresh, _features))
             if seed == 0:
@@ -118,6 +149,17 @@ def _train(flags: Sequence[str]) -> str:
     if status:
         raise TrainError(status)
     return printed.getvalue()
+
+
+def _seconds(run: Path) -> float:
+    """What a run's steps took, summed over its log points."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    batch_size = json.loads((run / "config.json").read_text())["batch_size"]
+    rates = EventAccumulator(str(run)).Reload().Scalars("images_per_second")
+    steps = [0, *(rate.step for rate in rates)]
+    windows = zip(itertools.pairwise(steps), rates, strict=True)
+    return sum((end - start) * batch_size / rate.value for (start, end), rate in windows)
 
 
 def _probe(
@@ -144,10 +186,12 @@ def _row(
     name: str, runs: list[dict[str, float]], none: list[dict[str, float]]
 ) -> dict[str, str | int | float | None]:
     row: dict[str, str | int | float | None] = {"encoder": name, "n": len(runs)}
-    for metric in ("knn", "linear"):
+    if "seconds" in runs[0]:
+        row["seconds"], row["seconds_ci95"] = mean_and_interval([run["seconds"] for run in runs])
+    for metric in METRICS:
         values = [run[metric] for run in runs]
         row[metric], row[f"{metric}_ci95"] = mean_and_interval(values)
-        if name in ATTACKS and name != "none":
+        if "seconds" in runs[0] and name != "none":
             gains = [run[metric] - base[metric] for run, base in zip(runs, none, strict=True)]
             row[f"{metric}_over_none"], row[f"{metric}_over_none_ci95"] = mean_and_interval(gains)
     return row
@@ -166,13 +210,14 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _markdown(rows: Iterable[dict[str, Any]]) -> str:
     lines = [
-        "| encoder | n | kNN, % | linear, % | kNN over none | linear over none |",
-        "|---|---|---|---|---|---|",
+        "| encoder | n | seconds | kNN, % | linear, % | kNN over none | linear over none |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
             _with_interval(row.get(metric), row.get(f"{metric}_ci95"), sign)
             for metric, sign in (
+                ("seconds", ""),
                 ("knn", ""),
                 ("linear", ""),
                 ("knn_over_none", "+"),
@@ -187,6 +232,26 @@ def _with_interval(mean: float | None, half_width: float | None, sign: str) -> s
     if mean is None:
         return ""
     return f"{mean:{sign}.1f}" + ("" if half_width is None else f" ± {half_width:.1f}")
+
+
+def _plot(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Both accuracies over the seconds of training, with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
+        for row in rows:
+            if "seconds" not in row:
+                continue
+            x_error, y_error = row["seconds_ci95"] or 0, row[f"{metric}_ci95"] or 0
+            axes.errorbar(
+                row["seconds"], row[metric], y_error, x_error, "o", capsize=3, label=row["encoder"]
+            )
+        axes.set(xlabel="training, seconds", ylabel=f"{metric} accuracy, %")
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -425,18 +425,32 @@ def test_steps_of_one_meaning_train_alike(one_thread):
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's, on fits this small
 def test_accuracy_command(tmp_path, capsys):
     out, runs = tmp_path / "result.json", tmp_path / "runs"
-    flags = "--seeds 1 --limit 128 --epochs 1 --batch-size 64 --warmup-epochs 0"
+    flags = "--seeds 1 --limit 128 --epochs 2 --batch-size 64 --warmup-epochs 0 --equal-time"
     assert run(accuracy, f"{flags} --runs {runs} --json {out}") == 0
     assert "| untrained | 1 |" in capsys.readouterr().out
-    assert {path.name for path in runs.iterdir()} == {"none-0", "pair-0", "self-0"}
+    longer = "none-for-pair's-time-0"
+    assert {path.name for path in runs.iterdir()} == {"none-0", "pair-0", "self-0", longer}
     result = json.loads(out.read_text())
     rows = {row["encoder"]: row for row in result["rows"]}
-    assert list(rows) == ["raw pixels", "untrained", "none", "pair", "self"]
+    trained = ["none", "pair", "self", "none for pair's time"]
+    assert list(rows) == ["raw pixels", "untrained", *trained]
+    assert [name for name, row in rows.items() if row.get("seconds", 0) > 0] == trained
+    epochs = json.loads((runs / longer / "config.json").read_text())["epochs"]
+    assert epochs == round(2 * rows["pair"]["seconds"] / rows["none"]["seconds"])
     assert all(0 <= row["knn"] <= 100 and 0 <= row["linear"] <= 100 for row in rows.values())
     expected = rows["pair"]["linear"] - rows["none"]["linear"]
     assert rows["pair"]["linear_over_none"] == pytest.approx(expected)
     assert result["config"]["limit"] == 128
     assert "attack" not in result["config"]
+
+
+def test_accuracy_is_drawn_over_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"knn": 90.0, "knn_ci95": 1.0, "linear": 92.0, "linear_ci95": None}
+    rows = [{"encoder": "untrained", **row}]
+    rows += [{"encoder": "pair", "seconds": 9.0, "seconds_ci95": None, **row}]
+    accuracy._plot(rows, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
 @pytest.mark.parametrize(
@@ -481,6 +495,7 @@ def test_interval_is_students():
         (accuracy, "--seeds 0", "argument --seeds"),
         (accuracy, "--attack pair", "argument --attack"),
         (accuracy, "--seed=3", "argument --seed=3"),
+        (accuracy, "--plot accuracy.doc", "argument --plot"),
         (accuracy, "--runs .", "'.' exists"),
     ],
 )
