@@ -89,6 +89,24 @@ def nt_xent_cuda(
     workspace: int,
     stream: int,
 ) -> None: ...
+def augment(
+    isa: str,
+    images: int,
+    strides: int,
+    offsets: int,
+    sizes: int,
+    params: int,
+    rows: int,
+    N: int,
+    size: int,
+    bicubic: bool,
+    norm: int,
+    dtype: int,
+    channels_last: bool,
+    threads: int,
+    out: int,
+    workspace: int,
+) -> int: ...
 def linf_step_cpu(
     isa: str,
     x: int,

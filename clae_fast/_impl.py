@@ -31,7 +31,7 @@ _IMPLS = {
     "topk_similarity": ("native", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),
-    "augment": ("triton",),
+    "augment": ("native", "triton"),
 }
 _DEVICES = {
     "torch": ("cpu", "cuda"),

@@ -215,6 +215,43 @@ def topk_similarity(
     return values, indices
 
 
+def augment(
+    images: Tensor,  # [S, 3, H, W] or [bytes]
+    offsets: Tensor | None,  # [S]
+    sizes: Tensor | None,  # [S, 2]
+    params: Tensor,  # [2, N, 16]
+    rows: Tensor | None,  # [N]
+    out: Tensor,  # [2N, 3, size, size]
+    norm: list[float],  # [0] or [6]
+    bicubic: bool,
+) -> None:
+    """Both views of each sample to `out`; rows and crops are inside the images."""
+    params = params.contiguous()
+    offsets, sizes, rows = (None if t is None else t.contiguous() for t in (offsets, sizes, rows))
+    strides = (ctypes.c_int64 * 4)(*(images.stride() if offsets is None else ()))
+    numbers = (ctypes.c_float * 6)(*norm)
+    call = partial(
+        _C.augment,
+        _isa,
+        images.data_ptr(),
+        ctypes.addressof(strides),
+        0 if offsets is None else offsets.data_ptr(),
+        0 if sizes is None else sizes.data_ptr(),
+        params.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        params.shape[1],
+        out.shape[-1],
+        bicubic,
+        ctypes.addressof(numbers) if norm else 0,
+        _DTYPES[out.dtype],
+        out.stride(1) == 1,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
+
+
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
     """Whether `nt_xent_cuda` takes n = 2N rows of D elements: shared memory is the limit."""
     return n <= (4096 if D <= 128 else 2048) and D <= 256

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "augment.h"
 #include "info_nce.h"
 #include "isa.h"
 #include "linf_step.h"
@@ -169,6 +170,33 @@ PYBIND11_MODULE(_C, m) {
                                    linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size,
                                                   bounds, channels, channel_stride),
                                    threads);
+        });
+
+  m.def("augment",
+        [](const std::string& isa, std::uintptr_t images, std::uintptr_t strides,
+           std::uintptr_t offsets, std::uintptr_t sizes, std::uintptr_t params, std::uintptr_t rows,
+           int64_t N, int64_t size, bool bicubic, std::uintptr_t norm, int dtype,
+           bool channels_last, int threads, std::uintptr_t out, std::uintptr_t workspace) {
+          const auto chosen = clae_fast::parse_isa(isa);
+          const clae_fast::AugmentArgs args{pointer<const uint8_t>(images),
+                                            pointer<const int64_t>(strides),
+                                            pointer<const int64_t>(offsets),
+                                            pointer<const int64_t>(sizes),
+                                            pointer<const float>(params),
+                                            pointer<const int64_t>(rows),
+                                            N,
+                                            size,
+                                            bicubic,
+                                            pointer<const float>(norm),
+                                            clae_fast::DType(dtype),
+                                            channels_last,
+                                            threads,
+                                            pointer<void>(out),
+                                            pointer<unsigned char>(workspace)};
+          py::gil_scoped_release nogil;
+          if (workspace == 0) return clae_fast::augment_workspace(chosen, args);
+          clae_fast::augment(chosen, args);
+          return int64_t(0);
         });
 
 #ifdef CLAE_FAST_CUDA

@@ -1,4 +1,5 @@
-// Halves of fp32: exact loads of fp16 and bf16, for loops that the compiler vectorises.
+// Halves of fp32: exact loads of fp16 and bf16 and the fp16 nearest to a number, for loops that the
+// compiler vectorises.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,20 @@ CLAE_FAST_INLINE float load_fp16(uint16_t half) {
   const int32_t normal = (magnitude << 13) + bias;
   const int32_t subnormal = to_bits(float(magnitude) * 0x1p-24f);
   return from_bits((magnitude < 0x0400 ? subnormal : normal) | sign);
+}
+
+// The even one of two that are as near.
+CLAE_FAST_INLINE uint16_t nearest_fp16(float value) {
+  const int32_t magnitude = to_bits(value) & 0x7fffffff;
+  const int32_t sign = int32_t(uint32_t(to_bits(value)) >> 16) & 0x8000;
+  // the spacing of fp32 from 1/2 on is that of subnormal fp16
+  const int32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  const int32_t normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  int32_t half = magnitude < 113 << 23 ? subnormal : normal;
+  // what rounds to 2^16 and more is infinite
+  half = magnitude < 0x477ff000 ? half : 0x7c00;
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  return uint16_t(half | sign);
 }
 
 }  // namespace CLAE_FAST_ISA

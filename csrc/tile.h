@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "carver.h"
 #include "half.h"
 #include "rows.h"
 #include "simd.h"
@@ -31,7 +32,6 @@ static_assert(kMaxBlock % kRows == 0 && kMaxBlock % kCols == 0, "a block holds w
 
 constexpr double kEps = 1e-12;  // of F.normalize
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows in fp32, normalised.
@@ -77,19 +77,6 @@ struct Bf16 {
 
 // Whether rows of this dtype stay bf16.
 constexpr bool stays_bf16(DType dtype) { return kDotBf16 && dtype == DType::bf16; }
-
-// Takes arrays out of a workspace, or counts their bytes where there is none yet.
-struct Carver {
-  unsigned char* base;
-  int64_t bytes = 0;
-
-  template <class Element>
-  Element* take(int64_t count) {
-    unsigned char* pointer = base + bytes;
-    bytes += round_up(count * int64_t(sizeof(Element)), 64);
-    return reinterpret_cast<Element*>(pointer);
-  }
-};
 
 template <class T>
 struct Packed {

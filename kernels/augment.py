@@ -219,8 +219,8 @@ def _augment_kernel(
     images_ptr,  # [S, 3, H, W] or [bytes]
     offsets_ptr,  # [S] or None
     sizes_ptr,  # [S, 2] or None
-    rows_ptr,  # [N] or None
     params_ptr,  # [2N, 16]
+    rows_ptr,  # [N] or None
     out_ptr,  # [2N, 3, SIZE, SIZE]
     scratch_ptr,  # as out
     norm,  # means and standard deviations, [6], or None
@@ -328,18 +328,14 @@ def augment(
         scratch: Of the dtype and the strides of `out`, for the blur.
         norm: Three means and three standard deviations.
         bicubic: How crops are resized, else bilinear.
-
-    Offsets, sizes, params and rows are contiguous.
     """
     size = out.shape[-1]
+    tables = (None if t is None else t.contiguous() for t in (offsets, sizes, params, rows))
     strides = images.stride() if offsets is None else (0, 0, 0, 0)
     with on_device_of(images):
         _augment_kernel[(len(out),)](
             images,
-            offsets,
-            sizes,
-            rows,
-            params,
+            *tables,
             out,
             scratch,
             norm,

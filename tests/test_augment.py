@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 import clae_fast
+from clae_fast import _native
 from clae_fast.data import RECIPES
 
 # behind everything else, so that clae_fast stays the installed one
@@ -19,6 +21,8 @@ from benchmarks.torchvision_views import augmentation
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
+needs_native = pytest.mark.skipif(not _native.has_cpu(), reason="built with CLAE_FAST_BUILD=none")
+IMPLS = ["reference", pytest.param("native", marks=needs_native)]
 LEVEL = 1 / 255
 NOTHING = [0, 0, 0, 0, 0, 0, 1, 2, 3, 1, 1, 1, 0, 0, 0, 0]
 COLUMNS = {
@@ -31,6 +35,11 @@ COLUMNS = {
     "sigma": 14,
     "solarize": 15,
 }
+
+
+@pytest.fixture(params=IMPLS)
+def augment(request):
+    return partial(clae_fast.augment, impl=request.param)
 
 
 def photos(count, height, width, *, seed=0):
@@ -98,13 +107,13 @@ def forced(transform, numbers):
     ("height", "width", "size"), [(32, 32, 32), (23, 41, 17), (50, 37, 45)], ids=str
 )
 @pytest.mark.parametrize("name", RECIPES)
-def test_is_what_the_recipe_makes(name, height, width, size):
+def test_is_what_the_recipe_makes(name, height, width, size, augment):
     images = faint(photos(7, height, width))
     fields = dataclasses.asdict(RECIPES[name])
     interpolation = fields.pop("interpolation")
     ids = torch.arange(100, 107)
     params = clae_fast.augment_params(ids, seed=1, epoch=2, height=height, width=width, **fields)
-    views = clae_fast.augment(images, params, size=size, interpolation=interpolation)
+    views = augment(images, params, size=size, interpolation=interpolation)
     for view in (0, 1):
         for i, image in enumerate(images):
             transform = augmentation(size, RECIPES[name], view)
@@ -120,10 +129,10 @@ def test_is_what_the_recipe_makes(name, height, width, size):
     ids=str,
 )
 @pytest.mark.parametrize("flip", [0, 1])
-def test_crop(box, flip, interpolation):
+def test_crop(box, flip, interpolation, augment):
     image = faint(photos(1, 40, 57))
     params = table(row(40, 57, box=box, flip=flip))
-    view, _ = clae_fast.augment(image, params, size=19, interpolation=interpolation)
+    view, _ = augment(image, params, size=19, interpolation=interpolation)
     mode = v2.InterpolationMode(interpolation)
     # 8 bits round between rows and columns, which bicubic weights amplify by 1.25, and at the end
     for x, unit, tolerance in ((image.float() / 255, 1, LEVEL / 16), (image, 255, 1.25)):
@@ -152,21 +161,21 @@ def test_crop(box, flip, interpolation):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_each_step(function, setting):
+def test_each_step(function, setting, augment):
     images = photos(3, 21, 21)
     images[0], images[1, :, :7] = images[0, :1], 0
     params = table(*[row(21, 21, **setting)] * 3)
-    view, _ = clae_fast.augment(images, params, size=21)
+    view, _ = augment(images, params, size=21)
     # 8 bits lose up to a level of the grey image, and another of the result
     for x, unit, tolerance in ((images.float() / 255, 1, LEVEL / 16), (images, 255, 2)):
         assert (view * unit - function(x)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)])
-def test_order_of_the_colours(order):
+def test_order_of_the_colours(order, augment):
     images = photos(2, 12, 15)
     factors = {"brightness": 1.5, "contrast": 0.6, "saturation": 1.7, "hue": -0.2}
-    view, _ = clae_fast.augment(images, table(*[row(12, 15, order=order, **factors)] * 2), size=13)
+    view, _ = augment(images, table(*[row(12, 15, order=order, **factors)] * 2), size=13)
     expected = F.resize(images.float() / 255, [13, 13])
     for which in order:
         name = list(factors)[which]
@@ -184,14 +193,14 @@ def batch(N=6, height=18, width=25):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_rows_dtypes_and_formats(dtype, memory_format):
+def test_rows_dtypes_and_formats(dtype, memory_format, augment):
     images, params, rows = batch()
     norm = {"mean": (0.5, 0.4, 0.3), "std": [0.2, 0.25, 0.3]}
     options = {"size": 16, "interpolation": "bicubic"}
-    views = clae_fast.augment(
+    views = augment(
         images, params, rows=rows, dtype=dtype, memory_format=memory_format, **norm, **options
     )
-    plain = clae_fast.augment(images[rows], params, **options)
+    plain = augment(images[rows], params, **options)
     for view, pixels in zip(views, plain, strict=True):
         assert view.dtype == dtype
         assert view.is_contiguous(memory_format=memory_format)
@@ -200,21 +209,21 @@ def test_rows_dtypes_and_formats(dtype, memory_format):
     assert views[0].untyped_storage().data_ptr() == views[1].untyped_storage().data_ptr()
 
 
-def test_strides_of_the_images():
+def test_strides_of_the_images(augment):
     images, params, rows = batch()
-    expected = clae_fast.augment(images, params, rows=rows, size=9)
+    expected = augment(images, params, rows=rows, size=9)
     by_pixel = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     by_channel = images.transpose(0, 1).contiguous().transpose(0, 1)
     for other in (by_pixel, by_channel, torch.cat([images, images], dim=3)[..., :25]):
-        views = clae_fast.augment(other, params, rows=rows, size=9)
+        views = augment(other, params, rows=rows, size=9)
         assert all(map(torch.equal, views, expected))
 
 
-def test_a_view_is_a_function_of_its_sample():
+def test_a_view_is_a_function_of_its_sample(augment):
     images, params, rows = batch()
-    whole = clae_fast.augment(images, params, rows=rows, size=14)
+    whole = augment(images, params, rows=rows, size=14)
     for i in (0, 3, 5):
-        part = clae_fast.augment(images, params[:, i : i + 1], rows=rows[i : i + 1], size=14)
+        part = augment(images, params[:, i : i + 1], rows=rows[i : i + 1], size=14)
         for view in (0, 1):
             assert torch.equal(part[view][0], whole[view][i])
 
@@ -247,22 +256,22 @@ def mixed_batch(N=6):
     return images, data, params, rows
 
 
-def test_ragged_images_of_one_size():
+def test_ragged_images_of_one_size(augment):
     images, params, rows = batch()
     options = {"size": 16, "interpolation": "bicubic"}
-    whole = clae_fast.augment(images, params, rows=rows, **options)
+    whole = augment(images, params, rows=rows, **options)
     for gap in (0, 3):
-        views = clae_fast.augment(ragged(images, gap=gap), params, rows=rows, **options)
+        views = augment(ragged(images, gap=gap), params, rows=rows, **options)
         assert all(map(torch.equal, views, whole))
-    views = clae_fast.augment(ragged(images[rows]), params, **options)
+    views = augment(ragged(images[rows]), params, **options)
     assert all(map(torch.equal, views, whole))
 
 
-def test_ragged_images_of_any_size():
+def test_ragged_images_of_any_size(augment):
     images, data, params, rows = mixed_batch()
-    views = clae_fast.augment(data, params, rows=rows, size=16)
+    views = augment(data, params, rows=rows, size=16)
     for i, row in enumerate(rows.tolist()):
-        alone = clae_fast.augment(images[row][None], params[:, i : i + 1], size=16)
+        alone = augment(images[row][None], params[:, i : i + 1], size=16)
         for view in (0, 1):
             assert torch.equal(views[view][i], alone[view][0])
 
@@ -275,21 +284,92 @@ def test_ragged_images_keep_their_pixels():
     assert data.to(torch.device("meta")).sizes.is_meta
 
 
-def test_no_samples():
+def every_step(height, width, N=8):
+    """A table that leaves nothing out, between samples, of boxes that touch every edge."""
+    generator = torch.Generator().manual_seed(height + width)
+
+    def numbers(low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    sides = torch.tensor([height, width])
+    box = (numbers(0, 1, 2, N, 2) * sides).floor() + 1
+    start = (numbers(0, 1, 2, N, 2) * (sides - box + 1)).floor()
+    box[0, 0], start[0, 0] = sides, 0
+    order = numbers(0, 1, 2, N, 4).argsort(-1)
+    factors = torch.cat([numbers(0, 2.5, 2, N, 3), numbers(-0.5, 0.5, 2, N, 1)], -1)
+    factors[:, 1], factors[:, 2, :3] = torch.tensor([1, 1, 1, 0]), 1
+    flags = numbers(0, 1, 2, N, 4) < 0.5
+    sigma = numbers(0.1, 2, 2, N, 1) * flags[..., :1]
+    return torch.cat(
+        [start, box, flags[..., 1:2], order, factors, flags[..., 2:3], sigma, flags[..., 3:]], -1
+    )
+
+
+def check_native(height, width, size, **options):
+    """Raises unless the C++ agrees with the reference to the rounding of fp32."""
+    images, params = photos(8, height, width), every_step(height, width)
+    # grey, black and white pixels, which have no hue, and saturated ones
+    images[0], images[1], images[2, :, ::2] = images[0, :1], 0, 255
+    images[3, 0], images[4, 2] = 0, 255
+    expected = torch.cat(clae_fast.augment(images, params, size=size, impl="reference", **options))
+    actual = torch.cat(clae_fast.augment(images, params, size=size, impl="native", **options))
+    # each of three factors amplifies the roundings before it up to 2.5 times
+    assert (actual - expected).abs().max() < 2e-5
+    halves = torch.cat(
+        clae_fast.augment(
+            images,
+            params,
+            size=size,
+            dtype=torch.float16,
+            memory_format=torch.channels_last,
+            impl="native",
+            **options,
+        )
+    )
+    assert torch.equal(halves, actual.half())
+
+
+@needs_native
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(32, 32, 32), (1, 1, 2), (8, 8, 16), (2, 90, 3), (61, 7, 41), (150, 201, 13), (24, 20, 101)],
+    ids=str,
+)
+def test_native_against_the_reference(height, width, size, interpolation):
+    check_native(height, width, size, interpolation=interpolation)
+
+
+@needs_native
+def test_halves_are_rounded_to_the_nearest():
+    # normal, subnormal and infinite ones, and ties
+    numbers = torch.tensor([1e-8, 2.0**-25, 3e-8, 1e-6, 6e-5, 1.0, 65519.0, 65520.0, 1e6, -3e-7])
+    bits = torch.arange(0x477FE000, 0x47800000, 256, dtype=torch.int32)
+    for mean in (*(-numbers).tolist(), *(-bits.view(torch.float32)[::7]).tolist()):
+        norm = {"mean": [mean] * 3, "std": [1.0] * 3}
+        image = torch.zeros(1, 3, 2, 2).byte()
+        options = {"size": 2, "impl": "native", **norm}
+        view, _ = clae_fast.augment(image, table(row(2, 2)), dtype=torch.float16, **options)
+        exact, _ = clae_fast.augment(image, table(row(2, 2)), **options)
+        assert torch.equal(view, exact.half())
+
+
+def test_no_samples(augment):
     images, params, rows = batch(0)
     for data in (images, ragged(images), ragged(images[:0])):
-        p, q = clae_fast.augment(data, params, rows=rows, size=8)
+        p, q = augment(data, params, rows=rows, size=8)
         assert p.shape == q.shape == (0, 3, 8, 8)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl):
     images, params, rows = batch(2)
     _, data, own_params, own_rows = mixed_batch(2)
     norm = [0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
     for arguments in (
-        (images, None, None, params, rows, 8, True, torch.float16, True, norm, "reference"),
-        (images[:2], None, None, params, None, 8, False, torch.float32, False, [], "reference"),
-        (*data, own_params, own_rows, 8, False, torch.float32, False, [], "reference"),
+        (images, None, None, params, rows, 8, True, torch.float16, True, norm, impl),
+        (images[:2], None, None, params, None, 8, False, torch.float32, False, [], impl),
+        (*data, own_params, own_rows, 8, False, torch.float32, False, [], impl),
     ):
         torch.library.opcheck(torch.ops.clae_fast.augment.default, arguments)
 
@@ -318,7 +398,18 @@ def test_compiles(batch):
         ({"rows": torch.zeros(5).long()}, ValueError, r"rows must have shape \[6\], got \[5\]"),
         ({"rows": torch.zeros(6)}, TypeError, "rows must be of dtype torch.int64"),
         ({"rows": None}, ValueError, "without rows, images must be the 6 of params, got 10"),
-        ({"rows": torch.full((6,), 10)}, IndexError, "out of bounds"),
+        ({"rows": torch.full((6,), 10)}, IndexError, "rows must be from 0 to 9, got"),
+        (
+            {"params": table(*[row(18, 25, box=(0, 1, 18, 25))] * 6)},
+            ValueError,
+            "params must be of the images' heights and widths",
+        ),
+        (
+            {"params": table(*[row(18, 25, box=(0, 0, 0, 25))] * 6)},
+            ValueError,
+            "got a crop outside",
+        ),
+        ({"rows": torch.tensor([0, 1, -1, 2, 3, 4])}, IndexError, "rows must be from 0 to 9, got"),
         ({"size": 1}, ValueError, "size must be from 2 to 16384, got 1"),
         ({"size": 8.0}, TypeError, "size must be an integer, got float"),
         ({"dtype": torch.bfloat16}, ValueError, "dtype must be torch.float32 or torch.float16"),
@@ -332,7 +423,7 @@ def test_compiles(batch):
         ({"mean": 0.5, "std": 0.5}, TypeError, "mean must be a list or tuple, got float"),
         ({"mean": (0,) * 3, "std": (1, 1)}, ValueError, "std must be 3 finite numbers"),
         ({"mean": (0,) * 3, "std": (1, 0, 1)}, ValueError, "std must be positive"),
-        ({"impl": "native"}, RuntimeError, "augment has no implementation 'native'"),
+        ({"impl": "cuda"}, RuntimeError, "augment has no implementation 'cuda'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -356,6 +447,9 @@ def test_refuses(changes, error, message):
         ({"offsets": torch.zeros(5, 1).long()}, ValueError, r"offsets must have shape \[S\]"),
         ({"sizes": torch.zeros(4, 2).long()}, ValueError, r"sizes must have shape \[5, 2\]"),
         ({"sizes": torch.zeros(5, 2, device="meta").long()}, ValueError, "on the device of images"),
+        ({"pixels": torch.zeros(99).byte()}, ValueError, "must lie inside of images.pixels"),
+        ({"offsets": torch.full((5,), -1)}, ValueError, "must lie inside of images.pixels"),
+        ({"sizes": torch.ones(5, 2).long()}, ValueError, "got a crop outside"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -2,6 +2,7 @@
 
 import native_driver
 import pytest
+import test_augment
 import test_topk_similarity as topk
 import torch
 from op_cases import CASES, check, run
@@ -108,3 +109,9 @@ def test_linf_step(shape, dtype, grad_dtype):
         options = {"alpha": 0.02, "eps": eps, "x0": x0, "lo": -1.0, "hi": 1.1}
         actual = clae_fast.linf_step(x, grad, impl="native", **options)
         assert_bitwise_equal(actual, reference.linf_step(x, grad, **options))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width", "size"), [(23, 41, 17), (7, 5, 20), (50, 60, 41)])
+def test_augment_each_step(height, width, size, interpolation):
+    test_augment.check_native(height, width, size, interpolation=interpolation)

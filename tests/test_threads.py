@@ -17,7 +17,7 @@ import clae_fast
 from clae_fast import _native
 from clae_fast.testing import assert_bitwise_equal, projections
 
-NATIVE = [*CASES, "linf_step", "topk_similarity"]
+NATIVE = [*CASES, "augment", "linf_step", "topk_similarity"]
 SECONDS = 60
 
 pytestmark = [
@@ -38,6 +38,11 @@ def compute(name="nt_xent", threads=None):
     """The op's results on rows that are enough for more than three threads."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if name == "augment":
+        images = torch.arange(5 * 3 * 9 * 9).view(5, 3, 9, 9).byte()
+        row = [0, 0, 9, 9, 0, 3, 1, 0, 2, 1, 0.7, 1.2, 0.1, 0, 1, 0]
+        params = torch.tensor(row).expand(2, 5, -1)
+        return list(clae_fast.augment(images, params, size=7, impl="native"))
     if name == "linf_step":
         x, grad = projections(67, 997)
         return [clae_fast.linf_step(x, grad, alpha=0.1, eps=0.05, impl="native")]

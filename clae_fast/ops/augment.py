@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clae_fast import _impl
+from clae_fast import _impl, _native
 from clae_fast._ragged import RaggedImages
 from clae_fast.ops.augment_params import COLUMNS, VIEWS
 from clae_fast.reference.augment import augment as reference
@@ -40,28 +40,35 @@ def _augment_impl(
     norm: list[float],  # [0] or [6]
     impl: str,
 ) -> Tensor:  # [2N, 3, size, size]
-    if impl == "triton":
-        out = _empty_views(images, params, size, dtype, channels_last)
-        if out.numel():
-            from clae_fast.kernels.augment import augment
-
-            tables = [_in_one_piece(tensor) for tensor in (offsets, sizes, params, rows)]
-            scratch = torch.empty_like(out)
-            augment(images, *tables, out, scratch, tuple(norm) or None, bicubic)
+    if images.device.type == "cpu":
+        _check_values(images, offsets, sizes, params, rows)
+    if impl == "reference":
+        data: Tensor | RaggedImages = images
+        if offsets is not None and sizes is not None:
+            data = RaggedImages(images, offsets, sizes)
+        mean, std = (tuple(norm[:3]), tuple(norm[3:])) if norm else (None, None)
+        views = reference(
+            data,
+            params,
+            rows=rows,
+            size=size,
+            interpolation=_INTERPOLATIONS[bicubic],
+            dtype=dtype,
+            mean=mean,
+            std=std,
+        )
+        return views.contiguous(memory_format=_FORMATS[channels_last])
+    out = _empty_views(images, params, size, dtype, channels_last)
+    if out.numel() == 0:
         return out
-    mean, std = (tuple(norm[:3]), tuple(norm[3:])) if norm else (None, None)
-    whole = offsets is None or sizes is None
-    out = reference(
-        images if whole else RaggedImages(images, offsets, sizes),
-        params,
-        rows=rows,
-        size=size,
-        interpolation=_INTERPOLATIONS[bicubic],
-        dtype=dtype,
-        mean=mean,
-        std=std,
-    )
-    return out.contiguous(memory_format=_FORMATS[channels_last])
+    if impl == "native":
+        _native.augment(images, offsets, sizes, params, rows, out, norm, bicubic)
+    else:
+        from clae_fast.kernels.augment import augment
+
+        scratch = torch.empty_like(out)
+        augment(images, offsets, sizes, params, rows, out, scratch, tuple(norm) or None, bicubic)
+    return out
 
 
 @torch.library.register_fake("clae_fast::augment")
@@ -106,6 +113,8 @@ def augment(
     in [0, 1], cut to that range after the resizing; implementations agree within 1/255 before
     `mean` and `std`. Transforms of 8-bit images round after every step, these only at the end.
 
+    On the CPU views are shared out to threads, whose number does not show in the result.
+
     On a GPU it is one launch for both views, one block for each view of a sample, whatever the
     sizes. CUDA graphs can capture it. Between steps a block keeps its view in the result, and the
     blur needs as much memory again while it runs.
@@ -115,7 +124,7 @@ def augment(
             images [S, H, W, 3] go in as `images.permute(0, 3, 1, 2)`. Those of different sizes are
             `RaggedImages`.
         params: The table of `augment_params` for the samples and the heights and widths of their
-            images. A crop outside the image is undefined.
+            images. On a GPU it is not checked that crops lie inside of these.
         rows: Which of `images` each sample is, counted from 0, int64; None is that they are the
             batch itself. On a GPU it is not checked that there are such images.
         size: Side of the views in pixels.
@@ -124,7 +133,7 @@ def augment(
         memory_format: Of the views, torch.contiguous_format or torch.channels_last.
         mean: Subtracted from the three channels at the end; None, with `std`, leaves pixels.
         std: What the channels are divided by after that.
-        impl: "auto", "reference" or "triton".
+        impl: "auto", "reference", "native" or "triton".
 
     Returns:
         The views p and q, which lie in one tensor [2N, 3, size, size], one after the other.
@@ -198,8 +207,29 @@ def _empty_views(
     )
 
 
-def _in_one_piece(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _check_values(
+    images: Tensor,
+    offsets: Tensor | None,
+    sizes: Tensor | None,
+    params: Tensor,
+    rows: Tensor | None,
+) -> None:
+    """Raises unless samples are images, crops inside of them and colors there, on the CPU alone."""
+    count = len(images if offsets is None else offsets)
+    if rows is None:
+        rows = torch.arange(count)
+    if not bool(((rows >= 0) & (rows < count)).all()):
+        raise IndexError(f"rows must be from 0 to {count - 1}, got {rows.tolist()}")
+    sides = torch.tensor(images.shape[-2:]) if sizes is None else sizes[rows]  # [2] or [N, 2]
+    start, side = params[..., 0:2], params[..., 2:4]
+    order = params[..., 5:9]
+    inside = (start >= 0) & (side >= 1) & (start + side <= sides)
+    if not bool(inside.all()) or not bool(((order >= 0) & (order <= 3)).all()):
+        raise ValueError("params must be of the images' heights and widths, got a crop outside")
+    if offsets is not None:
+        begin = offsets[rows]
+        if not bool(((begin >= 0) & (begin + 3 * sides.prod(-1) <= len(images))).all()):
+            raise ValueError("images.offsets and images.sizes must lie inside of images.pixels")
 
 
 def _check_images(images: Tensor) -> None:
