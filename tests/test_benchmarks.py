@@ -20,6 +20,7 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     _cli,
     accuracy,
+    engine,
     losses,
     memory,
     nt_xent,
@@ -419,6 +420,24 @@ def test_steps_of_one_meaning_train_alike(one_thread):
     assert not torch.equal(weights("pair"), weights("self"))
 
 
+# engine
+
+
+def test_engine_command(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    flags = "--arch resnet-narrow --batch-size 4 --image-size 8 --rounds 3 --peers released"
+    assert run(engine, f"{flags} --json {out}") == 0
+    assert "pair from images" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    rows = {row["step"]: row for row in result["rows"]}
+    assert list(rows) == ["plain", "plain batched", "pair", "self", "pair from images", "released"]
+    plain = rows[rows["pair"]["plain"]]
+    assert plain["ms"] == min(rows[name]["ms"] for name in ("plain", "plain batched"))
+    assert plain["over_plain"] == 1
+    assert all(row["images_per_second"] * row["ms"] == pytest.approx(4000) for row in rows.values())
+    assert rows["pair"]["peak_mib"] > 0
+
+
 # accuracy
 
 
@@ -496,6 +515,8 @@ def test_interval_is_students():
         (accuracy, "--attack pair", "argument --attack"),
         (accuracy, "--seed=3", "argument --seed=3"),
         (accuracy, "--plot accuracy.doc", "argument --plot"),
+        (engine, "--peers magic", "unknown 'magic', choose from released"),
+        (engine, "--arch resnet19", "arch must be"),
         (accuracy, "--runs .", "'.' exists"),
     ],
 )
