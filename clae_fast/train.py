@@ -85,7 +85,7 @@ def _build(config: Config, world: World) -> Trainer:
         f"images, views of {config.image_size}x{config.image_size}"
     )
     print(f"encoder: {config.arch}, {parameters:,} parameters")
-    print(f"method: {config.method}, attack {config.attack}", flush=True)
+    print(f"method: {config.method}, attack {config.attack}; steps: {trainer.engine}", flush=True)
     return trainer
 
 

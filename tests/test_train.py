@@ -69,7 +69,7 @@ class TestRun:
             "dataset: digits, 32 training and 32 test images, views of 8x8",
         ]
         assert re.fullmatch(r"encoder: resnet-narrow, [\d,]+ parameters", out[3])
-        assert out[4] == "method: simclr, attack pair"
+        assert out[4] == "method: simclr, attack pair; steps: fp32"
         assert out[5] == "data: on cpu, 0.0246 MB"
         assert re.fullmatch(r"knn accuracy: \d+\.\d %", out[6])
         assert re.fullmatch(r"linear accuracy: \d+\.\d %", out[7])

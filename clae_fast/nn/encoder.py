@@ -106,5 +106,7 @@ class Encoder(nn.Module):
             options: Of `torch.compile`.
         """
         parts = [part for part in self.backbone.modules() if isinstance(part, ConvNet)]
-        for part in parts or [self.backbone]:
+        for part in parts:
             part.compile(**options)
+        if not parts:
+            self.backbone.compile(**options)
