@@ -150,8 +150,10 @@ class Config:
             raise ValueError(
                 f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
             )
-        if self.batch_views and self.micro_batch is not None:
-            raise ValueError("batch_views and micro_batch exclude each other, got both")
+        if self.micro_batch is not None:
+            for name, value in (("batch_views", True), ("capture", "yes")):
+                if getattr(self, name) == value:
+                    raise ValueError(f"{name} must not be {value} with micro_batch")
         if len(self.milestones) != len(self.factors):
             raise ValueError(
                 f"factors must match milestones, got {len(self.factors)} for {len(self.milestones)}"

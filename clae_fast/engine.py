@@ -77,7 +77,8 @@ class Engine:
         self._method = method
         self._attack = attack
         self._device = device
-        captured = on_gpu and config.capture != "no"
+        # chunks read and write the states of generators
+        captured = on_gpu and config.capture != "no" and config.micro_batch is None
         self._optimizer = build_optimizer(config, method, device)
         self._world = world
         self._reducer = GradientReducer(method.parameters(), world)

@@ -67,6 +67,10 @@ def test_wrong_types_are_named(name, value, message):
         ({"val_size": -1}, "val_size must be 0 or more"),
         ({"val_every": 0}, "val_every must be positive"),
         ({"keep_every": 0}, "keep_every must be positive"),
+        ({"micro_batch": 0}, "micro_batch must be positive"),
+        ({"micro_batch": 8, "batch_views": True}, "batch_views must not be True with micro_batch"),
+        ({"micro_batch": 8, "capture": "yes"}, "capture must not be yes with micro_batch"),
+        ({"adv_fraction": 1.5}, "adv_fraction must be at most 1"),
         ({"temprature": 0.1}, "unknown setting 'temprature', the nearest is 'temperature'"),
     ],
 )
