@@ -1,6 +1,7 @@
 """The optimiser of a run, and its learning rate at every step."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +31,16 @@ def build_optimizer(
         groups.append({"params": exempt, "weight_decay": 0.0})
     decay = config.weight_decay
     if config.optimizer == "sgd":
-        return SGD(groups, lr, momentum=config.momentum, weight_decay=decay, fused=True)
+        sgd = SGD(groups, lr, momentum=config.momentum, weight_decay=decay, fused=True)
+        # torch leaves it uninitialised where the first gradient is not finite
+        for p in parameters if config.momentum else []:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     if config.optimizer == "lars":
         return LARS(groups, lr, momentum=config.momentum, weight_decay=decay)
     adam = Adam if config.optimizer == "adam" else AdamW
+    # steps before a capture are meant to run without
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return adam(groups, lr, weight_decay=decay, fused=True, capturable=on_gpu)
 
 

@@ -39,6 +39,21 @@ class TestOptimizer:
         groups = build_optimizer(config, module).param_groups
         assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (3, 0.0)]
 
+    @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lars"])
+    def test_a_first_gradient_that_is_not_finite_leaves_nothing_behind(self, name, nan_empty):
+        grads = [torch.full((2, 3), math.inf), torch.rand(2, 3)]
+        found = []
+        for skipped in (0, 1):
+            weight = nn.Parameter(torch.ones(2, 3))
+            optimizer = build_optimizer(tiny(optimizer=name), nn.ParameterList([weight]))
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+            for grad in grads[1 - skipped :]:
+                weight.grad = grad * scaler.scale(torch.ones(()))
+                scaler.step(optimizer)
+                scaler.update()
+            found.append(weight.detach())
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
     def test_shared_weights_are_optimised_once(self):
         method = build_method(tiny())
         (group,) = build_optimizer(tiny(), method).param_groups
