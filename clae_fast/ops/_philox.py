@@ -39,7 +39,6 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Tensor:
 
 def _multiply(constant: int, word: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
     """The upper and the lower 32 bits of a product of two words."""
-    # by halves: the product itself does not fit in a signed integer of 64 bits
-    low = constant * (word & 0xFFFF)
-    high = constant * (word >> 16) + (low >> 16)
-    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+    # what does not fit in a signed integer wraps around, which leaves the 64 bits as they are
+    product = constant * word
+    return product >> 32 & MASK, product & MASK
