@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import _cli, timing
-from benchmarks.gpu import checks, engine, images, losses, sweep
+from benchmarks.gpu import augment, checks, engine, images, losses, sweep
 from benchmarks.gpu.results import Results, file_name
 from benchmarks.gpu.stage import Case, Suite, first_line
 
@@ -46,6 +46,7 @@ STAGES: dict[str, Callable[[Suite], Iterable[Case]]] = {
     "info_nce": losses.info_nce,
     "linf_step": images.linf_step,
     "stem": images.stem,
+    "augment": augment.augment,
     "engine": engine.steps,
     "memory": losses.memory_use,
     "sweep": sweep.sweep,

@@ -20,6 +20,7 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     _cli,
     accuracy,
+    augment,
     engine,
     losses,
     memory,
@@ -306,6 +307,48 @@ def test_half_precision_stands_beside_ours_in_fp32(capsys, one_thread):
     assert nt_xent.OURS_IN_FP32 in capsys.readouterr().out
 
 
+# augment
+
+
+def test_augment_command(tmp_path, capsys, one_thread):
+    out = tmp_path / "result.json"
+    tiny = "--scale 128 --rounds 1 --threads 1 --workers 1"
+    assert run(augment, f"{tiny} --json {out}") == 0
+    printed = capsys.readouterr().out
+    assert "x torchvision's workers" in printed
+    result = json.loads(out.read_text())
+    rows = {(row["case"], row["impl"]): row for row in result["rows"]}
+    assert set(rows) == {
+        (case, impl) for case in augment.CASES for impl in ("clae_fast", "torchvision")
+    }
+    assert all(row["views_per_s"] > 0 for row in rows.values())
+    assert {row["error"] is None for row in rows.values()} == {True, False}
+    assert len(result["bars"]) == 2
+
+
+def test_augment_stops_when_ours_is_wrong(capsys, monkeypatch, one_thread):
+    def wrong(images, params, *, impl, **options):
+        p, q = right(images, params, impl=impl, **options)
+        return p + (impl == "auto") / 100, q
+
+    right = augment.clae_fast.augment
+    monkeypatch.setattr(augment.clae_fast, "augment", wrong)
+    assert run(augment, "--case 32 --scale 256 --threads 1") == 1
+    assert "off its reference at 32" in capsys.readouterr().err
+
+
+def test_bars_of_augment():
+    def judge(ratio):
+        row = {"case": "224", "impl": augment.PEER, "over_clae_fast": ratio}
+        return list(augment._judge([row]).values())
+
+    assert judge(2.5) == [("not measured", False), ("met (2.5x)", False)]
+    assert judge(1.9) == [("not measured", False), ("missed (1.9x)", True)]
+
+
+# losses
+
+
 def test_losses_command(tmp_path, capsys, same_process, one_thread, monkeypatch):
     # the compiler takes longer than all the rest
     monkeypatch.setattr(losses.torch, "compile", lambda function, dynamic: function)
@@ -503,6 +546,7 @@ def test_interval_is_students():
         (nt_xent, "--temperature nan", "'nan' is not a number > 0"),
         (nt_xent, "--impls clae_fast,magic", "unknown 'magic'"),
         (nt_xent, "--dtype fp8", "invalid choice: 'fp8'"),
+        (augment, "--case 64", "unknown '64', choose from 32, 224"),
         (losses, "--case triplet", "unknown 'triplet', choose from queue"),
         (nt_xent, "--threads -1", "argument --threads"),
         (nt_xent, "--json nowhere/result.json", "not a file in an existing folder"),
