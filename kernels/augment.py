@@ -5,13 +5,15 @@ the blur its neighbours, and the image of any size is worked on in tiles. Readin
 written costs less than cutting and resizing again, since it stays in the cache.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._launch import on_device_of
 
-BLOCK = 512
+BLOCK = 256
 # columns of the table
 _FLIP = tl.constexpr(4)
 _ORDER = tl.constexpr(5)
@@ -20,6 +22,8 @@ _GREY = tl.constexpr(13)
 _SIGMA = tl.constexpr(14)
 _SOLARIZE = tl.constexpr(15)
 _COLUMNS = tl.constexpr(16)
+# exp(-x / 2) is exp2 of this times x
+_GAUSS = tl.constexpr(-0.5 / math.log(2))
 # the place of contrast among the factors
 _CONTRAST = tl.constexpr(1)
 
@@ -54,16 +58,20 @@ def _filter(distance, BICUBIC: tl.constexpr):
 
 @triton.jit
 def _taps(at, length, SIZE: tl.constexpr, BICUBIC: tl.constexpr):
-    """First source pixel, their number, the center and the stretch, of the pixels `at` of a view.
+    """The taps of the pixels `at` of a view over a crop of `length` pixels.
 
-    A filter covers more pixels where it shrinks the image, which is the antialiasing.
+    Returns the first source pixel, its distance from the pixel's center in units of the filter, how
+    far the next one is, and how many there are. A filter covers more pixels where it shrinks the
+    image, which is the antialiasing.
     """
     scale = length / SIZE
     stretch = tl.maximum(scale, 1.0)
     radius = stretch * 2 if BICUBIC else stretch
     center = scale * (at + 0.5)
-    first = tl.floor(center - radius + 0.5).to(tl.int32)
-    return first, tl.ceil(2 * radius).to(tl.int32), center, stretch
+    first = tl.floor(center - radius + 0.5)
+    step = 1.0 / stretch
+    distance = (first - center + 0.5) * step
+    return first.to(tl.int32), distance, step, tl.ceil(2 * radius).to(tl.int32)
 
 
 @triton.jit
@@ -84,32 +92,37 @@ def _crop(
     height = tl.load(params_ptr + 2)
     width = tl.load(params_ptr + 3)
     x = tl.where(tl.load(params_ptr + _FLIP) != 0, -x + (SIZE - 1), x)
-    first_y, taps_y, center_y, stretch_y = _taps(y, height, SIZE, BICUBIC)
-    first_x, taps_x, center_x, stretch_x = _taps(x, width, SIZE, BICUBIC)
+    first_y, distance_y, step_y, taps_y = _taps(y, height, SIZE, BICUBIC)
+    first_x, distance_x, step_x, taps_x = _taps(x, width, SIZE, BICUBIC)
+    # the innermost loop is most of the kernel's work: it compares integers, which are not converted
+    height = height.to(tl.int32)
+    width = width.to(tl.int32)
+    # 64 bits: in some layouts of a data set the pixels of an image lie far apart
+    image_ptr += top.to(tl.int64) * stride_h + left.to(tl.int64) * stride_w
+    start_ptr = image_ptr + first_x.to(tl.int64) * stride_w
     total = tl.zeros(y.shape, tl.float32)
     r = tl.zeros(y.shape, tl.float32)
     g = tl.zeros(y.shape, tl.float32)
     b = tl.zeros(y.shape, tl.float32)
     for tap_y in range(taps_y):
         at_y = first_y + tap_y
-        weight_y = _filter((at_y - center_y + 0.5) / stretch_y, BICUBIC)
+        weight_y = _filter(distance_y + tl.cast(tap_y, tl.float32) * step_y, BICUBIC)
         mask_y = (at_y >= 0) & (at_y < height)
-        # 64 bits: in some layouts of a data set the lines of an image lie far apart
-        line_ptr = image_ptr + (top + at_y).to(tl.int64) * stride_h
+        r_ptr = start_ptr + at_y.to(tl.int64) * stride_h
         for tap_x in range(taps_x):
             at_x = first_x + tap_x
-            weight = weight_y * _filter((at_x - center_x + 0.5) / stretch_x, BICUBIC)
+            weight_x = _filter(distance_x + tl.cast(tap_x, tl.float32) * step_x, BICUBIC)
             mask = mask_y & (at_x >= 0) & (at_x < width)
-            weight = tl.where(mask, weight, 0.0)
-            r_ptr = line_ptr + (left + at_x).to(tl.int64) * stride_w
+            weight = tl.where(mask, weight_y * weight_x, 0.0)
             g_ptr = r_ptr + stride_c
             b_ptr = g_ptr + stride_c
             total += weight
             r += weight * tl.load(r_ptr, mask=mask, other=0).to(tl.float32)
             g += weight * tl.load(g_ptr, mask=mask, other=0).to(tl.float32)
             b += weight * tl.load(b_ptr, mask=mask, other=0).to(tl.float32)
-    total *= 255
-    return _clamp(r / total), _clamp(g / total), _clamp(b / total)
+            r_ptr += stride_w
+    unit = 1.0 / (255.0 * total)
+    return _clamp(r * unit), _clamp(g * unit), _clamp(b * unit)
 
 
 @triton.jit
@@ -158,15 +171,19 @@ def _jitter(r, g, b, params_ptr, start, stop, mean):
 
 
 @triton.jit
-def _blur(view_ptr, y, x, sigma, down, SIZE: tl.constexpr, RADIUS: tl.constexpr, STRIDE_C, STRIDE):
-    """Gaussian blur of the pixels (y, x) along columns where `down`, else along rows."""
+def _blur(
+    view_ptr, y, x, exponent, down, SIZE: tl.constexpr, RADIUS: tl.constexpr, STRIDE_C, STRIDE
+):
+    """Gaussian blur of the pixels (y, x) along columns where `down`, else along rows.
+
+    A tap at a distance d counts exp2(exponent d^2).
+    """
     total = 0.0
     r = tl.zeros(y.shape, tl.float32)
     g = tl.zeros(y.shape, tl.float32)
     b = tl.zeros(y.shape, tl.float32)
     for tap in range(-RADIUS, RADIUS + 1):
-        distance = tl.cast(tap, tl.float32) / sigma
-        weight = tl.exp(-0.5 * distance * distance)
+        weight = tl.exp2(tl.cast(tap * tap, tl.float32) * exponent)
         # reflected at both edges, which are not repeated
         at = tl.abs((y if down else x) + tap)
         at = -tl.abs(-at + (SIZE - 1)) + (SIZE - 1)
@@ -259,14 +276,15 @@ def _augment_kernel(
             waits = place
     if tl.load(params_ptr + _FACTORS + _CONTRAST) == 1:
         waits = 4
-    total = 0.0
+    # in lanes: a sum over the block in every tile would hold its warps together
+    total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, PIXELS, BLOCK):
         pixel, y, x, mask = _tile(start, SIZE, BLOCK)
         r, g, b = _crop(images_ptr, params_ptr, y, x, stride_c, stride_h, stride_w, SIZE, BICUBIC)
         r, g, b = _jitter(r, g, b, params_ptr, 0, waits, 0.0)
-        total += tl.sum(tl.where(mask, _grey(r, g, b), 0.0))
+        total += tl.where(mask, _grey(r, g, b), 0.0)
         _store(out_ptr, pixel, mask, r, g, b, STRIDE_C, STRIDE)
-    mean = total / PIXELS
+    mean = tl.sum(total) / PIXELS
     tl.debug_barrier()
 
     # the other colors
@@ -289,15 +307,16 @@ def _augment_kernel(
         _store(out_ptr, pixel, mask, r, g, b, STRIDE_C, STRIDE)
 
     if sigma != 0:
+        exponent = _GAUSS / (sigma * sigma)
         tl.debug_barrier()
         for start in range(0, PIXELS, BLOCK):
             pixel, y, x, mask = _tile(start, SIZE, BLOCK)
-            r, g, b = _blur(out_ptr, y, x, sigma, False, SIZE, RADIUS, STRIDE_C, STRIDE)
+            r, g, b = _blur(out_ptr, y, x, exponent, False, SIZE, RADIUS, STRIDE_C, STRIDE)
             _store(scratch_ptr, pixel, mask, r, g, b, STRIDE_C, STRIDE)
         tl.debug_barrier()
         for start in range(0, PIXELS, BLOCK):
             pixel, y, x, mask = _tile(start, SIZE, BLOCK)
-            r, g, b = _blur(scratch_ptr, y, x, sigma, True, SIZE, RADIUS, STRIDE_C, STRIDE)
+            r, g, b = _blur(scratch_ptr, y, x, exponent, True, SIZE, RADIUS, STRIDE_C, STRIDE)
             r = _finish(r, threshold, norm, 0)
             g = _finish(g, threshold, norm, 1)
             b = _finish(b, threshold, norm, 2)
