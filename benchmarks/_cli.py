@@ -10,6 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
+from benchmarks import timing
+from clae_fast import nn
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line, `error: ...`, with exit status 2."""
@@ -47,6 +52,60 @@ def name_list(known: tuple[str, ...]) -> Callable[[str], list[str]]:
         return list(dict.fromkeys(names))
 
     return parse
+
+
+def parse_training(
+    parser: Parser, argv: list[str] | None, *, batch_size: int, rounds: int
+) -> argparse.Namespace:
+    """Parse `argv` with the arguments of a benchmark of training steps, and check them."""
+    add = parser.add_argument
+    add("--arch", default="resnet18", help="resnet18 ... resnet152, resnet-narrow or timm/NAME")
+    add("--batch-size", type=positive_int, default=batch_size)
+    add("--image-size", type=positive_int, default=32)
+    add("--device", default="cpu")
+    add("--rounds", type=positive_int, default=rounds)
+    add("--json", type=json_path, metavar="FILE", help="write the results there too")
+    args = parser.parse_args(argv)
+    try:
+        args.device = torch.device(args.device)
+        torch.empty(0, device=args.device)
+        nn.build_encoder(args.arch, args.image_size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
+    return args
+
+
+def run_cases(
+    args: argparse.Namespace,
+    measure: Callable[[str, argparse.Namespace], list[dict[str, Any]]],
+    judge: Callable[[list[dict[str, Any]]], dict[str, tuple[str, bool]]],
+    setting: dict[str, Any],
+) -> int:
+    """Measure the cases of `args`, print the bars, write the file; the exit status.
+
+    Args:
+        args: With `threads`, `case`, `json` and `bars`.
+        measure: Makes the rows of a case, none where ours is wrong.
+        judge: Gives every bar its verdict, and whether it was missed.
+        setting: What the file says of the measurement besides.
+    """
+    torch.set_num_threads(args.threads)
+    machine = timing.machine()
+    print(timing.header(machine))
+    rows: list[dict[str, Any]] = []
+    for name in args.case:
+        measured = measure(name, args)
+        if not measured:
+            return 1
+        rows += measured
+    verdicts = judge(rows)
+    print("\nbars:")
+    for bar, (verdict, _) in verdicts.items():
+        print(f"  {verdict:<24} {bar}")
+    if args.json:
+        bars = {bar: verdict for bar, (verdict, _) in verdicts.items()}
+        write_json(args.json, {"machine": machine, **setting, "rows": rows, "bars": bars})
+    return 1 if args.bars and any(missed for _, missed in verdicts.values()) else 0
 
 
 def json_path(text: str) -> Path:

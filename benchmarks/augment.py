@@ -81,24 +81,8 @@ class Views(Dataset):
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    torch.set_num_threads(args.threads)
-    machine = timing.machine()
-    print(timing.header(machine))
-    rows: list[dict[str, Any]] = []
-    for name in args.case:
-        measured = _measure(name, args)
-        if not measured:
-            return 1
-        rows += measured
-    verdicts = _judge(rows)
-    print("\nbars:")
-    for bar, (verdict, _) in verdicts.items():
-        print(f"  {verdict:<24} {bar}")
-    if args.json:
-        setting = {"workers": args.workers, "rounds": args.rounds}
-        bars = {bar: verdict for bar, (verdict, _) in verdicts.items()}
-        _cli.write_json(args.json, {"machine": machine, **setting, "rows": rows, "bars": bars})
-    return 1 if args.bars and any(missed for _, missed in verdicts.values()) else 0
+    setting = {"workers": args.workers, "rounds": args.rounds}
+    return _cli.run_cases(args, _measure, _judge, setting)
 
 
 def photos(count: int, height: int, width: int) -> Tensor:  # [count, 3, height, width]

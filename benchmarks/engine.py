@@ -365,23 +365,11 @@ def _report(rows: list[dict[str, Any]]) -> None:
 
 def _parse(argv: list[str] | None) -> Any:
     parser = _cli.Parser(prog="python -m benchmarks.engine", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--arch", default="resnet18", help="resnet18 ... resnet152, resnet-narrow or timm/NAME")
-    add("--batch-size", type=_cli.positive_int, default=512)
-    add("--image-size", type=_cli.positive_int, default=32)
-    add("--device", default="cpu")
-    add("--rounds", type=_cli.positive_int, default=9)
     known = tuple(_PEERS)
-    add("--peers", type=_cli.name_list(known), default=list(known), metavar=",".join(known))
-    add("--json", type=_cli.json_path, metavar="FILE", help="write the results there too")
-    args = parser.parse_args(argv)
-    try:
-        args.device = torch.device(args.device)
-        torch.empty(0, device=args.device)
-        nn.build_encoder(args.arch, args.image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        parser.error(str(error).splitlines()[0])
-    return args
+    parser.add_argument(
+        "--peers", type=_cli.name_list(known), default=list(known), metavar=",".join(known)
+    )
+    return _cli.parse_training(parser, argv, batch_size=512, rounds=9)
 
 
 if __name__ == "__main__":

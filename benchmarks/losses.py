@@ -80,24 +80,8 @@ class Case:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    torch.set_num_threads(args.threads)
-    machine = timing.machine()
-    print(timing.header(machine))
-    rows: list[dict[str, Any]] = []
-    for name in args.case:
-        measured = _measure(name, args)
-        if not measured:
-            return 1
-        rows += measured
-    verdicts = _judge(rows)
-    print("\nbars:")
-    for bar, (verdict, _) in verdicts.items():
-        print(f"  {verdict:<24} {bar}")
-    if args.json:
-        setting = {"dtype": args.dtype, "rounds": args.rounds}
-        bars = {bar: verdict for bar, (verdict, _) in verdicts.items()}
-        _cli.write_json(args.json, {"machine": machine, **setting, "rows": rows, "bars": bars})
-    return 1 if args.bars and any(missed for _, missed in verdicts.values()) else 0
+    setting = {"dtype": args.dtype, "rounds": args.rounds}
+    return _cli.run_cases(args, _measure, _judge, setting)
 
 
 def cases(scale: int = 1) -> dict[str, Case]:

@@ -19,9 +19,9 @@ process, interleaved rounds; ratios are medians of the ratios within rounds. The
 So that no ratio is bought with a slow baseline, time is over the faster of the two plain steps, and
 plain is held against a SimCLR step written by hand in torch, on the same network, in the same
 rounds. Every step uses channels_last where that is faster for plain and by hand, the contiguous
-layout otherwise. Units are counted by torch's FLOP
-counter. Peak memory is that of one step above weights, optimiser state and views: on the CPU the
-VmHWM of a fresh process, on a GPU the allocator's peak.
+layout otherwise. Units are counted by torch's FLOP counter. Peak memory is that of one step above
+weights, optimiser state and views: on the CPU the VmHWM of a fresh process, on a GPU the
+allocator's peak.
 """
 
 from __future__ import annotations
@@ -277,21 +277,7 @@ def _report(rows: list[dict[str, Any]], by_hand: dict[str, Any]) -> dict[str, st
 
 def _parse(argv: list[str] | None) -> Any:
     parser = _cli.Parser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--arch", default="resnet18", help="resnet18 ... resnet152, resnet-narrow or timm/NAME")
-    add("--batch-size", type=_cli.positive_int, default=64)
-    add("--image-size", type=_cli.positive_int, default=32)
-    add("--device", default="cpu")
-    add("--rounds", type=_cli.positive_int, default=5)
-    add("--json", type=_cli.json_path, metavar="FILE", help="write the results there too")
-    args = parser.parse_args(argv)
-    try:
-        args.device = torch.device(args.device)
-        torch.empty(0, device=args.device)
-        nn.build_encoder(args.arch, args.image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        parser.error(str(error).splitlines()[0])
-    return args
+    return _cli.parse_training(parser, argv, batch_size=64, rounds=5)
 
 
 if __name__ == "__main__":

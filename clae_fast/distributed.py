@@ -172,8 +172,7 @@ class World:
         at N = 8192 on 30. ResNet-50 at 224x224 can be 7 times larger.
 
         A parameter of the loss itself has its whole gradient on every process, not a summand: it
-        has no place in a
-        `clae_fast.reducer.GradientReducer`.
+        has no place in a `clae_fast.reducer.GradientReducer`.
 
         Args:
             loss: `loss(z_a, z_b) -> scalar` of rows [W N, D], deterministic.

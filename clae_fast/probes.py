@@ -89,6 +89,10 @@ def extract_features(
         workers=config.workers,
         pin_memory=device.type == "cuda",
     )
-    batches = [(encoder.features(to_device(x, device)), labels.to(device)) for x, labels in loader]
+    # a compiled encoder would be compiled anew for eval mode and for the last, smaller batch
+    with torch.compiler.set_stance("force_eager"):
+        batches = [
+            (encoder.features(to_device(x, device)), labels.to(device)) for x, labels in loader
+        ]
     features, labels = zip(*batches, strict=True)
     return torch.cat(features), torch.cat(labels)
