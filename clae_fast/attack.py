@@ -1,9 +1,10 @@
-"""Who is attacked, against what, how far: one signed step inside an l-infinity ball.
+"""How far an attack goes, from where and in how many steps inside an l-infinity ball.
 
-    x_adv = clip(clip(x + step_size * sign(g), x0 - eps, x0 + eps), lo, hi)
+    x_t+1 = clip(clip(x_t + step_size * sign(g_t), x_0 - eps, x_0 + eps), lo, hi)
 
-An attack is an object with `step`, `project` and `random_start`. `linf_twin` is the same step for
-a loop that is written by hand: an identity whose backward pass leaves the adversarial view behind.
+One step is the fast gradient sign method (Goodfellow et al., ICLR 2015), several are projected
+gradient descent (Madry et al., ICLR 2018). `linf_twin` is a step for a loop that is written by
+hand: an identity whose backward pass leaves the adversarial view behind.
 """
 
 import math
@@ -61,7 +62,7 @@ class _LinfTwin(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class LinfAttack:
-    """One-step attacks inside an l-infinity ball (the fast gradient sign method).
+    """Attacks inside an l-infinity ball: one signed step, or several (PGD).
 
     All lengths are in the units of the view: a view normalised by `std` takes a radius of
     `eps / std`, one number per channel, and bounds `(0 - mean) / std`, `(1 - mean) / std`.
@@ -71,17 +72,26 @@ class LinfAttack:
         step_size: Length of a step, a number or one per channel; None takes `eps`.
         lo: Lower end of the range of values, a number or one per channel; None leaves it open.
         hi: Upper end of the range of values, a number or one per channel; None leaves it open.
+        steps: How many steps it takes, each of 2 units; where a trained pass of the view gives the
+            first one, that costs nothing.
+        start: Where the first one starts: at the "view", or at a "random" point of the ball.
+        norm: How BatchNorm normalises in passes for the attack alone: by the batch as in "train"
+            mode, or by running statistics, the whole encoder in "eval" mode.
         impl: Implementation of `clae_fast.linf_step` and `clae_fast.stem_step`.
 
     Raises:
-        TypeError: If a length is neither a number nor a sequence of numbers.
-        ValueError: If a length is negative or not finite, or `lo` is not below `hi`.
+        TypeError: If a length is neither a number nor a sequence of numbers, or `steps` no integer.
+        ValueError: If a length is negative or not finite, `lo` is not below `hi`, `steps` is not
+            positive, or `start` or `norm` is none of those.
     """
 
     eps: PerChannel
     step_size: PerChannel | None = None
     lo: PerChannel | None = None
     hi: PerChannel | None = None
+    steps: int = 1
+    start: str = "view"
+    norm: str = "train"
     impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -102,6 +112,23 @@ class LinfAttack:
             lo, hi = lo * (channels // len(lo)), hi * (channels // len(hi))
             if len(lo) != len(hi) or any(a >= b for a, b in zip(lo, hi, strict=True)):
                 raise ValueError(f"lo must be below hi in every channel, got {self.lo}, {self.hi}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool):
+            raise TypeError(f"steps must be an integer, got {type(self.steps).__name__}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name, choices in (("start", ("view", "random")), ("norm", ("train", "eval"))):
+            if getattr(self, name) not in choices:
+                got = getattr(self, name)
+                raise ValueError(f"{name} must be {' or '.join(choices)}, got {got!r}")
+
+    @property
+    def begins_in_training(self) -> bool:
+        """Whether a trained pass of the view can give the first step."""
+        return (self.start, self.norm) == ("view", "train")
+
+    def begin(self, x0: Tensor) -> Tensor:
+        """Where the first step starts, random by the global generator of `x0`'s device."""
+        return x0 if self.start == "view" else self.random_start(x0)
 
     def step(
         self,
@@ -153,11 +180,12 @@ class LinfAttack:
     def random_start(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A point drawn uniformly from the ball around `x0`, then projected."""
         self.check("x0", x0)
-        eps = torch.tensor(self.eps, dtype=x0.dtype, device=x0.device)
-        if eps.dim() == 1:
-            eps = eps.view(-1, *(1 for _ in x0.shape[2:]))  # [C, 1, ...]
         noise = torch.empty_like(x0).uniform_(-1.0, 1.0, generator=generator)
-        return self.project(x0 + eps * noise, x0)
+        parts = noise.unbind(1) if isinstance(self.eps, tuple) else (noise,)
+        # number by number: CUDA graphs capture no copy of them to the device
+        for part, eps in zip(parts, _numbers("eps", self.eps), strict=True):
+            part.mul_(eps)
+        return self.project(x0 + noise, x0)
 
     def check(self, name: str, x: Tensor) -> None:
         """Raises unless the view `x`, called `name`, can be attacked with these lengths."""

@@ -8,6 +8,7 @@ Memory Limited Setup, RepL4NLP 2021).
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -66,12 +67,12 @@ class Pass:
 
 
 class AttackedPass(Pass):
-    """A pass whose way back to the weights leaves the adversarial view behind.
+    """A pass whose way back to the weights leaves the adversarial view behind, after one step.
 
     Args:
         encoder: The encoder.
         x: The view, [N, C, ...].
-        attack: How far the attack goes.
+        attack: How far the step goes.
     """
 
     def __init__(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> None:
@@ -101,29 +102,33 @@ class AttackedPass(Pass):
 
 
 class InputPass(Pass):
-    """A pass that goes back to the view alone, for an attack: 1 unit now, 1 by `back`.
+    """A pass that goes back to the view alone, for a step of an attack: 1 unit now, 1 by `back`.
 
     It runs in `frozen(encoder)`: asked for one gradient alone, autograd computes no weight's, but
     keeps what they would need, and a compiled encoder computes all the gradients it was traced for.
 
     Args:
         encoder: The encoder.
-        x: The view, [N, C, ...].
-        attack: How far the attack goes.
+        x: Where the step starts, [N, C, ...].
+        attack: How far the step goes.
+        x0: The centre of the ball, as `x`; None takes `x`.
     """
 
-    def __init__(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> None:
+    def __init__(
+        self, encoder: nn.Module, x: Tensor, attack: LinfAttack, x0: Tensor | None = None
+    ) -> None:
         # no leaf, to which torch's FLOP counter cannot follow
         self._view = x.detach().requires_grad_().view_as(x)
         output, self._find_stem = stem.forward(encoder, self._view, attack.impl)
-        self._x, self._attack = x, attack
+        self._x, self._attack, self._x0 = x, attack, x0
         self._stop(output)
 
     def _back(self, dz: Tensor) -> None:
-        found = self._find_stem()
+        # the stem's step projects onto the ball around its start
+        found = self._find_stem() if self._x0 is None else None
         if found is None:
             (dx,) = torch.autograd.grad(self._output, self._view, dz)
-            self._x_adv = self._attack.step(self._x, dx)
+            self._x_adv = self._attack.step(self._x, dx, self._x0)
             return
         (dy,) = torch.autograd.grad(self._output, [GradientEdge(found.node, 0)], dz)
         self._x_adv = self._attack.stem_step(self._x, dy, **found.convolution)
@@ -137,21 +142,29 @@ class CachedPass(Pass):
     read and written, so no CUDA graph can be captured of it.
 
     Args:
-        one: Makes the pass of a chunk.
+        kind: As of `run`.
         encoder: The encoder.
         x: The view, [N, C, ...].
+        options: As of `run`.
         micro_batch: Rows of a chunk.
     """
 
     def __init__(
-        self, one: Callable[[Tensor], Pass], encoder: nn.Module, x: Tensor, micro_batch: int
+        self,
+        kind: Callable[..., Pass],
+        encoder: nn.Module,
+        x: Tensor,
+        options: tuple[Any, ...],
+        micro_batch: int,
     ) -> None:
-        self._one, self._encoder = one, encoder
-        self._chunks = x.split(micro_batch)
+        self._kind, self._encoder = kind, encoder
+        # tensors among the options have the view's rows
+        split = (o.split(micro_batch) if isinstance(o, Tensor) else repeat(o) for o in options)
+        self._chunks = list(zip(x.split(micro_batch), *split, strict=False))
         self._random: list[list[Tensor]] = []
         rows = []
         with torch.no_grad():
-            for chunk in self._chunks:
+            for chunk, *_ in self._chunks:
                 self._random.append(_random_state(x.device))
                 rows.append(encoder(chunk))
         self._stop(torch.cat(rows))
@@ -166,10 +179,10 @@ class CachedPass(Pass):
         parts = []
         with torch.random.fork_rng(drawn), _statistics_held(self._encoder):
             for chunk, state, dz in zip(
-                self._chunks, self._random, self.z.grad.split(len(self._chunks[0])), strict=True
+                self._chunks, self._random, self.z.grad.split(len(self._chunks[0][0])), strict=True
             ):
                 _set_random_state(state, device)
-                part = self._one(chunk)
+                part = self._kind(self._encoder, *chunk)
                 part.z.grad = dz
                 part.back(around if chunk is self._chunks[-1] else nullcontext)
                 parts.append(part._x_adv)
@@ -191,26 +204,44 @@ def run(
         kind: `Pass`, `AttackedPass` or `InputPass`.
         encoder: The encoder.
         x: The view.
-        options: Further arguments of `kind`.
+        options: Further arguments of `kind`; tensors have the view's rows.
         micro_batch: Rows of a chunk; None takes the view at once.
     """
     if micro_batch is None:
         return kind(encoder, x, *options)
-    return CachedPass(lambda chunk: kind(encoder, chunk, *options), encoder, x, micro_batch)
+    return CachedPass(kind, encoder, x, options, micro_batch)
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Leaves weights without gradients and BatchNorm's running statistics where they are."""
+def frozen(module: nn.Module, norm: str = "train") -> Iterator[None]:
+    """Leaves weights without gradients and BatchNorm's running statistics where they are.
+
+    Args:
+        module: The encoder.
+        norm: The mode of `LinfAttack.norm`: "eval" is that of all layers.
+    """
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
     try:
-        with _statistics_held(module):
+        with _statistics_held(module) if norm == "train" else evaluating(module):
             yield
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Has all layers in eval mode, and then each as it was."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    for layer, _ in modes:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
 
 
 @contextmanager

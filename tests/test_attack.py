@@ -79,6 +79,17 @@ def test_random_start(dtype):
     assert moved.var() == pytest.approx(1 / 3, rel=0.2)
 
 
+def test_where_an_attack_begins():
+    x0 = image()
+    assert LinfAttack(eps=EPS).begin(x0) is x0
+    attack = LinfAttack(eps=EPS, start="random")
+    torch.manual_seed(2)
+    x = attack.begin(x0)
+    torch.manual_seed(2)
+    assert torch.equal(x, attack.random_start(x0))
+    assert not torch.equal(x, attack.begin(x0))
+
+
 def test_twin_is_the_identity_and_its_backward_the_step():
     x, attack = image(), LinfAttack(eps=0.03, lo=0.0, hi=1.0)
     weight = gradient().requires_grad_()
@@ -155,6 +166,21 @@ def test_bad_lengths(lengths, error, message):
         LinfAttack(**lengths)
     with pytest.raises(error, match=message):
         linf_twin(image(), **lengths)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 1.0}, TypeError, "steps must be an integer, got float"),
+        ({"steps": True}, TypeError, "steps must be an integer, got bool"),
+        ({"start": "centre"}, ValueError, "start must be view or random, got 'centre'"),
+        ({"norm": None}, ValueError, "norm must be train or eval, got None"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        LinfAttack(eps=0.1, **options)
 
 
 @pytest.mark.parametrize(
