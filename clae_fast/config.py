@@ -80,7 +80,15 @@ class Config:
     )
 
     arch: str = _option("resnet-narrow", "resnet-narrow, resnet18|34|50|101|152 or timm/NAME")
-    hidden_dim: int = _option(128, "hidden units of the projection head; 0 for one linear layer")
+    head_layers: int = _option(
+        2, "linear layers of the projection head, with ReLU between them; 0 leaves the features"
+    )
+    head_norm: str = _option(
+        "none",
+        "BatchNorm in the projection head: between its layers, or after all",
+        choices=("none", "hidden", "all"),
+    )
+    hidden_dim: int = _option(128, "hidden units of the projection head")
     proj_dim: int = _option(64, "length of the projection")
 
     optimizer: str = _option("adam", "optimiser", choices=("adam", "adamw", "sgd", "lars"))
@@ -145,6 +153,8 @@ class Config:
             raise ValueError(
                 f"color_jitter must have a hue of at most 0.5, got {self.color_jitter}"
             )
+        if self.head_layers > 3:
+            raise ValueError(f"head_layers must be at most 3, got {self.head_layers}")
         require_dataset(self.dataset, self.data_dir)
         if self.warmup_epochs > self.epochs:
             raise ValueError(
@@ -217,13 +227,13 @@ MAY_CHANGE = (
     "log_every", "checkpoint_every", "keep_every",
 )  # fmt: skip
 _POSITIVE = (
-    "limit", "image_size", "crop_min_scale", "std", "temperature", "proj_dim", "lr", "epochs",
-    "batch_size", "micro_batch", "adv_every", "adv_fraction", "log_every", "checkpoint_every",
-    "keep_every", "val_every",
+    "limit", "image_size", "crop_min_scale", "std", "temperature", "hidden_dim", "proj_dim", "lr",
+    "epochs", "batch_size", "micro_batch", "adv_every", "adv_fraction", "log_every",
+    "checkpoint_every", "keep_every", "val_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "color_jitter", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob", "workers",
-    "adv_weight", "eps", "step_size", "hidden_dim", "momentum", "weight_decay", "warmup_epochs",
+    "adv_weight", "eps", "step_size", "head_layers", "momentum", "weight_decay", "warmup_epochs",
     "milestones", "factors", "seed", "val_size",
 )  # fmt: skip
 

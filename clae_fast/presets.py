@@ -69,7 +69,7 @@ _PLAIN: dict[str, Any] = _ALL_SCRIPTS | {
     "crop_min_scale": 0.2,
     "color_jitter": (0.4, 0.4, 0.4, 0.4),
     "color_jitter_prob": 1.0,
-    "hidden_dim": 0,
+    "head_layers": 1,
     "proj_dim": 128,
     "optimizer": "sgd",
     "lr": 0.03,
@@ -123,6 +123,8 @@ _SIMCLR_PAPER: dict[str, Any] = {
     # the code leaves pixels in 0..1
     "mean": (0.0, 0.0, 0.0),
     "std": (1.0, 1.0, 1.0),
+    # the code's, without a bias at its end
+    "head_norm": "all",
     "proj_dim": 128,
     "optimizer": "lars",
     "momentum": 0.9,
@@ -140,6 +142,7 @@ _PAPERS: dict[str, dict[str, Any]] = {
         "color_jitter": (0.4, 0.4, 0.4, 0.1),
         "temperature": 0.5,
         "arch": "resnet18",
+        "head_layers": 3,
         "hidden_dim": 512,
         # 1.0 for each 256 images
         "lr": 2.0,

@@ -44,7 +44,13 @@ def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
     """
     backbone, features = build_encoder(config.arch, config.image_size)
     normalized = nn.Sequential(Normalize(config.mean, config.std), backbone)
-    head = ProjectionHead(features, config.hidden_dim or None, config.proj_dim)
+    head = ProjectionHead(
+        features,
+        config.hidden_dim,
+        config.proj_dim,
+        layers=config.head_layers,
+        norm=config.head_norm,
+    )
     encoder = Encoder(normalized, head).to(device).to(memory_format=torch.channels_last)
     _check_fits(encoder, config, device)
     method = METHODS[config.method]

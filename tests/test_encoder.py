@@ -1,5 +1,6 @@
 """Backbones by name, the stem by image size, and heads."""
 
+import itertools
 import sys
 
 import pytest
@@ -59,13 +60,43 @@ def test_narrow_resnet():
     assert sum(w.numel() for w in narrow_resnet()[0].parameters()) < 350_000
 
 
-@pytest.mark.parametrize("hidden", [None, 7])
-def test_projection_head(hidden):
-    head = ProjectionHead(5, hidden, 3)
-    assert [type(layer) for layer in head] == [nn.Linear, nn.ReLU, nn.Linear][:: 1 if hidden else 3]
-    assert head(torch.rand(2, 5)).shape == (2, 3)
-    weights = [list(layer.weight.shape) for layer in head if isinstance(layer, nn.Linear)]
-    assert weights == ([[7, 5], [3, 7]] if hidden else [[3, 5]])
+LINEAR, NORM, RELU = nn.Linear, nn.BatchNorm1d, nn.ReLU
+
+
+@pytest.mark.parametrize(
+    ("layers", "norm", "kinds"),
+    [
+        (0, "none", []),
+        (1, "none", [LINEAR]),
+        (1, "hidden", [LINEAR]),
+        (2, "none", [LINEAR, RELU, LINEAR]),
+        (2, "hidden", [LINEAR, NORM, RELU, LINEAR]),
+        (2, "all", [LINEAR, NORM, RELU, LINEAR, NORM]),
+        (3, "none", [LINEAR, RELU, LINEAR, RELU, LINEAR]),
+        (3, "hidden", [LINEAR, NORM, RELU, LINEAR, NORM, RELU, LINEAR]),
+        (3, "all", [LINEAR, NORM, RELU, LINEAR, NORM, RELU, LINEAR, NORM]),
+    ],
+)
+def test_projection_head(layers, norm, kinds):
+    head = ProjectionHead(5, 7, 3, layers=layers, norm=norm)
+    assert [type(layer) for layer in head] == kinds
+    x = torch.rand(4, 5)
+    z = head(x)
+    assert z.shape == ((4, 3) if layers else (4, 5))
+    assert head.out_dim == z.shape[1]
+    assert layers or z is x
+    linear = [layer for layer in head if isinstance(layer, nn.Linear)]
+    dims = [(5, 3)] if layers == 1 else [(5, 7), (7, 7), (7, 3)][:: 1 if layers == 3 else 2]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == dims[:layers]
+    # a bias in front of BatchNorm would have no effect
+    for layer, after in itertools.pairwise([*head, None]):
+        if isinstance(layer, nn.Linear):
+            assert (layer.bias is None) == isinstance(after, nn.BatchNorm1d)
+    if norm == "all":
+        assert head[-1].bias is None
+        torch.testing.assert_close(z.mean(0), torch.zeros(3), rtol=0, atol=1e-6)
+        z.square().sum().backward()
+        assert all(weight.grad is not None for weight in head.parameters())
 
 
 def test_encoder_gives_raw_projections_of_its_features():
@@ -74,6 +105,7 @@ def test_encoder_gives_raw_projections_of_its_features():
     x = torch.rand(3, 3, 8, 8)
     assert torch.equal(encoder.features(x), backbone(x))
     assert torch.equal(encoder(x), encoder.head(backbone(x)))
+    assert encoder.dim == 4
     assert set(encoder.state_dict()) == {
         *(f"backbone.{key}" for key in backbone.state_dict()),
         *(f"head.{key}" for key in encoder.head.state_dict()),

@@ -53,21 +53,37 @@ def _timm_model(name: str, image_size: int) -> tuple[nn.Module, int]:
 
 
 class ProjectionHead(nn.Sequential):
-    """Linear, or linear - ReLU - linear, from features to the projection the loss is taken at.
+    """Linear layers with ReLU between them, from features to what the loss is taken at.
 
     Args:
         in_dim: Length of the features.
-        hidden_dim: Length of the hidden layer; None leaves one linear layer.
+        hidden_dim: Length of the hidden layers.
         out_dim: Length of the projection.
+        layers: Linear layers; with 0 the features are the projection.
+        norm: Where BatchNorm follows a linear layer, which then has no bias: "none"; "hidden",
+            between the layers; "all", after the last one too, where BatchNorm has no bias either.
+
+    Attributes:
+        out_dim: Length of the projection; of the features where there are no layers.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int | None, out_dim: int) -> None:
-        if hidden_dim is None:
-            super().__init__(nn.Linear(in_dim, out_dim))
-        else:
-            super().__init__(
-                nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
-            )
+    def __init__(
+        self, in_dim: int, hidden_dim: int, out_dim: int, *, layers: int = 2, norm: str = "none"
+    ) -> None:
+        parts: list[nn.Module] = []
+        for _ in range(layers - 1):
+            parts.append(nn.Linear(in_dim, hidden_dim, bias=norm == "none"))
+            if norm != "none":
+                parts.append(nn.BatchNorm1d(hidden_dim))
+            parts.append(nn.ReLU(inplace=True))
+            in_dim = hidden_dim
+        if layers > 0:
+            parts.append(nn.Linear(in_dim, out_dim, bias=norm != "all"))
+            if norm == "all":
+                parts.append(nn.BatchNorm1d(out_dim))
+                parts[-1].register_parameter("bias", None)
+        super().__init__(*parts)
+        self.out_dim = out_dim if layers > 0 else in_dim
 
 
 class Encoder(nn.Module):
@@ -87,6 +103,11 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
         self.autocast: torch.dtype | None = None
+
+    @property
+    def dim(self) -> int:
+        """Length of the projections, D, as the head's `out_dim` has it."""
+        return int(self.head.out_dim)
 
     def features(self, x: Tensor) -> Tensor:
         """What evaluation uses: h = backbone(x), [N, F]."""
