@@ -61,6 +61,35 @@ def test_equals_a_pass_for_each_group(norm, groups):
         assert not torch.allclose(module(torch.cat(x)), expected)
 
 
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("groups", [2, 3])
+def test_parts_of_one_batch_move_running_statistics_once(groups, momentum):
+    module, x = encoder(nn.BatchNorm2d(4, momentum=momentum)), views(groups)
+    nn.init.normal_(module[1].running_mean)
+    before = copy.deepcopy(module)
+    with grouped_norm(module, groups, split=True):
+        z = module(torch.cat(x))
+    assert module[1].momentum == momentum
+    one_by_one = [copy.deepcopy(before) for _ in x]
+    expected = torch.cat([one(view) for one, view in zip(one_by_one, x, strict=True)])
+    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-14)
+    for name, buffer in norm_buffers(module).items():
+        if not name.endswith("num_batches_tracked"):
+            mean = torch.stack([norm_buffers(one)[name] for one in one_by_one]).mean(0)
+            torch.testing.assert_close(buffer, mean, rtol=1e-12, atol=1e-14)
+
+
+def test_the_momentum_comes_back_after_an_error():
+    module = encoder(nn.BatchNorm2d(4))
+    # BatchNorm1d has no statistics of a single row
+    with (
+        pytest.raises(ValueError, match="more than 1 value per channel"),
+        grouped_norm(module, 5, split=True),
+    ):
+        module(views(1)[0])
+    assert module[1].momentum == module[-1].momentum == 0.1
+
+
 def test_the_class_comes_back_after_an_error():
     module = encoder(nn.BatchNorm2d(4))
     with pytest.raises(KeyError), grouped_norm(module, 2):
@@ -111,7 +140,10 @@ def test_compiles_into_one_graph_for_each_number_of_groups():
     x = torch.cat(views(2))
     for _ in range(2):
         for groups in (1, 2):
-            with grouped_norm(module, groups), grouped_norm(eager, groups):
+            with (
+                grouped_norm(module, groups, split=groups == 2),
+                grouped_norm(eager, groups, split=groups == 2),
+            ):
                 torch.testing.assert_close(module(x), eager(x), rtol=1e-12, atol=1e-14)
     assert len(graphs) == 2
     for graph in graphs:
