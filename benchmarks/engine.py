@@ -42,6 +42,7 @@ from benchmarks import _cli, memory, timing
 from benchmarks.peers import released_nt_xent
 from clae_fast import data, nn, step
 from clae_fast.attack import LinfAttack
+from clae_fast.batch import Batch
 from clae_fast.data.split import Arrays
 from clae_fast.engine import Engine
 from clae_fast.nn.normalize import Normalize
@@ -150,8 +151,8 @@ def ours(name: str, setting: Setting, **settings: Any) -> Callable[[], object]:
     if name != FROM_IMAGES:
         x_p, x_q = setting.views(engine.dtype, torch.channels_last)
         return lambda: engine.step(x_p, x_q, number=next(number), lr=1e-3)
-    views = _batches(setting, engine.dtype)
-    return lambda: engine.step(*next(views), number=next(number), lr=1e-3)
+    batches = _batches(setting, engine.dtype)
+    return lambda: engine.step(*next(batches).views, number=next(number), lr=1e-3)
 
 
 def _engine(name: str, setting: Setting, **settings: Any) -> Engine:
@@ -174,7 +175,7 @@ def _engine(name: str, setting: Setting, **settings: Any) -> Engine:
     return Engine(config, method, build_attack(config), setting.device)
 
 
-def _batches(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(setting: Setting, dtype: torch.dtype) -> Iterator[Batch]:
     """Views of a data set that lies on the device, without end."""
     split = data.Split.whole(Arrays(_images(setting)), np.arange(setting.images) % 10)
     return iter(

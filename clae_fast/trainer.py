@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clae_fast import checkpoint, data
 from clae_fast.attack import LinfAttack
+from clae_fast.batch import Batch
 from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
 from clae_fast.device import pick_device
@@ -247,8 +248,8 @@ class Trainer:
             if self.step == 0:
                 self._save(folder, log)
             window = _Window()
-            for views in self.views:
-                window.add(self._train_step(views))
+            for batch in self.views:
+                window.add(self._train_step(batch))
                 self.step += 1
                 bar.update(config.batch_size)
                 save = self._saves_at(self.step)
@@ -264,14 +265,15 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)
         if self.step == 0:
             self.world.require_equal(self.method)
-        for views in self.views:
-            self._train_step(views)
+        for batch in self.views:
+            self._train_step(batch)
             self.step += 1
             if self._saves_at(self.step):
                 self.world.require_equal(self.method)
 
-    def _train_step(self, views: tuple[Tensor, Tensor]) -> StepResult:
-        return self.engine.step(*views, number=self.step, lr=self._lr(self.step))
+    def _train_step(self, batch: Batch) -> StepResult:
+        x_p, x_q = batch.views
+        return self.engine.step(x_p, x_q, number=self.step, lr=self._lr(self.step))
 
     def _lr(self, step: int) -> float:
         return self.config.lr * self._lr_factor(step)

@@ -71,7 +71,8 @@ def test_counters_broadcast():
 
 def test_arguments_are_the_fields_of_a_recipe():
     arguments = set(inspect.signature(clae_fast.augment_params).parameters)
-    assert arguments - {"ids", "seed", "epoch", "height", "width"} == set(FIELDS)
+    others = {"ids", "seed", "epoch", "height", "width", "crop_max_scale", "first_view"}
+    assert arguments - others == set(FIELDS)
 
 
 def test_a_row_is_a_function_of_the_sample():
@@ -97,6 +98,19 @@ def test_every_word_of_the_key_and_the_counter_counts():
     assert len({tuple(row[0].tolist()) for row in rows}) == len(rows)
 
 
+def test_further_views():
+    pairs = [draw(50, first_view=view) for view in (0, 2, 1, 2**16 - 2)]
+    assert torch.equal(pairs[0], draw(50))
+    # by its number and not by its place, but for what the two of a pair have of their own
+    shared = [*range(13), GREY]
+    assert torch.equal(pairs[2][0][:, shared], pairs[0][1][:, shared])
+    assert torch.equal(pairs[2][1][:, shared], pairs[1][0][:, shared])
+    boxes = torch.cat(pairs)[:, :, :4].double().flatten(1)
+    assert len(boxes.unique(dim=0)) == 6
+    for view, chosen in enumerate(draw(N, first_view=2)[..., SIGMA] != 0):
+        assert stats.binomtest(int(chosen.sum()), N, (1.0, 0.1)[view]).pvalue > LEAST_P
+
+
 def test_epoch_as_a_tensor():
     assert torch.equal(draw(9, epoch=torch.tensor(7)), draw(9, epoch=7))
 
@@ -119,11 +133,13 @@ def test_sizes_of_each_sample():
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "min_scale"), [(32, 32, 0.08), (96, 64, 0.2), (40, 200, 0.9)]
+    ("height", "width", "scale"),
+    [(32, 32, (0.08, 1)), (96, 64, (0.2, 1)), (40, 200, (0.9, 1)), (90, 120, (0.05, 0.14))],
 )
-def test_crops_are_torchvisions(height, width, min_scale):
-    params = draw(3000, height=height, width=width, crop_min_scale=min_scale)[0]
-    crop = v2.RandomResizedCrop(32, scale=(min_scale, 1.0))
+def test_crops_are_torchvisions(height, width, scale):
+    settings = dict(zip(("crop_min_scale", "crop_max_scale"), scale, strict=True))
+    params = draw(3000, height=height, width=width, **settings)[0]
+    crop = v2.RandomResizedCrop(32, scale=scale)
     image = torch.empty(3, height, width)
     theirs = torch.tensor([list(crop.make_params([image]).values()) for _ in range(3000)])
     ours = params[:, :4]
@@ -227,6 +243,10 @@ def test_nothing_where_nothing_is_asked_for():
         ),
         ({"flip": 1}, TypeError, "flip must be True or False, got int"),
         ({"crop_min_scale": 1.5}, ValueError, "crop_min_scale must be from 0 to 1.0"),
+        ({"crop_max_scale": 1.5}, ValueError, "crop_max_scale must be from 0 to 1.0"),
+        ({"crop_max_scale": 0.05}, ValueError, "crop_min_scale must be from 0 to 0.05"),
+        ({"first_view": -2}, ValueError, "first_view must be from 0 to 65534, got -2"),
+        ({"first_view": 2.0}, TypeError, "first_view must be an integer, got float"),
         ({"color_jitter": 0.4}, TypeError, "color_jitter must be a list or tuple, got float"),
         ({"color_jitter": (0.4,) * 3}, ValueError, "color_jitter must be 4 numbers"),
         ({"color_jitter": (0, 0, 0, 0.6)}, ValueError, "color_jitter must be from 0 to 0.5"),

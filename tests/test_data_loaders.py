@@ -37,7 +37,7 @@ def load_views(split, workers, resident="yes", epochs=2, batch_size=3):
         workers=workers,
         resident=resident,
     )
-    return list(source)
+    return [batch.views for batch in source]
 
 
 stream_views = partial(load_views, resident="no")

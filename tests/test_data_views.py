@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 from collections import namedtuple
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import clae_fast
 from clae_fast import data
-from clae_fast.data import RECIPES, memory, resident, views
+from clae_fast.data import RECIPES, encoded, memory, resident, views
 from clae_fast.data.pixels import pack, sides, to_bytes, unpack
 from clae_fast.data.split import Arrays
 from clae_fast.data.streamed import _copied_ahead
@@ -55,7 +56,13 @@ def split(request):
     return request.getfixturevalue(request.param)
 
 
-def source(split, *, recipe="byol", **settings):
+# of images of one brightness, crops of the same
+CROPS = dataclasses.replace(
+    RECIPES["simclr"], color_jitter=(0.0,) * 4, grey_prob=0.0, blur_prob=(0.0, 0.0)
+)
+
+
+def source(split, *, recipe=RECIPES["byol"], **settings):
     settings = {
         "image_size": SIZE,
         "batch_size": BATCH,
@@ -68,15 +75,43 @@ def source(split, *, recipe="byol", **settings):
         "resident": "yes",
         **settings,
     }
-    return data.view_source(split, RECIPES[recipe], **settings)
+    return data.view_source(split, recipe, **settings)
 
 
 def assert_same(batches, expected):
     batches, expected = list(batches), list(expected)
     assert len(batches) == len(expected)
-    for pair, other in zip(batches, expected, strict=True):
-        for view, same in zip(pair, other, strict=True):
+    for batch, other in zip(batches, expected, strict=True):
+        for view, same in zip(batch.views, other.views, strict=True):
             assert torch.equal(view, same)
+        assert (batch.labels is None) == (other.labels is None)
+        if batch.labels is not None:
+            assert torch.equal(batch.labels, other.labels)
+
+
+def joined(*ranks):
+    """The batches whose parts the ranks have."""
+    for parts in zip(*ranks, strict=True):
+        views, labels = zip(*parts, strict=True)
+        whole = tuple(map(torch.cat, zip(*views, strict=True)))
+        yield data.Batch(whole, None if labels[0] is None else torch.cat(labels))
+
+
+def images_of(view):
+    """Which images the crops are of, where each has a brightness of its own: its number / 255."""
+    return (255 * view.mean(dim=(1, 2, 3))).round().long()
+
+
+@pytest.fixture(scope="module", params=["dense", "ragged"])
+def flat(request, tmp_path_factory):
+    """Images of one brightness each, of classes in another order."""
+    folder = tmp_path_factory.mktemp("flat")
+    labels = [9 - row for row in range(COUNT)]
+    for row in range(COUNT):
+        sides = (20, 24) if request.param == "dense" else (10 + row, 19 - row)
+        Image.fromarray(np.full((*sides, 3), row, np.uint8)).save(folder / f"{row}.png")
+    files = encoded.Files.below(folder, [str(folder / f"{row}.png") for row in range(COUNT)])
+    return data.Split.whole(files, labels)
 
 
 class TestPixels:
@@ -86,7 +121,8 @@ class TestPixels:
         interpolation = settings.pop("interpolation")
         batches = list(source(split))
         assert len(batches) == len(schedule) == 6
-        for (epoch, rows), (x_p, x_q) in zip(schedule, batches, strict=True):
+        for (epoch, rows), ((x_p, x_q), labels) in zip(schedule, batches, strict=True):
+            assert labels is None
             for i, row in enumerate(rows.tolist()):
                 image = torch.from_numpy(np.array(split[row])).permute(2, 0, 1)[None]
                 height, width = image.shape[2:]
@@ -117,11 +153,7 @@ class TestPixels:
     @pytest.mark.parametrize("resident", ["yes", "no"])
     def test_ranks_change_none(self, split, resident):
         ranks = [source(split, resident=resident, rank=rank, world=2) for rank in (0, 1)]
-        together = [
-            tuple(torch.cat(views) for views in zip(*pairs, strict=True))
-            for pairs in zip(*ranks, strict=True)
-        ]
-        assert_same(together, source(split))
+        assert_same(joined(*ranks), source(split))
 
     def test_how_many_are_drawn_at_a_time_changes_none(self, split, monkeypatch):
         expected = list(source(split))
@@ -137,8 +169,8 @@ class TestPixels:
 
     def test_seeds_and_epochs_change_them(self, dense):
         whole = source(dense, batch_size=COUNT)
-        (p, q), (later, _) = list(whole)
-        other = next(iter(source(dense, batch_size=COUNT, seed=6)))[0]
+        (p, q), (later, _) = (batch.views for batch in whole)
+        other = next(iter(source(dense, batch_size=COUNT, seed=6))).views[0]
         for view in (q, later, other):
             assert not torch.equal(p, view)
 
@@ -149,7 +181,7 @@ class TestPixels:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize("resident", ["yes", "no"])
     def test_format(self, split, dtype, resident):
-        for view in next(iter(source(split, dtype=dtype, resident=resident))):
+        for view in next(iter(source(split, dtype=dtype, resident=resident))).views:
             assert (view.shape, view.dtype) == ((BATCH, 3, SIZE, SIZE), dtype)
             assert view.is_contiguous(memory_format=torch.channels_last)
             assert 0 <= view.min() < view.max() <= 1
@@ -159,6 +191,103 @@ class TestPixels:
         state = torch.get_rng_state()
         list(source(dense, resident=resident))
         assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestSmallCrops:
+    SMALL: ClassVar = {"small_crops": 4, "small_crop_size": 5}
+
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_follow_the_large_views_and_leave_them(self, split, resident):
+        batches = list(source(split, resident=resident, **self.SMALL))
+        for batch, (large, _) in zip(batches, source(split), strict=True):
+            assert [view.shape[1:] for view in batch.views] == [(3, SIZE, SIZE)] * 2 + [
+                (3, 5, 5)
+            ] * 4
+            assert len({tuple(view.flatten().tolist()) for view in batch.views[2:]}) == 4
+            for view, same in zip(batch.views, large, strict=False):
+                assert torch.equal(view, same)
+            for view in batch.views:
+                assert view.is_contiguous(memory_format=torch.channels_last)
+
+    def test_an_odd_one_is_dropped(self, dense):
+        for small_crops, count in ((0, 2), (1, 2), (2, 4), (3, 4)):
+            found = source(dense, small_crops=small_crops, small_crop_size=5)
+            assert len(next(iter(found)).views) == count
+
+    def test_take_their_part_of_the_image(self):
+        """Of images that grow brighter from left to right, at most 3/4 of the width wide."""
+        ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 256, 3))
+        split = data.Split.whole(Arrays(np.stack([ramp] * 60)), np.zeros(60))
+        recipe = dataclasses.replace(
+            RECIPES["plain"], color_jitter=(0.0,) * 4, grey_prob=0.0, flip=False
+        )
+        scale = {"small_crop_size": 16, "small_crop_scale": (0.05, 0.14)}
+        settings = {"image_size": 16, "batch_size": 60, "epochs": 1, "recipe": recipe}
+        (batch,) = source(split, **settings, small_crops=6, **scale)
+        views = torch.cat(batch.views[2:])
+        # 13/16 of the width lie between the centres of pixels whose neighbours are in the crop
+        width = (views[:, 0, 0, 14] - views[:, 0, 0, 1]) * 255 / 13 * 16
+        low, high = (
+            (part * 256**2 * ratio) ** 0.5 for part, ratio in ((0.05, 3 / 4), (0.14, 4 / 3))
+        )
+        assert low - 2 < width.min() < low + 8
+        assert high - 8 < width.max() < high + 2
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_are_the_same_wherever_images_are(self, split, workers):
+        resident = source(split, **self.SMALL, labels=True)
+        assert_same(
+            source(split, resident="no", workers=workers, **self.SMALL, labels=True), resident
+        )
+
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_of_ranks(self, split, resident):
+        settings = {"resident": resident, **self.SMALL, "labels": True}
+        ranks = [source(split, **settings, rank=rank, world=2) for rank in (0, 1)]
+        assert_same(joined(*ranks), source(split, **settings))
+
+    def test_refuses_a_negative_number(self, dense):
+        with pytest.raises(ValueError, match="small_crops must be 0 or more, got -1"):
+            source(dense, small_crops=-1)
+
+
+class TestLabels:
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_follow_images(self, flat, resident):
+        found = list(source(flat, recipe=CROPS, resident=resident, labels=True, small_crops=2))
+        for batch in found:
+            assert batch.labels.dtype == torch.int64
+            for view in batch.views:
+                assert torch.equal(9 - images_of(view), batch.labels)
+        assert len(torch.cat([batch.labels for batch in found[:3]]).unique()) == 6
+
+    @pytest.mark.parametrize("resident", ["yes", "no"])
+    def test_follow_the_image_that_stands_in(self, flat, resident):
+        names = flat.images.names.copy()
+        names[[2, 3, 6]] = b"no 2", b"no 3", b"no 6"
+        split = dataclasses.replace(
+            flat,
+            images=dataclasses.replace(flat.images, names=names),
+            corrupt=data.CorruptImages("skip"),
+        )
+        seen = set()
+        for batch in source(split, recipe=CROPS, resident=resident, labels=True):
+            assert torch.equal(9 - images_of(batch.views[0]), batch.labels)
+            seen |= set(batch.labels.tolist())
+        assert seen <= {9, 8, 5, 4}
+        assert len(split.corrupt) == 3
+
+    def test_are_there_where_asked_for(self, dense):
+        assert next(iter(source(dense))).labels is None
+
+    def test_refuses_images_without(self, dense):
+        labels = dense.labels.clone()
+        labels[[1, 4]] = -1
+        message = "labels of all training images are needed, but 2 of the 7 have none"
+        split = dataclasses.replace(dense, labels=labels)
+        with pytest.raises(ValueError, match=message):
+            source(split, labels=True)
+        assert len(source(split)) == 6
 
 
 class TestBytes:
@@ -317,7 +446,10 @@ class TestCopiedAhead:
         )
         dense = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
         ragged = unpack(*pack([np.zeros((2, size, 3), np.uint8) for size in (2, 3)]))
-        batches = [(dense, torch.zeros(2, 1, 16)), (ragged, torch.zeros(2, 2, 16))]
+        batches = [
+            (dense, torch.zeros(2, 1, 16), None),
+            (ragged, torch.zeros(2, 2, 16), torch.zeros(2)),
+        ]
 
         def decoded():
             for number, batch in enumerate(batches):
@@ -328,7 +460,7 @@ class TestCopiedAhead:
         for batch in _copied_ahead(decoded(), CPU):
             said.append("used")
             found.append(batch)
-        assert said == [0, 1, "copied", "held", "held", "used", "copied", *["held"] * 4, "used"]
+        assert said == [0, 1, "copied", "held", "held", "used", "copied", *["held"] * 5, "used"]
         assert torch.equal(found[0][0], dense)
         assert isinstance(found[1][0], clae_fast.RaggedImages)
         assert torch.equal(found[1][0].pixels, ragged.pixels)
@@ -338,11 +470,13 @@ class TestCopiedAhead:
 class TestGpu:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_residence_changes_no_pixel(self, split, workers):
-        settings = {"device": torch.device("cuda"), "epochs": 8}
+        settings = {"device": torch.device("cuda"), "epochs": 8, "labels": True, "small_crops": 2}
         resident = list(source(split, **settings))
         assert_same(source(split, **settings, resident="no", workers=workers), resident)
-        for pair, other in zip(resident, source(split, epochs=8), strict=True):
-            for view, expected in zip(pair, other, strict=True):
+        settings["device"] = CPU
+        for batch, other in zip(resident, source(split, **settings), strict=True):
+            assert torch.equal(batch.labels.cpu(), other.labels)
+            for view, expected in zip(batch.views, other.views, strict=True):
                 assert view.device.type == "cuda"
                 assert view.is_contiguous(memory_format=torch.channels_last)
                 assert (view.cpu() - expected).abs().max() <= 1 / 255

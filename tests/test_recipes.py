@@ -21,6 +21,8 @@ PUBLISHED = {
     "moco_v2": (0.2, "bilinear", (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     # Grill et al., NeurIPS 2020, table 6
     "byol": (0.08, "bicubic", (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    # Wang et al., TPAMI 2023, the released code
+    "caco": (0.2, "bilinear", (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
 }
 
 

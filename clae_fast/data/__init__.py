@@ -1,5 +1,6 @@
 """Data sets, recipes of augmentation, and the batches that feed training and evaluation."""
 
+from clae_fast.batch import Batch
 from clae_fast.data.corrupt import CorruptImages
 from clae_fast.data.datasets import DATASETS, load, require_dataset
 from clae_fast.data.loaders import Batches, eval_transform, image_loader
@@ -11,6 +12,7 @@ from clae_fast.data.views import ViewSource, view_source
 __all__ = [
     "DATASETS",
     "RECIPES",
+    "Batch",
     "BatchSchedule",
     "Batches",
     "CorruptImages",

@@ -88,6 +88,18 @@ _BYOL = Recipe(
     blur_prob=(1.0, 0.1),
     solarize_prob=(0.0, 0.2),
 )
+# Wang et al., "CaCo: both positive and negative samples are directly learnable via
+# cooperative-adversarial contrastive learning", TPAMI 2023: BYOL's colours and blur on MoCo's crops
+_CACO = Recipe(
+    crop_min_scale=0.2,
+    interpolation="bilinear",
+    flip=True,
+    color_jitter=(0.4, 0.4, 0.2, 0.1),
+    color_jitter_prob=0.8,
+    grey_prob=0.2,
+    blur_prob=(1.0, 0.1),
+    solarize_prob=(0.0, 0.2),
+)
 
 RECIPES = {
     "simclr": _SIMCLR,
@@ -95,4 +107,5 @@ RECIPES = {
     "plain": _PLAIN,
     "moco_v2": _MOCO_V2,
     "byol": _BYOL,
+    "caco": _CACO,
 }

@@ -31,9 +31,10 @@ class Resident:
     Args:
         split: the training images.
         schedule: which of them make up each batch.
-        draw: `augment_params` with the run's settings.
+        draw: the tables of `augment_params` with the run's settings, for V views.
         device: where the images stay.
         workers: processes that decode them, at most one a core.
+        labels: whether batches have them.
 
     Raises:
         DataError: an image cannot be read, or where such are skipped, none can.
@@ -47,6 +48,7 @@ class Resident:
         *,
         device: torch.device,
         workers: int,
+        labels: bool,
     ) -> None:
         self._schedule = schedule
         self._draw = draw
@@ -58,18 +60,20 @@ class Resident:
         # the place of each image, or of the next one that could be read
         rows = torch.searchsorted(found, torch.arange(len(split))) % len(found)
         self._rows = rows.to(device)  # [S]
+        self._labels = split.labels[decoded].to(device) if labels else None
         self.where = f"on {pixels.device}, {readable(len(pixels))}"
 
-    def __iter__(self) -> Iterator[tuple[Tensor | RaggedImages, Tensor, Tensor]]:
-        """The images of all batches, and parameters [2, n, 16] and rows [n] of each batch."""
+    def __iter__(self) -> Iterator[tuple[Tensor | RaggedImages, Tensor, Tensor, Tensor | None]]:
+        """The images of all batches; parameters [V, n, 16], rows and labels [n] of each batch."""
         n = self._schedule.batch_size // self._schedule.world
         for epoch, block in self._schedule.blocks(max(_DRAWN // n, 1)):
             ids = _to_device(torch.from_numpy(block).flatten(), self._rows.device)
             rows = self._rows[ids]
             height, width = sides(self._images, rows)
             params = self._draw(ids, epoch=epoch, height=height, width=width)
-            for batch in zip(params.split(n, dim=1), rows.split(n), strict=True):
-                yield self._images, *batch
+            for table, own in zip(params.split(n, dim=1), rows.split(n), strict=True):
+                labels = None if self._labels is None else self._labels[own]
+                yield self._images, table, own, labels
 
 
 def _to_device(ids: Tensor, device: torch.device) -> Tensor:

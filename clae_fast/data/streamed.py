@@ -14,8 +14,8 @@ from clae_fast.data.pixels import pack, sides, to_bytes, unpack
 from clae_fast.data.schedule import BatchSchedule
 from clae_fast.data.split import DataError, Split
 
-# the images of a batch and their parameters [2, n, 16]
-_Batch = tuple[Tensor | RaggedImages, Tensor]
+# the images of a batch, their parameters [V, n, 16] and, where asked for, their labels [n]
+_Batch = tuple[Tensor | RaggedImages, Tensor, Tensor | None]
 
 
 class Streamed:
@@ -28,9 +28,10 @@ class Streamed:
     Args:
         split: the training images.
         schedule: which of them make up each batch.
-        draw: `augment_params` with the run's settings.
+        draw: the tables of `augment_params` with the run's settings, for V views.
         device: where the batches go.
         workers: processes that decode, at most one a core.
+        labels: whether batches have them.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class Streamed:
         *,
         device: torch.device,
         workers: int,
+        labels: bool,
     ) -> None:
         self._split = split
         self._device = device
         self._loader = make_loader(
-            _Batches(split, draw),
+            _Batches(split, draw, labels=labels),
             workers=workers,
             pin_memory=device.type == "cuda",
             batch_size=None,
@@ -54,26 +56,30 @@ class Streamed:
         count = self._loader.num_workers
         self.where = f"streamed, {count or 'no'} worker{'s' * (count != 1)}"
 
-    def __iter__(self) -> Iterator[tuple[Tensor | RaggedImages, Tensor, None]]:
-        """The images of each batch and their parameters; the rows are in order."""
+    def __iter__(self) -> Iterator[tuple[Tensor | RaggedImages, Tensor, None, Tensor | None]]:
+        """The images of each batch, their parameters and labels; the rows are in order."""
         on_gpu = self._device.type == "cuda"
         batches = self._decoded()
-        for images, params in _copied_ahead(batches, self._device) if on_gpu else batches:
-            yield images, params, None
+        for images, params, labels in _copied_ahead(batches, self._device) if on_gpu else batches:
+            yield images, params, None, labels
 
     def _decoded(self) -> Iterator[_Batch]:
-        for images, params, errors in self._loader:
+        for images, params, labels, errors in self._loader:
             self._split.corrupt.add(errors)
-            yield images, params
+            yield images, params, labels
 
 
 def _copied_ahead(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
     """The batches on a GPU, each copied there while the one before it is used."""
     stream = torch.cuda.Stream(device)
     ahead: tuple[_Batch, torch.cuda.Event] | None = None
-    for images, params in batches:
+    for images, params, labels in batches:
         with torch.cuda.stream(stream):
-            batch = _to(images, device), params.to(device, non_blocking=True)
+            batch = (
+                _to(images, device),
+                params.to(device, non_blocking=True),
+                None if labels is None else labels.to(device, non_blocking=True),
+            )
             copied = stream.record_event()
         if ahead is not None:
             yield _arrived(*ahead)
@@ -90,43 +96,52 @@ def _to(images: Tensor | RaggedImages, device: torch.device) -> Tensor | RaggedI
 
 def _arrived(batch: _Batch, copied: torch.cuda.Event) -> _Batch:
     """The batch, for the current stream, which waits for it and holds its memory."""
-    images, params = batch
+    images, params, labels = batch
     stream = torch.cuda.current_stream(params.device)
     stream.wait_event(copied)
-    for tensor in (*images, params) if isinstance(images, RaggedImages) else (images, params):
-        tensor.record_stream(stream)
+    of_images = images if isinstance(images, RaggedImages) else (images,)
+    for tensor in (*of_images, params, labels):
+        if tensor is not None:
+            tensor.record_stream(stream)
     return batch
 
 
 class _Batches(Dataset):
-    """What each batch of the schedule is made of: images, parameters, and errors that were new."""
+    """What each batch of the schedule is made of, and the errors that were new."""
 
-    def __init__(self, split: Split, draw: Callable[..., Tensor]) -> None:
+    def __init__(self, split: Split, draw: Callable[..., Tensor], *, labels: bool) -> None:
         self.split = split
         self.draw = draw
+        self.labels = labels
         self._corrupt: set[int] = set()
 
     def __getitem__(
         self, key: tuple[int, np.ndarray]
-    ) -> tuple[Tensor | RaggedImages, Tensor, list[str]]:
+    ) -> tuple[Tensor | RaggedImages, Tensor, Tensor | None, list[str]]:
         epoch, indices = key
+        found: list[int] = []
+        pixels: list[np.ndarray] = []
         errors: list[str] = []
-        pixels = [to_bytes(self._readable(index, errors)) for index in indices.tolist()]
+        for index in indices.tolist():
+            at, image = self._readable(index, errors)
+            found.append(at)
+            pixels.append(to_bytes(image))
         images = unpack(*pack(pixels))
         height, width = sides(images)
         # here, since on the way to a GPU it would be hundreds of small launches
         params = self.draw(torch.from_numpy(indices), epoch=epoch, height=height, width=width)
-        return images, params, errors
+        labels = self.split.labels[found] if self.labels else None
+        return images, params, labels, errors
 
-    def _readable(self, index: int, errors: list[str]) -> Any:
-        """The first readable image from `index` on; new errors before it are added to `errors`."""
+    def _readable(self, index: int, errors: list[str]) -> tuple[int, Any]:
+        """The first readable image from `index` on, and its own index; adds errors before it."""
         for offset in range(len(self.split)):
             at = (index + offset) % len(self.split)
             # a folder that is gone is not searched again for each of its images
             if at in self._corrupt:
                 continue
             try:
-                return self.split[at]
+                return at, self.split[at]
             except DataError as error:
                 if not self.split.corrupt.skip:
                     raise

@@ -1,12 +1,14 @@
 """The views of a whole training run, wherever its images are."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clae_fast.batch import Batch
 from clae_fast.data.memory import decoded_bytes, free_bytes, readable
 from clae_fast.data.recipes import Recipe
 from clae_fast.data.resident import Resident
@@ -14,15 +16,15 @@ from clae_fast.data.schedule import BatchSchedule
 from clae_fast.data.split import Split
 from clae_fast.data.streamed import Streamed
 from clae_fast.ops.augment import augment
-from clae_fast.ops.augment_params import augment_params
+from clae_fast.ops.augment_params import VIEWS, augment_params
 
 RESIDENT = ("auto", "yes", "no")
 
 
 class ViewSource:
-    """Iterates over a run's batches of views, from one step to the last.
+    """Iterates over a run's batches, from one step to the last.
 
-    Both views of a sample are a function of (seed, epoch, index, view) alone, the index being that
+    The views of a sample are a function of (seed, epoch, index, view) alone, the index being that
     in the training split: neither of workers, nor of processes, nor of where the images are.
 
     Attributes:
@@ -36,6 +38,7 @@ class ViewSource:
         schedule: BatchSchedule,
         *,
         image_size: int,
+        small_crop_size: int,
         interpolation: str,
         dtype: torch.dtype,
     ) -> None:
@@ -43,9 +46,9 @@ class ViewSource:
         self.steps_per_epoch = schedule.steps_per_epoch
         self._batches = batches
         self._schedule = schedule
+        self._sizes = image_size, small_crop_size
         self._augment = partial(
             augment,
-            size=image_size,
             interpolation=interpolation,
             dtype=dtype,
             memory_format=torch.channels_last,
@@ -55,10 +58,15 @@ class ViewSource:
         """Batches to come."""
         return len(self._schedule)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of views [n, 3, image_size, image_size] in 0..1, channels_last, on the device."""
-        for images, params, rows in self._batches:
-            yield self._augment(images, params, rows=rows)
+    def __iter__(self) -> Iterator[Batch]:
+        """Views in 0..1, channels_last, and labels where they are asked for, on the device."""
+        large, small = self._sizes
+        for images, params, rows, labels in self._batches:
+            views: list[Tensor] = []
+            for table in params.split(VIEWS):
+                size = small if views else large
+                views += self._augment(images, table, rows=rows, size=size)
+            yield Batch(tuple(views), labels)
 
 
 def view_source(
@@ -74,15 +82,23 @@ def view_source(
     dtype: torch.dtype,
     workers: int,
     resident: str,
+    labels: bool = False,
+    small_crops: int = 0,
+    small_crop_size: int = 96,
+    small_crop_scale: tuple[float, float] = (0.05, 0.14),
     rank: int = 0,
     world: int = 1,
 ) -> ViewSource:
     """Makes the views of a run from the images on the device, or from a loader.
 
+    Small crops come in pairs, which are drawn as the large views are but for the part of the image
+    that they take: Caron et al., "Unsupervised learning of visual features by contrasting cluster
+    assignments", NeurIPS 2020.
+
     Args:
         split: the training images.
         recipe: how views are drawn.
-        image_size: side of the views in pixels.
+        image_size: side of the large views in pixels.
         batch_size: images in a batch, of all processes together.
         epochs: passes over the images in the whole run.
         seed: of the run.
@@ -93,30 +109,53 @@ def view_source(
         resident: "yes" to decode all images once, to bytes that stay on the device; "no" to decode
             them for each batch; "auto" for the first where they take at most a third of the GPU's
             free memory, or a quarter of the main memory.
+        labels: whether batches have the classes of their images.
+        small_crops: further views of each image; the last of an odd number is dropped.
+        small_crop_size: side of these in pixels.
+        small_crop_scale: smallest and largest part of the image's area that they take.
         rank: whose part of each batch is made.
         world: processes that share a batch.
 
     Raises:
         DataError: an image cannot be read, or where such are skipped, none can.
-        ValueError: an argument out of its range, or images that do not fit and have to.
+        ValueError: an argument out of its range, images that do not fit and have to, or labels
+            that are asked for and that images do not have.
     """
     if resident not in RESIDENT:
         raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, got {resident!r}")
     schedule = BatchSchedule(
         len(split), batch_size, epochs=epochs, seed=seed, start=start, rank=rank, world=world
     )
+    if small_crops < 0:
+        raise ValueError(f"small_crops must be 0 or more, got {small_crops}")
+    if labels and (missing := int((split.labels < 0).sum())):
+        raise ValueError(
+            f"labels of all training images are needed, but {missing} of the {len(split)} have none"
+        )
     settings = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     interpolation = settings.pop("interpolation")
-    draw = partial(augment_params, seed=seed, **settings)
+    scale = dict(zip(("crop_min_scale", "crop_max_scale"), small_crop_scale, strict=True))
+    pairs = [settings]
+    for pair in range(1, 1 + small_crops // VIEWS):
+        pairs.append({**settings, **scale, "first_view": VIEWS * pair})
+    draw = partial(_tables, [partial(augment_params, seed=seed, **pair) for pair in pairs])
     stays = resident != "no" and _fits(split, device, world, must=resident == "yes")
     kind = Resident if stays else Streamed
     return ViewSource(
-        kind(split, schedule, draw, device=device, workers=workers),
+        kind(split, schedule, draw, device=device, workers=workers, labels=labels),
         schedule,
         image_size=image_size,
+        small_crop_size=small_crop_size,
         interpolation=interpolation,
         dtype=dtype,
     )
+
+
+def _tables(
+    draws: Sequence[Callable[..., Tensor]], ids: Tensor, **images: Any
+) -> Tensor:  # [V, N, 16]
+    """The tables of all pairs of views."""
+    return torch.cat([draw(ids, **images) for draw in draws])
 
 
 def _fits(split: Split, device: torch.device, world: int, *, must: bool) -> bool:

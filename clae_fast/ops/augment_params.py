@@ -34,15 +34,17 @@ def augment_params(
     grey_prob: float,
     blur_prob: tuple[float, float],
     solarize_prob: tuple[float, float],
+    crop_max_scale: float = 1.0,
+    first_view: int = 0,
 ) -> Tensor:  # [2, N, 16]
-    r"""Draws how `augment` makes the two views of each sample.
+    r"""Draws how `augment` makes two views of each sample.
 
     A row is a function of (seed, epoch, sample, view) alone: neither the place in the batch nor its
     size, the device or the process matter, so an epoch may be drawn at once or batch by batch. The
     laws are those of torchvision's v2.RandomResizedCrop (aspect ratios from 3/4 to 4/3),
     RandomHorizontalFlip, ColorJitter, RandomGrayscale, GaussianBlur (sigma from 0.1 to 2) and
-    RandomSolarize, and the arguments after `width` are the fields of a `clae_fast.data` recipe but
-    for `interpolation`, which is `augment`'s.
+    RandomSolarize, and the arguments from `crop_min_scale` to `solarize_prob` are the fields of a
+    `clae_fast.data` recipe but for `interpolation`, which is `augment`'s.
 
     =====================  ==========================================================
     columns                what they say
@@ -69,13 +71,16 @@ def augment_params(
         height: Of the images in pixels, from 1 to 2^15: a number or, where they differ, an int64
             tensor [N] on the device of `ids`, whose values are not checked.
         width: As `height`.
-        crop_min_scale: Smallest part of the image's area that a crop takes; the largest is 1.
+        crop_min_scale: Smallest part of the image's area that a crop takes.
         flip: Whether to mirror one half of the views.
         color_jitter: Strengths of brightness, contrast, saturation and hue.
         color_jitter_prob: Probability of the jitter.
         grey_prob: Probability of turning grey.
         blur_prob: Probability of Gaussian blur, of each view.
         solarize_prob: Probability of solarization, of each view.
+        crop_max_scale: Largest part of the image's area that a crop takes.
+        first_view: Number of the first of the two views, from 0 to 2^16 - 2: further pairs of views
+            of the same samples, such as small crops, have the numbers 2 and 3, 4 and 5, and so on.
 
     Returns:
         The table, fp32, on the device of `ids`.
@@ -103,7 +108,9 @@ def augment_params(
     else:
         _check_integer("epoch", epoch, 0, MASK)
     height, width = _checked_side("height", height, ids), _checked_side("width", width, ids)
-    _check_real("crop_min_scale", crop_min_scale, 1.0)
+    _check_integer("first_view", first_view, 0, 2**16 - 2)
+    _check_real("crop_max_scale", crop_max_scale, 1.0)
+    _check_real("crop_min_scale", crop_min_scale, crop_max_scale)
     if not isinstance(flip, bool):
         raise TypeError(f"flip must be True or False, got {type(flip).__name__}")
     for name, numbers, upper in (
@@ -120,8 +127,8 @@ def augment_params(
         for number, largest in zip(numbers, upper, strict=True):
             _check_real(name, number, largest)
 
-    u = _uniform(ids, seed, epoch)  # [2, N, words]
-    box = _crops(u[..., :_CROP], height, width, crop_min_scale)
+    u = _uniform(ids, seed, epoch, first_view)  # [2, N, words]
+    box = _crops(u[..., :_CROP], height, width, crop_min_scale, crop_max_scale)
     order, factors = u[..., _CROP : _CROP + _JITTER].split(4, dim=-1)
     turn, jitter, grey, blur, sigma, solarize = u[..., _CROP + _JITTER :].unbind(-1)
     amounts = []
@@ -144,9 +151,11 @@ def augment_params(
     return torch.stack([column.float() for column in columns], dim=-1)
 
 
-def _uniform(ids: Tensor, seed: int, epoch: int | Tensor) -> Tensor:  # [2, N, words]
+def _uniform(
+    ids: Tensor, seed: int, epoch: int | Tensor, first_view: int
+) -> Tensor:  # [2, N, words]
     """Uniform in [0, 1), fp64: the random words of each view of each sample."""
-    view = torch.arange(VIEWS, device=ids.device).view(-1, 1, 1)
+    view = torch.arange(first_view, first_view + VIEWS, device=ids.device).view(-1, 1, 1)
     block = torch.arange(_BLOCKS, device=ids.device)
     sample = ids.view(-1, 1)
     counter = (view << 16 | block, epoch, sample & MASK, sample >> 32 & MASK)
@@ -154,9 +163,11 @@ def _uniform(ids: Tensor, seed: int, epoch: int | Tensor) -> Tensor:  # [2, N, w
     return words.flatten(-2).double() * 2.0**-32
 
 
-def _crops(u: Tensor, height: Tensor, width: Tensor, min_scale: float) -> tuple[Tensor, ...]:
+def _crops(
+    u: Tensor, height: Tensor, width: Tensor, min_scale: float, max_scale: float
+) -> tuple[Tensor, ...]:
     """Top, left, height and width: of the first of ten tries that fits, else of the centre."""
-    area = (height * width)[:, None] * (min_scale + (1 - min_scale) * u[..., :_TRIES])
+    area = (height * width)[:, None] * (min_scale + (max_scale - min_scale) * u[..., :_TRIES])
     low, high = (math.log(ratio) for ratio in _RATIO)
     ratio = torch.exp(low + (high - low) * u[..., _TRIES : 2 * _TRIES])
     rows, columns = torch.sqrt(area / ratio).round(), torch.sqrt(area * ratio).round()
