@@ -16,14 +16,15 @@ from clae_fast.lars import LARS
 def build_optimizer(
     config: Config, module: nn.Module, device: torch.device | str = "cpu"
 ) -> Optimizer:
-    """The optimiser of all parameters of `module`, in fused kernels.
+    """The optimiser of all parameters of `module` that want a gradient, in fused kernels.
 
     On a GPU the learning rate is a tensor there, which captured steps read.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     lr: Any = torch.tensor(config.lr, device=device) if on_gpu else config.lr
-    parameters = list(module.parameters())
+    # momentum encoders and teachers are not for it
+    parameters = [p for p in module.parameters() if p.requires_grad]
     exempt = [p for p in parameters if p.ndim <= 1 and not config.decay_1d]
     decayed = [p for p in parameters if p.ndim > 1 or config.decay_1d]
     groups: list[dict[str, Any]] = [{"params": decayed}]
