@@ -44,6 +44,21 @@ def info_nce(
     dkeys: int,
     workspace: int,
 ) -> int: ...
+def hard_nt_xent(
+    isa: str,
+    z0: _Rows,
+    z1: _Rows,
+    N: int,
+    D: int,
+    temperature: float,
+    beta: float,
+    tau_plus: float,
+    detach_weights: bool,
+    threads: int,
+    loss: int,
+    dz: int,
+    workspace: int,
+) -> int: ...
 def uel_workspace(isa: str, dtype: int, N: int, D: int, threads: int, grad: bool) -> int: ...
 def uel(
     isa: str,

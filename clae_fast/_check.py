@@ -64,6 +64,26 @@ def temperature(value: float) -> None:
         raise ValueError(f"temperature must be positive and finite, got {value}")
 
 
+def in_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises unless `value` is a finite number from `low` on and below `high`."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+
+
+def labels(value: Tensor, z: Tensor) -> None:
+    """Raises unless `value` has an int64 for each row of `z`, on its device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"labels must be of dtype int64, got {value.dtype}")
+    if value.shape != (len(z),):
+        raise ValueError(f"labels must have shape [{len(z)}], got {list(value.shape)}")
+    if value.device != z.device:
+        raise ValueError(f"labels must be on the device of z, {z.device}, got {value.device}")
+
+
 def per_channel(name: str, value: object, x: Tensor, *, minimum: float = -math.inf) -> None:
     """Raises unless `value` is a number, or a list, tuple or tensor of one for each channel."""
     shape: list[int] | None = None

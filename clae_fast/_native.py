@@ -155,6 +155,40 @@ def info_nce(
     return loss, danchor, dkeys
 
 
+def hard_nt_xent(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float,
+    beta: float,
+    tau_plus: float,
+    detach_weights: bool,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient in fp32, [] and [2N, D]; [0] where it is not wanted."""
+    z0, z1 = _in_rows(z0), _in_rows(z1)
+    N, D = z0.shape
+    loss = torch.empty((), dtype=torch.float32)
+    dz = torch.empty((2 * N, D) if grad else 0, dtype=torch.float32)
+    call = partial(
+        _C.hard_nt_xent,
+        _isa,
+        _rows(z0),
+        _rows(z1),
+        N,
+        D,
+        temperature,
+        beta,
+        tau_plus,
+        detach_weights,
+        torch.get_num_threads(),
+        loss.data_ptr(),
+        dz.data_ptr(),
+    )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
+    return loss, dz
+
+
 def uel(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]

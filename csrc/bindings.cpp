@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "augment.h"
+#include "hard_nt_xent.h"
 #include "info_nce.h"
 #include "isa.h"
 #include "linf_step.h"
@@ -119,6 +120,29 @@ PYBIND11_MODULE(_C, m) {
           // without a workspace the call tells how many bytes it takes
           if (workspace == 0) return clae_fast::info_nce_workspace(chosen, args);
           clae_fast::info_nce(chosen, args);
+          return int64_t(0);
+        });
+
+  m.def("hard_nt_xent",
+        [](const std::string& isa, const PyRows& z0, const PyRows& z1, int64_t N, int64_t D,
+           float temperature, float beta, float tau_plus, bool detach_weights, int threads,
+           std::uintptr_t loss, std::uintptr_t dz, std::uintptr_t workspace) {
+          const auto chosen = clae_fast::parse_isa(isa);
+          const clae_fast::HardNtXentArgs args{rows(z0),
+                                               rows(z1),
+                                               N,
+                                               D,
+                                               temperature,
+                                               beta,
+                                               tau_plus,
+                                               detach_weights,
+                                               threads,
+                                               pointer<float>(loss),
+                                               pointer<float>(dz),
+                                               pointer<unsigned char>(workspace)};
+          py::gil_scoped_release nogil;
+          if (workspace == 0) return clae_fast::hard_nt_xent_workspace(chosen, args);
+          clae_fast::hard_nt_xent(chosen, args);
           return int64_t(0);
         });
 

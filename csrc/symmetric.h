@@ -9,6 +9,14 @@
 // its rows and its columns: n^2 D FLOPs for the loss, 3 n^2 D more for the gradient. Below T =
 // 0.023 exp(-2/T) leaves fp32's range: row maxima instead of the shift.
 //
+// Hard negatives, m of them, have weights W_ij = E_ij^beta, a share tau of them are positives:
+//   mean_i = sum_j W_ij E_ij / sum_j W_ij,  neg_i = m max((mean_i - tau pos_i) / (1 - tau),
+//   e^(-2/T)) q_i = (neg_i + m tau / (1 - tau) pos_i) / (neg_i + pos_i) r_i = m (1 + beta) / ((1 -
+//   tau) (neg_i + pos_i) sum_j W_ij),  v_i = r_i mean_i beta / (1 + beta)
+// and W_ij (E_ij (r_i + r_j) - v_i - v_j) takes the place of E_ij (r_i + r_j). With constant
+// weights r has no factor 1 + beta, and v is 0. Where the maximum is the second, r = v = 0 and q_i
+// = neg_i / (neg_i + pos_i). Sums of W E leave fp32's range below T = 0.023 (1 + beta).
+//
 // Two tiles that share no block of rows may run side by side. Tiles are ordered as the rounds of a
 // tournament and each waits only for the earlier ones of its own two blocks, so every sum has one
 // order, whatever the number of threads.
@@ -38,6 +46,13 @@ enum class Pairs {
   one_way,    // the same, but rows of `second` have no loss
 };
 
+// What makes negatives hard; nothing does where all is 0.
+struct Hardness {
+  float beta;     // concentration of the weights
+  float tau;      // share of positives among the negatives
+  bool constant;  // no gradient through the weights
+};
+
 // The rows of `first` above those of `second`, if there are two views.
 struct SymmetricArgs {
   Rows first;   // [N, D]
@@ -53,6 +68,7 @@ struct SymmetricArgs {
   float* dfirst;   // [N, D], null where it is not wanted
   float* dsecond;  // [n - N, D], null where it is not wanted
   unsigned char* workspace;
+  Hardness hardness = {};
 };
 
 template <class T>
@@ -60,12 +76,15 @@ struct Scratch {
   int64_t n, D, offset, padded, blocks;
   int block;
   bool crossed;  // an anchor's negatives are keys alone, and the other way round
+  float beta;
   Packed<T> u;   // [padded, D]
   float* du;     // [padded, u.width]
-  double* neg;   // [padded] sum of E, or of 2^(y - peak)
+  double* neg;   // [padded] sum of W E, or of 2^((1 + beta) (y - peak))
+  double* mass;  // [padded] sum of W, or of 2^(beta (y - peak)), if beta is not 0
   double* loss;  // [padded]
   float* peak;   // [padded] row maximum of y over the negatives, online form
   float* r;      // [padded] 1 / (neg + pos); online form: its log2
+  float* v;      // [padded] the same of W alone, if beta is not 0
   float* q;      // [padded]
   int* next;     // [2] the next tile of a pass
   int* done;     // [2, blocks] tiles finished of a block, in each pass
@@ -73,7 +92,7 @@ struct Scratch {
 };
 
 template <class T>
-Scratch<T> carve(int64_t n, int64_t D, bool grad, unsigned char* base) {
+Scratch<T> carve(int64_t n, int64_t D, bool grad, bool weighted, unsigned char* base) {
   Scratch<T> s;
   s.n = n;
   s.D = D;
@@ -84,9 +103,11 @@ Scratch<T> carve(int64_t n, int64_t D, bool grad, unsigned char* base) {
   s.u = carve_rows<T>(carver, s.padded, D);
   s.du = carver.take<float>(grad ? s.padded * s.u.width : 0);
   s.neg = carver.take<double>(s.padded);
+  s.mass = carver.take<double>(weighted ? s.padded : 0);
   s.loss = carver.take<double>(s.padded);
   s.peak = carver.take<float>(s.padded);
   s.r = carver.take<float>(s.padded);
+  s.v = carver.take<float>(weighted ? s.padded : 0);
   s.q = carver.take<float>(s.padded);
   s.next = carver.take<int>(2);
   s.done = carver.take<int>(2 * s.blocks);
@@ -153,46 +174,61 @@ CLAE_FAST_INLINE void logits(const Scratch<T>& s,
   similarities(s.u, i, s.u, j, scale, online ? 0.f : -scale, y);
 }
 
-// Adds a tile's E to its rows' sums and, off the diagonal, to its columns'.
-template <class T>
+// Adds a tile's W E, and W, to its rows' sums and, off the diagonal, to its columns'.
+template <class T, bool weighted>
 void sum_tile_fixed(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
-  Vec row_sum[kMaxBlock] = {};
+  Vec row_sum[kMaxBlock] = {}, row_mass[weighted ? kMaxBlock : 1] = {};
   const int64_t rows = smaller(s.n - I, s.block);
   const int64_t cols = smaller(s.n - J, s.block);
   for (int64_t j = 0; j < cols; j += kCols) {
-    Vec col_sum[kVecs] = {};
+    Vec col_sum[kVecs] = {}, col_mass[kVecs] = {};
     for (int64_t i = 0; i < rows; i += kRows) {
-      Vec y[kRows][kVecs];
+      Vec y[kRows][kVecs], w[kRows][kVecs];
       logits<T, false>(s, scale, I + i, J + j, y);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) y[m][v] = exp2<false>(y[m][v]);
+        for (int v = 0; v < kVecs; ++v) {
+          const Vec e = exp2<false>(y[m][v]);
+          if (weighted) w[m][v] = exp2<false>(s.beta * y[m][v]);
+          y[m][v] = weighted ? w[m][v] * e : e;
+        }
       }
       keep_negatives(s, I + i, J + j, y);
+      if (weighted) keep_negatives(s, I + i, J + j, w);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
           row_sum[i + m] += y[m][v];
           col_sum[v] += y[m][v];
+          if (!weighted) continue;
+          row_mass[i + m] += w[m][v];
+          col_mass[v] += w[m][v];
         }
       }
     }
-    if (I != J) {
-      for (int v = 0; v < kVecs; ++v) {
-        for (int l = 0; l < kWidth; ++l) s.neg[J + j + v * kWidth + l] += double(col_sum[v][l]);
+    if (I == J) continue;
+    for (int v = 0; v < kVecs; ++v) {
+      for (int l = 0; l < kWidth; ++l) {
+        const int64_t column = J + j + v * kWidth + l;
+        s.neg[column] += double(col_sum[v][l]);
+        if (weighted) s.mass[column] += double(col_mass[v][l]);
       }
     }
   }
-  for (int64_t i = 0; i < rows; ++i) s.neg[I + i] += double(horizontal_sum(row_sum[i]));
+  for (int64_t i = 0; i < rows; ++i) {
+    s.neg[I + i] += double(horizontal_sum(row_sum[i]));
+    if (weighted) s.mass[I + i] += double(horizontal_sum(row_mass[i]));
+  }
 }
 
 // The same with a running maximum of every row and column.
-template <class T>
+template <class T, bool weighted>
 void sum_tile_online(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
   alignas(64) float tile[kMaxBlock * kMaxBlock];
   const float lowest = -INFINITY;
+  const float sharpness = 1 + s.beta;
   const int64_t rows = smaller(s.n - I, s.block);
   const int64_t cols = round_up(smaller(s.n - J, s.block), kCols);
   for (int64_t j = 0; j < cols; j += kCols) {
@@ -214,9 +250,15 @@ void sum_tile_online(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
     float peak = s.peak[I + i];
     for (int l = 0; l < kWidth; ++l) peak = peak < top[l] ? top[l] : peak;
     if (peak == lowest) continue;  // no negative yet: -inf - -inf would be NaN
-    Vec sum = {};
-    for (int64_t j = 0; j < cols; j += kWidth) sum += exp2<true>(load(row + j) - peak);
-    s.neg[I + i] = s.neg[I + i] * ::exp2(double(s.peak[I + i]) - peak) + horizontal_sum(sum);
+    Vec sum = {}, mass = {};
+    for (int64_t j = 0; j < cols; j += kWidth) {
+      const Vec below = load(row + j) - peak;
+      sum += exp2<true>(weighted ? sharpness * below : below);
+      if (weighted) mass += exp2<true>(s.beta * below);
+    }
+    const double risen = double(s.peak[I + i]) - peak;
+    s.neg[I + i] = s.neg[I + i] * ::exp2(sharpness * risen) + horizontal_sum(sum);
+    if (weighted) s.mass[I + i] = s.mass[I + i] * ::exp2(s.beta * risen) + horizontal_sum(mass);
     s.peak[I + i] = peak;
   }
   if (I == J) return;
@@ -224,11 +266,17 @@ void sum_tile_online(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
     Vec top = load(s.peak + J + j);
     for (int64_t i = 0; i < rows; ++i) top = maximum(top, load(tile + i * kMaxBlock + j));
     const Vec from = top == splat(lowest) ? Vec{} : top;
-    Vec sum = {};
-    for (int64_t i = 0; i < rows; ++i) sum += exp2<true>(load(tile + i * kMaxBlock + j) - from);
+    Vec sum = {}, mass = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec below = load(tile + i * kMaxBlock + j) - from;
+      sum += exp2<true>(weighted ? sharpness * below : below);
+      if (weighted) mass += exp2<true>(s.beta * below);
+    }
     for (int l = 0; l < kWidth; ++l) {
-      double& neg = s.neg[J + j + l];
-      neg = neg * ::exp2(double(s.peak[J + j + l]) - from[l]) + double(sum[l]);
+      const int64_t column = J + j + l;
+      const double risen = double(s.peak[column]) - from[l];
+      s.neg[column] = s.neg[column] * ::exp2(sharpness * risen) + double(sum[l]);
+      if (weighted) s.mass[column] = s.mass[column] * ::exp2(s.beta * risen) + double(mass[l]);
     }
     store(s.peak + J + j, top);
   }
@@ -240,9 +288,10 @@ bool is_wanted(const Scratch<T>& s, const SymmetricArgs& args, int64_t I) {
   return (I < args.N && args.dfirst) || (I + s.block > args.N && args.dsecond);
 }
 
-// Adds W U to the tile's rows of dU and, off the diagonal, W^T U to its columns' rows. Where rows
-// have factors f, W_ij f_i f_j takes W's place and dU_i / f_i comes out.
-template <class T, bool online>
+// Adds G U to the tile's rows of dU and, off the diagonal, G^T U to its columns' rows, with G what
+// u_j is multiplied with above. Where rows have factors f, G_ij f_i f_j takes G's place and
+// dU_i / f_i comes out.
+template <class T, bool online, bool weighted>
 void grad_tile(const Scratch<T>& s, const SymmetricArgs& args, float scale, int64_t I, int64_t J) {
   Weights<T> w;
   const int64_t rows = smaller(s.n - I, s.block);
@@ -257,10 +306,20 @@ void grad_tile(const Scratch<T>& s, const SymmetricArgs& args, float scale, int6
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
           const Vec r_col = load(s.r + J + j + v * kWidth);
+          const Vec log_w = s.beta * y[m][v];
+          const Vec log_e = weighted && online ? y[m][v] + log_w : y[m][v];
           if (online) {
-            y[m][v] = exp2<true>(y[m][v] + r_row) + exp2<true>(y[m][v] + r_col);
+            y[m][v] = exp2<true>(log_e + r_row) + exp2<true>(log_e + r_col);
           } else {
-            y[m][v] = exp2<false>(y[m][v]) * (r_row + r_col);
+            y[m][v] = exp2<false>(log_e) * (r_row + r_col);
+          }
+          if (weighted) {
+            const Vec v_row = splat(s.v[I + i + m]), v_col = load(s.v + J + j + v * kWidth);
+            if (online) {
+              y[m][v] -= exp2<true>(log_w + v_row) + exp2<true>(log_w + v_col);
+            } else {
+              y[m][v] = exp2<false>(log_w) * (y[m][v] - (v_row + v_col));
+            }
           }
           if (T::kPack > 1) {
             y[m][v] *= s.u.factor[I + i + m] * load(s.u.factor + J + j + v * kWidth);
@@ -329,7 +388,39 @@ void pack_block(const Scratch<T>& s, const SymmetricArgs& args, int64_t I) {
   pack_pairs(s.u, I, I + s.block);
 }
 
-// loss_i, q_i and r_i of one row from its sum over the negatives.
+// The same of a row with hard negatives, from the logarithms to base 2 of mean_i mass_i and pos_i.
+template <class T, bool online>
+void finish_hard_row(const Scratch<T>& s,
+                     const Hardness& hardness,
+                     double scale,
+                     double log_sum,
+                     double log_pos,
+                     int64_t i) {
+  const double beta = hardness.beta, tau = hardness.tau;
+  const double log_count = log2(double(s.n - 2));
+  const double log_mass = beta > 0 ? log2(s.mass[i]) + (online ? beta * s.peak[i] : 0.) : log_count;
+  // of sums of 2^((1 + beta) y), of which log_sum has one peak already
+  const double log_mean = log_sum + (online ? beta * s.peak[i] : 0.) - log_mass;
+  // a mean is never below the floor
+  const double floor = (online ? -1 : -2) * scale;
+  const double false_share = tau * ::exp2(log_pos - log_mean);
+  const double log_true =
+      false_share >= 1 ? -INFINITY : log_mean + log2((1 - false_share) / (1 - tau));
+  const bool floored = tau > 0 && log_true <= floor;
+  const RowLoss row = row_loss(log_count + (floored ? floor : log_true), log_pos);
+  s.loss[i] = row.loss;
+  const double share =
+      row.q + (floored ? 0. : ::exp2(log_count + log_pos - row.log_den) * tau / (1 - tau));
+  s.q[i] = float(share);
+  const double factor = floored ? 0. : (hardness.constant ? 1. : 1 + beta) / (1 - tau);
+  const double log_r = log_count - log_mass - row.log_den + log2(factor);
+  s.r[i] = float(online ? log_r : ::exp2(log_r));
+  if (beta == 0) return;
+  const double log_v = hardness.constant ? -INFINITY : log_r + log_mean + log2(beta / (1 + beta));
+  s.v[i] = float(online ? log_v : ::exp2(log_v));
+}
+
+// loss_i, q_i, r_i and v_i of one row from its sums over the negatives.
 template <class T, bool online>
 void finish_row(const Scratch<T>& s, const SymmetricArgs& args, double scale, int64_t i) {
   if (args.pairs == Pairs::one_way && i >= args.N) {
@@ -341,7 +432,12 @@ void finish_row(const Scratch<T>& s, const SymmetricArgs& args, double scale, in
   const double similarity = cosine(s.u, i, s.u, positive_of(s, i));
   const double log_pos = (online ? similarity : similarity - 1) * scale;
   const double neg = (args.pairs == Pairs::twice ? 2 : 1) * s.neg[i];
-  const RowLoss row = row_loss(log2(neg) + (online && neg > 0 ? double(s.peak[i]) : 0.), log_pos);
+  const double log_neg = log2(neg) + (online && neg > 0 ? double(s.peak[i]) : 0.);
+  if (args.hardness.beta > 0 || args.hardness.tau > 0) {
+    finish_hard_row<T, online>(s, args.hardness, scale, log_neg, log_pos, i);
+    return;
+  }
+  const RowLoss row = row_loss(log_neg, log_pos);
   s.loss[i] = row.loss;
   s.q[i] = float(row.q);
   s.r[i] = online ? float(-row.log_den) : float(1 / (neg + ::exp2(log_pos)));
@@ -363,7 +459,7 @@ void finish_grad(const Scratch<T>& s, const SymmetricArgs& args, int64_t i) {
   store_raw_grad(s.u, i, du, scale, dz);
 }
 
-template <class T, bool online>
+template <class T, bool online, bool weighted>
 void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
   const double scale = kLog2e / args.temperature;
   const float scale32 = float(scale);
@@ -378,19 +474,22 @@ void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
         s.neg[i] = 0;
         s.peak[i] = -INFINITY;
         s.r[i] = 0;
+        if (weighted) s.mass[i] = s.v[i] = 0;
       }
       if (!grad) continue;
       memset(s.du + b * s.block * s.u.width, 0, s.block * s.u.width * sizeof(float));
     }
     team.barrier();
     play(s, 0, [&](int64_t I, int64_t J) {
-      online ? sum_tile_online(s, scale32, I, J) : sum_tile_fixed(s, scale32, I, J);
+      online ? sum_tile_online<T, weighted>(s, scale32, I, J)
+             : sum_tile_fixed<T, weighted>(s, scale32, I, J);
     });
     team.barrier();
     for (int64_t i = rows.begin; i < rows.end; ++i) finish_row<T, online>(s, args, scale, i);
     if (!grad) return;
     team.barrier();
-    play(s, 1, [&](int64_t I, int64_t J) { grad_tile<T, online>(s, args, scale32, I, J); });
+    play(s, 1,
+         [&](int64_t I, int64_t J) { grad_tile<T, online, weighted>(s, args, scale32, I, J); });
     team.barrier();
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       if (i < args.N ? args.dfirst : args.dsecond) finish_grad(s, args, i);
@@ -402,22 +501,26 @@ void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
   args.loss[0] = float(total / double(losses(args)));
 }
 
-template <class T>
+template <class T, bool weighted>
 void run_symmetric(const SymmetricArgs& args) {
-  auto s = carve<T>(args.n, args.D, args.dfirst || args.dsecond, args.workspace);
+  auto s = carve<T>(args.n, args.D, args.dfirst || args.dsecond, weighted, args.workspace);
   s.offset = args.positive;
   s.crossed = args.pairs == Pairs::both_ways || args.pairs == Pairs::one_way;
-  args.temperature < kMinShift ? run_symmetric<T, true>(s, args) : run_symmetric<T, false>(s, args);
+  s.beta = args.hardness.beta;
+  args.temperature < kMinShift * (1 + s.beta) ? run_symmetric<T, true, weighted>(s, args)
+                                              : run_symmetric<T, false, weighted>(s, args);
 }
 
 // Bytes of scratch: O(n D), never O(n^2).
-int64_t symmetric_workspace(DType dtype, int64_t n, int64_t D, bool grad) {
-  return stays_bf16(dtype) ? carve<Bf16>(n, D, grad, nullptr).bytes
-                           : carve<Fp32>(n, D, grad, nullptr).bytes;
+int64_t symmetric_workspace(DType dtype, int64_t n, int64_t D, bool grad, bool weighted = false) {
+  return stays_bf16(dtype) ? carve<Bf16>(n, D, grad, weighted, nullptr).bytes
+                           : carve<Fp32>(n, D, grad, weighted, nullptr).bytes;
 }
 
+template <bool weighted = false>
 void symmetric(const SymmetricArgs& args) {
-  stays_bf16(args.first.dtype) ? run_symmetric<Bf16>(args) : run_symmetric<Fp32>(args);
+  stays_bf16(args.first.dtype) ? run_symmetric<Bf16, weighted>(args)
+                               : run_symmetric<Fp32, weighted>(args);
 }
 
 }  // namespace

@@ -34,11 +34,11 @@ def row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
 
 
 def view_grads(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Backward of a loss of two views that saved dz [2N, D]: the gradients that are wanted.
+    """Backward of a loss of two views that saved dz [2N, D] first: the gradients that are wanted.
 
     Scaled before the cast: a scaled loss is what keeps fp16 gradients from underflowing.
     """
-    (dz,) = ctx.saved_tensors
+    dz = ctx.saved_tensors[0]
     N = len(dz) // 2
     dz0 = (dz[:N] * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
     dz1 = (dz[N:] * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None

@@ -1,0 +1,187 @@
+"""Hard-negative supervised contrastive loss: loss and gradient in one call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from clae_fast import _check, _impl
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.reference.h_scl import h_scl as reference
+
+torch.library.define(
+    "clae_fast::h_scl",
+    "(Tensor z, Tensor labels, float temperature, float beta, bool detach_weights, bool grad,"
+    " str impl) -> (Tensor loss, Tensor dz)",
+)
+
+
+@torch.library.impl("clae_fast::h_scl", ("cpu", "cuda"))
+def _h_scl_impl(
+    z: Tensor,  # [n, D]
+    labels: Tensor,  # [n]
+    temperature: float,
+    beta: float,
+    detach_weights: bool,
+    grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The closed form in torch ops, a block of rows at a time; [0] for a gradient not wanted.
+
+    With the weights w of the negatives k of row i, and q_j the logistic function of what sets their
+    mean apart from the positive j, the gradient of a row's losses by its logits is -q_j for a
+    positive and, with Q the sum of q_j,
+
+        Q ((1 + beta) w_k exp(s_k) / sum of w exp(s) - beta w_k / sum of w)
+
+    for a negative or, with constant weights, Q w_k exp(s_k) / sum of w exp(s).
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        u, norm = unit_rows(z)
+        n = len(u)
+        losses, pairs = u.new_zeros(n), u.new_zeros(n)
+        du = torch.zeros_like(u) if grad else u.new_empty(0)
+        for start, stop in row_blocks(n, n):
+            rows = slice(start, stop)
+            s = (u[rows] @ u.T).div_(temperature)
+            same = labels[rows, None] == labels[None, :]
+            positive = same.clone()
+            positive.diagonal(start).fill_(False)
+            pairs[rows] = positive.sum(1).to(u.dtype)
+            # a row without negatives has no loss, and no mean of them
+            alone = same.all(1, keepdim=True)
+            positive &= ~alone
+            below = s.masked_fill(same, -torch.inf)
+            shift = below.amax(1, keepdim=True).masked_fill_(alone, 0)
+            below.sub_(shift)
+            weights = (beta * below).exp_() if beta else (~same).to(u.dtype)
+            hard = below.exp_().mul_(weights)
+            total = hard.sum(1, keepdim=True).masked_fill_(alone, 1)
+            mass = weights.sum(1, keepdim=True).masked_fill_(alone, 1)
+            # of two rows neither has a positive and a negative
+            log_mean = (total / mass).log_().add_(shift + math.log(max(1, n - 2)))
+            margin = log_mean - s
+            losses[rows] = F.softplus(margin).masked_fill_(~positive, 0).sum(1)
+            if not grad:
+                continue
+            q = margin.sigmoid_().masked_fill_(~positive, 0)
+            share = q.sum(1, keepdim=True)
+            if detach_weights:
+                g = hard.mul_(share / total)
+            else:
+                g = hard.mul_((1 + beta) * share / total).sub_(weights.mul_(beta * share / mass))
+            g.sub_(q)
+            du[rows] += g @ u
+            du += g.T @ u[rows]
+        count = pairs.sum().clamp_min_(1)
+        if grad:
+            du = unit_rows_backward(du.div_(count * temperature), u, norm)
+        return losses.sum() / count, du
+
+
+@torch.library.register_fake("clae_fast::h_scl")
+def _h_scl_fake(
+    z: Tensor,
+    labels: Tensor,
+    temperature: float,
+    beta: float,
+    detach_weights: bool,
+    grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    loss = z.new_empty((), dtype=torch.float32)
+    return loss, loss.new_empty(z.shape if grad else (0,))
+
+
+_h_scl = torch.ops.clae_fast.h_scl.default
+
+
+class _HSCL(torch.autograd.Function):
+    """Computes the gradient with the loss and keeps nothing else: dz, [n, D] in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        labels: Tensor,
+        temperature: float,
+        beta: float,
+        detach_weights: bool,
+        impl: str,
+    ) -> Tensor:
+        loss, dz = _h_scl(z, labels, temperature, beta, detach_weights, True, impl)
+        ctx.save_for_backward(dz)
+        ctx.dtype = z.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (dz,) = ctx.saved_tensors
+        return (dz * dloss).to(ctx.dtype), None, None, None, None, None
+
+
+def h_scl(
+    z: Tensor,  # [n, D]
+    labels: Tensor,  # [n]
+    *,
+    temperature: float = 0.5,
+    beta: float = 1.0,
+    detach_weights: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Supervised contrastive loss with hard negatives, the loss of H-SCL.
+
+    .. math:: \frac{1}{|P|} \sum_{(i, j) \in P}
+        \log (e^{s_{ij}} + (n - 2) \mu_i) - s_{ij}, \quad
+        \mu_i = \frac{\sum_k e^{(1 + \beta) s_{ik}}}{\sum_k e^{\beta s_{ik}}}
+
+    over the pairs P of different rows of one label, with s the cosine over the temperature T and
+    sums over the rows k of other labels; as released, positives are in no one's denominator, and
+    the mean stands for all n - 2 other rows. Pairs whose label is every row's have no loss, and
+    count. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+
+    Args:
+        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalised. The order is free.
+        labels: Classes of the rows, int64 [n].
+        temperature: T, above 0.
+        beta: How far the weights of negatives are concentrated on the nearest, from 0 on.
+        detach_weights: Take the weights exp(beta s) for constants in the gradient.
+        impl: "auto", "reference" or "torch".
+
+    Returns:
+        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is, 0 where no
+        label is there twice.
+
+    Raises:
+        TypeError: An argument of the wrong type, or labels other than int64.
+        ValueError: A shape other than [n, D] and [n], n = 0, a temperature that is not above 0, or
+            a negative beta.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Example:
+        >>> z = torch.randn(512, 128, requires_grad=True)
+        >>> clae_fast.h_scl(z, torch.randint(10, (512,)), beta=5.0).backward()
+
+    Source: Jiang et al., Supervised Contrastive Learning with Hard Negative Samples, 2022
+    (arXiv 2209.00078).
+    """
+    _check.projections("z", z)
+    _check.labels(labels, z)
+    _check.temperature(temperature)
+    _check.in_range("beta", beta, 0)
+    _check.flag("detach_weights", detach_weights)
+    impl = _impl.resolve("h_scl", impl, z)
+    settings = (temperature, beta, detach_weights)
+    if impl == "reference":
+        return reference(
+            z, labels, temperature=temperature, beta=beta, detach_weights=detach_weights
+        )
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _HSCL.apply(z, labels, *settings, impl)
+    return _h_scl(z, labels, *settings, False, impl)[0]

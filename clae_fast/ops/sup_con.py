@@ -1,0 +1,156 @@
+"""Supervised contrastive loss: loss and gradient in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from clae_fast import _check, _impl
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.reference.sup_con import sup_con as reference
+
+torch.library.define(
+    "clae_fast::sup_con",
+    "(Tensor z, Tensor labels, float temperature, bool detach_columns, bool grad, str impl)"
+    " -> (Tensor loss, Tensor dz)",
+)
+
+
+@torch.library.impl("clae_fast::sup_con", ("cpu", "cuda"))
+def _sup_con_impl(
+    z: Tensor,  # [n, D]
+    labels: Tensor,  # [n]
+    temperature: float,
+    detach_columns: bool,
+    grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The closed form in torch ops, a block of rows at a time; [0] for a gradient not wanted.
+
+    With q the negatives' share of a row's softmax p, the gradient of its loss by its logits is p_k
+    for a negative and, with the softmax r over its m positives alone, (r_k - 1 / m) - q r_k for a
+    positive: nothing cancels where m = 1.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        u, norm = unit_rows(z)
+        n = len(u)
+        losses, counted = u.new_zeros(n, 1), u.new_zeros(n, 1)
+        du = torch.zeros_like(u) if grad else u.new_empty(0)
+        for start, stop in row_blocks(n, n):
+            rows = slice(start, stop)
+            s = (u[rows] @ u.T).div_(temperature)
+            same = labels[rows, None] == labels[None, :]
+            positive = same.clone()
+            positive.diagonal(start).fill_(False)
+            m = positive.sum(1, keepdim=True)
+            s_pos = s.masked_fill(~positive, -torch.inf)
+            lse_pos = s_pos.logsumexp(1, keepdim=True)
+            mean_pos = s.masked_fill(~positive, 0).sum(1, keepdim=True) / m
+            s_neg = s.masked_fill_(same, -torch.inf)
+            lse_neg = s_neg.logsumexp(1, keepdim=True)
+            margin = lse_neg - lse_pos
+            apart = F.softplus(margin)
+            loss = torch.where(m > 1, apart + (lse_pos - mean_pos), apart)
+            losses[rows] = loss.masked_fill(m == 0, 0)
+            counted[rows] = (m > 0).to(u.dtype)
+            if not grad:
+                continue
+            q = margin.sigmoid()
+            r = s_pos.sub_(lse_pos).exp_()
+            # a row without negatives has none to weigh
+            p = s_neg.sub_(lse_neg.masked_fill(same.all(1, keepdim=True), 0)).exp_().mul_(q)
+            g = torch.where(positive, (r - 1 / m) - q * r, p).masked_fill_(m == 0, 0)
+            du[rows] += g @ u
+            if not detach_columns:
+                du += g.T @ u[rows]
+        count = counted.sum().clamp_min_(1)
+        if grad:
+            du = unit_rows_backward(du.div_(count * temperature), u, norm)
+        return losses.sum() / count, du
+
+
+@torch.library.register_fake("clae_fast::sup_con")
+def _sup_con_fake(
+    z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, grad: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    loss = z.new_empty((), dtype=torch.float32)
+    return loss, loss.new_empty(z.shape if grad else (0,))
+
+
+_sup_con = torch.ops.clae_fast.sup_con.default
+
+
+class _SupCon(torch.autograd.Function):
+    """Computes the gradient with the loss and keeps nothing else: dz, [n, D] in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, impl: str
+    ) -> Tensor:
+        loss, dz = _sup_con(z, labels, temperature, detach_columns, True, impl)
+        ctx.save_for_backward(dz)
+        ctx.dtype = z.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (dz,) = ctx.saved_tensors
+        return (dz * dloss).to(ctx.dtype), None, None, None, None
+
+
+def sup_con(
+    z: Tensor,  # [n, D]
+    labels: Tensor,  # [n]
+    *,
+    temperature: float = 0.5,
+    detach_columns: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Supervised contrastive loss, whose positives are all rows of one label.
+
+    .. math:: \frac{1}{|R|} \sum_{i \in R} \log \sum_{j \ne i} e^{s_{ij}}
+        - \frac{1}{|P_i|} \sum_{p \in P_i} s_{ip}, \quad
+        s_{ij} = \frac{z_i \cdot z_j}{\|z_i\| \|z_j\| T}
+
+    with P_i the other rows of i's label: the paper's L_out. R are the rows that have any; a row
+    alone with its label is a negative of the others and has no loss of its own. With two views of
+    N images and labels 0 to N - 1 it is :func:`nt_xent`; with three and `detach_columns`, half of
+    RoCL's. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+
+    Args:
+        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalised. The order is free.
+        labels: What makes rows positives of one another, int64 [n].
+        temperature: T, above 0.
+        detach_columns: Take the columns for constants: a row's gradient comes from its own term.
+        impl: "auto", "reference" or "torch".
+
+    Returns:
+        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is, 0 where no
+        label is there twice.
+
+    Raises:
+        TypeError: An argument of the wrong type, or labels other than int64.
+        ValueError: A shape other than [n, D] and [n], n = 0, or a temperature that is not above 0.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Example:
+        >>> z = torch.randn(512, 128, requires_grad=True)
+        >>> clae_fast.sup_con(z, torch.randint(10, (512,)), temperature=0.1).backward()
+
+    Source: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020.
+    """
+    _check.projections("z", z)
+    _check.labels(labels, z)
+    _check.temperature(temperature)
+    _check.flag("detach_columns", detach_columns)
+    impl = _impl.resolve("sup_con", impl, z)
+    if impl == "reference":
+        return reference(z, labels, temperature=temperature, detach_columns=detach_columns)
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _SupCon.apply(z, labels, temperature, detach_columns, impl)
+    return _sup_con(z, labels, temperature, detach_columns, False, impl)[0]
