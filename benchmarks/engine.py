@@ -149,10 +149,10 @@ def ours(name: str, setting: Setting, **settings: Any) -> Callable[[], object]:
     """One of our steps, as the trainer takes it, ready to be called again and again."""
     engine, number = _engine(name, setting, **settings), itertools.count()
     if name != FROM_IMAGES:
-        x_p, x_q = setting.views(engine.dtype, torch.channels_last)
-        return lambda: engine.step(x_p, x_q, number=next(number), lr=1e-3)
+        batch = Batch(tuple(setting.views(engine.dtype, torch.channels_last)))
+        return lambda: engine.step(batch, number=next(number), lr=1e-3, progress=0.0)
     batches = _batches(setting, engine.dtype)
-    return lambda: engine.step(*next(batches).views, number=next(number), lr=1e-3)
+    return lambda: engine.step(next(batches), number=next(number), lr=1e-3, progress=0.0)
 
 
 def _engine(name: str, setting: Setting, **settings: Any) -> Engine:

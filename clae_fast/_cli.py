@@ -15,6 +15,7 @@ from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config, hints, nearest
 from clae_fast.data import DataError
 from clae_fast.run_folder import RunFolderError
+from clae_fast.settings import scalar
 from clae_fast.trainer import NonFiniteError
 
 BAD_INPUT = 2
@@ -51,9 +52,10 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Gives `parser` a flag for each of these settings of a run."""
     for field in dataclasses.fields(Config):
         if field.name in names:
+            known = field.default is not dataclasses.MISSING
             parser.add_argument(
                 flag(field.name),
-                help=f"{field.metadata['help']} (digits: {field.default})",
+                help=field.metadata["help"] + f" (digits: {field.default})" * known,
                 **_argument(hints()[field.name], field.metadata["choices"]),
             )
 
@@ -62,12 +64,33 @@ def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
     """What argparse needs to know of a field's type."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is dict:
+        return {"action": _Pairs, "nargs": "+", "metavar": "NAME=VALUE"}
     inner = [t for t in typing.get_args(hint) if t not in (type(None), ...)]
     if typing.get_origin(hint) is tuple:
         count = "*" if ... in typing.get_args(hint) else len(inner)
         return {"type": inner[0], "nargs": count, "metavar": "X"}
     kind = inner[0] if inner else hint
     return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+
+
+class _Pairs(argparse.Action):
+    """Takes NAME=VALUE, several at a time and several times."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        pairs = dict(getattr(namespace, self.dest, {}))
+        for text in values:
+            name, equals, value = text.partition("=")
+            if not (name and equals):
+                raise argparse.ArgumentError(self, f"must be NAME=VALUE, got {text!r}")
+            pairs[name] = scalar(value)
+        setattr(namespace, self.dest, pairs)
 
 
 def flag(name: str) -> str:

@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from clae_fast.data.datasets import DATASETS, require_dataset
+from clae_fast.methods import METHODS
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+def _own_options() -> str:
+    """The settings of each method that has some of its own."""
+    lines = ((name, method.own_options()) for name, method in METHODS.items())
+    return "; ".join(f"{name}: {', '.join(own)}" for name, own in lines if own) or "none has any"
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,11 @@ class Config:
     solarize_prob: tuple[float, float] = _option(
         (0.0, 0.0), "probability of solarization, of view p and of view q"
     )
+    small_crops: int = _option(0, "small crops of an image, besides its two views")
+    small_crop_size: int = _option(96, "side of a small crop in pixels")
+    small_crop_scale: tuple[float, float] = _option(
+        (0.05, 0.14), "smallest and largest part of the image that a small crop takes"
+    )
     mean: tuple[float, float, float] = _option(
         (0.5, 0.5, 0.5), "mean that the encoder subtracts from pixels in 0..1"
     )
@@ -62,7 +74,16 @@ class Config:
         choices=("auto", "yes", "no"),
     )
 
-    method: str = _option("simclr", "contrastive method", choices=("simclr", "plain", "uel"))
+    method: str = _option("simclr", "contrastive method", choices=tuple(METHODS))
+    options: dict[str, int | float | bool | str] = dataclasses.field(
+        default_factory=dict,
+        metadata={"help": f"settings of the method's own: {_own_options()}", "choices": None},
+    )
+    teacher: str | None = _option(
+        None,
+        "frozen encoder, for a method that learns from one: a run folder, torchvision/NAME "
+        "or timm/NAME",
+    )
     temperature: float = _option(0.5, "temperature of the softmax")
     attack: str = _option("pair", "who is attacked", choices=("none", "pair", "self"))
     adv_weight: float = _option(1.0, "weight of the adversarial loss")
@@ -72,7 +93,18 @@ class Config:
         False, "the adversarial view replaces view q instead of being added"
     )
     eps: float = _option(0.06, "radius of the attack")
-    step_size: float | None = _option(None, "step of the attack; eps by default")
+    attack_steps: int = _option(1, "steps of the attack")
+    step_size: float | None = _option(None, "length of a step of the attack; eps by default")
+    attack_start: str = _option(
+        "view",
+        "where the attack starts: at the view, or at a random point of the ball around it",
+        choices=("view", "random"),
+    )
+    attack_norm: str = _option(
+        "train",
+        "mode of the encoder in passes that serve the attack alone",
+        choices=("train", "eval"),
+    )
     eps_space: str = _option(
         "pixel",
         "units of eps: pixel (0..1, views stay in 0..1) or normalized (divided by std, unbounded)",
@@ -147,8 +179,10 @@ class Config:
             self._require(name, lambda v: v >= 0, "0 or more")
         for name in ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
             self._require(name, lambda v: v <= 1, "at most 1")
-        for name in ("crop_min_scale", "adv_fraction"):
+        for name in ("crop_min_scale", "small_crop_scale", "adv_fraction"):
             self._require(name, lambda v: v <= 1, "at most 1")
+        if self.small_crop_scale[0] > self.small_crop_scale[1]:
+            raise ValueError(f"small_crop_scale must not decrease, got {self.small_crop_scale}")
         if self.color_jitter[3] > 0.5:
             raise ValueError(
                 f"color_jitter must have a hue of at most 0.5, got {self.color_jitter}"
@@ -156,6 +190,7 @@ class Config:
         if self.head_layers > 3:
             raise ValueError(f"head_layers must be at most 3, got {self.head_layers}")
         require_dataset(self.dataset, self.data_dir)
+        self._require_method()
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
@@ -170,6 +205,34 @@ class Config:
             )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must increase, got {self.milestones}")
+
+    def _require_method(self) -> None:
+        """Completes the method's own settings, and raises where it has not what others ask for."""
+        method = METHODS[self.method]
+        own = method.own_options()
+        for name in self.options:
+            if name not in own:
+                has = f"it has {', '.join(own)}" if own else "it has none"
+                raise ValueError(f"options: {self.method} has no {name!r}, {has}")
+        options = {
+            name: _convert(f"options: {name}", kind, self.options.get(name, default))
+            for name, (kind, default) in own.items()
+        }
+        object.__setattr__(self, "options", options)
+        if self.attack not in method.units:
+            kinds = [kind for kind in method.units if kind != "released"]
+            raise ValueError(
+                f"attack must be {' or '.join(kinds)} for {self.method}, got {self.attack!r}"
+            )
+        if not method.fractions and (self.adv_fraction, self.adv_replace) != (1, False):
+            raise ValueError(f"{self.method} has no adv_fraction and no adv_replace")
+        if self.small_crops % 2:
+            raise ValueError(f"small_crops must be even, got {self.small_crops}")
+        if self.small_crops and not method.small_crops:
+            raise ValueError(f"small_crops must be 0 for {self.method}, got {self.small_crops}")
+        if method.needs_teacher != (self.teacher is not None):
+            wanted = "be given" if method.needs_teacher else "not be given"
+            raise ValueError(f"teacher must {wanted} for {self.method}, got {self.teacher!r}")
 
     def _require(self, name: str, holds: Any, wanted: str) -> None:
         value = getattr(self, name)
@@ -227,14 +290,15 @@ MAY_CHANGE = (
     "log_every", "checkpoint_every", "keep_every",
 )  # fmt: skip
 _POSITIVE = (
-    "limit", "image_size", "crop_min_scale", "std", "temperature", "hidden_dim", "proj_dim", "lr",
-    "epochs", "batch_size", "micro_batch", "adv_every", "adv_fraction", "log_every",
-    "checkpoint_every", "keep_every", "val_every",
+    "limit", "image_size", "crop_min_scale", "small_crop_size", "small_crop_scale", "std",
+    "temperature", "hidden_dim", "proj_dim", "lr", "epochs", "batch_size", "micro_batch",
+    "attack_steps", "adv_every", "adv_fraction", "log_every", "checkpoint_every", "keep_every",
+    "val_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "color_jitter", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob", "workers",
-    "adv_weight", "eps", "step_size", "head_layers", "momentum", "weight_decay", "warmup_epochs",
-    "milestones", "factors", "seed", "val_size",
+    "color_jitter", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob", "small_crops",
+    "workers", "adv_weight", "eps", "step_size", "head_layers", "momentum", "weight_decay",
+    "warmup_epochs", "milestones", "factors", "seed", "val_size",
 )  # fmt: skip
 
 _WANTED = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
@@ -265,11 +329,19 @@ def convert(name: str, value: Any) -> Any:
     Raises:
         TypeError: it is of another type; the message has the name, the value and what is wanted.
     """
-    hint = hints()[name]
+    return _convert(name, hints()[name], value)
+
+
+def _convert(name: str, hint: Any, value: Any) -> Any:
     inner = [kind for kind in typing.get_args(hint) if kind not in (type(None), ...)]
     if value is None and type(None) in typing.get_args(hint):
         return None
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is dict:
+        # each is converted where it is known of which method it is
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return dict(value)
+        wanted = "names and values"
+    elif typing.get_origin(hint) is tuple:
         count = None if ... in typing.get_args(hint) else len(inner)
         fits = isinstance(value, (list, tuple)) and count in (None, len(value))
         if fits and all(_is(inner[0], v) for v in value):

@@ -157,6 +157,16 @@ class World:
         rows = self.local_batch(len(x))
         return x[self.rank * rows : (self.rank + 1) * rows]
 
+    def gather(self, z: Tensor) -> Tensor:  # [N, D] -> [W N, D]
+        """`all_gather`, differentiable: the own rows' gradient flows, which has to be whole.
+
+        It is where every process computes the same of all rows, as `gather_loss` has it.
+        """
+        if self.size == 1:
+            return z
+        (rows,) = _Gather.apply(self, z)
+        return rows
+
     def gather_loss(self, loss: Loss) -> Loss:
         """`loss` over the rows of all processes: as many negatives as the global batch has.
 

@@ -12,23 +12,21 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.amp import GradScaler
 
 from clae_fast.attack import LinfAttack
+from clae_fast.batch import Batch
 from clae_fast.config import Config
 from clae_fast.distributed import World
 from clae_fast.methods import Method
 from clae_fast.nn import Encoder
 from clae_fast.optimizer import build_optimizer, load_optimizer, set_lr
+from clae_fast.parts import StepOptions, StepResult
 from clae_fast.reducer import GradientReducer
-from clae_fast.step import StepResult, method_step
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # steps before a capture: libraries choose algorithms, compilers compile, states come into being
 _WARM_UP = 3
-
-Step = Callable[[Tensor, Tensor], StepResult]
 
 
 class Engine:
@@ -93,41 +91,42 @@ class Engine:
         """As in "fp16, compiled, captured"."""
         return self._describe
 
-    def step(self, x_p: Tensor, x_q: Tensor, *, number: int, lr: float) -> StepResult:
-        """Takes a step on two views of this process's rows, [N, 3, H, W] each, of `dtype`.
+    def step(self, batch: Batch, *, number: int, lr: float, progress: float) -> StepResult:
+        """Takes a step on views of this process's rows, of `dtype`.
 
         Args:
-            x_p: View p.
-            x_q: View q.
+            batch: The views, and labels where the method takes them.
             number: Of the step in the run, from 0: every `adv_every`-th is adversarial.
             lr: Its learning rate.
+            progress: The part of the run that is done, from 0 to below 1.
 
         Returns:
             The losses, constants on the device that the next step overwrites.
         """
         set_lr(self._optimizer, lr)
+        self._method.before_step(progress)
         kind = self._config.attack if number % self._config.adv_every == 0 else "none"
-        self._taken[kind] += 1
+        # what a graph is of
+        which = f"{kind} {self._method.phase}"
+        self._taken[which] += 1
         if self._stream is None:
-            return self._eager(kind, x_p, x_q)
-        if self._taken[kind] <= _WARM_UP:
-            return self._warm_up(self._stream, kind, x_p, x_q)
-        if kind not in self._graphs:
+            return self._eager(kind, batch)
+        if self._taken[which] <= _WARM_UP:
+            return self._warm_up(self._stream, kind, batch)
+        if which not in self._graphs:
             try:
-                self._graphs[kind] = _Graph(partial(self._eager, kind), x_p, x_q)
+                self._graphs[which] = _Graph(partial(self._eager, kind), batch)
             except RuntimeError as error:
                 self._do_without_graphs(error)
-                return self._eager(kind, x_p, x_q)
-        return self._graphs[kind](x_p, x_q)
+                return self._eager(kind, batch)
+        return self._graphs[which](batch)
 
-    def _warm_up(
-        self, stream: torch.cuda.Stream, kind: str, x_p: Tensor, x_q: Tensor
-    ) -> StepResult:
+    def _warm_up(self, stream: torch.cuda.Stream, kind: str, batch: Batch) -> StepResult:
         """A step as a capture will see it: on a stream of its own."""
         current = torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            result = self._eager(kind, x_p, x_q)
+            result = self._eager(kind, batch)
         current.wait_stream(stream)
         return result
 
@@ -144,12 +143,10 @@ class Engine:
         scaler.load_state_dict(self._scaler.state_dict())
         self._scaler = scaler
 
-    def _eager(self, kind: str, x_p: Tensor, x_q: Tensor) -> StepResult:
+    def _eager(self, kind: str, batch: Batch) -> StepResult:
         config = self._config
         self._reducer.zero_grad()
-        result = method_step(
-            self._method,
-            (x_p, x_q),
+        options = StepOptions(
             kind=kind,
             attack=self._attack,
             adv_weight=config.adv_weight,
@@ -161,6 +158,7 @@ class Engine:
             last_backward=self._reducer.last_backward,
             world=self._world,
         )
+        result = self._method.step(batch, options)
         self._reducer.finish()
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -184,17 +182,20 @@ class Engine:
 
 
 class _Graph:
-    """A step as a CUDA graph, on views that are copied into its own."""
+    """A step as a CUDA graph, on a batch that is copied into its own."""
 
-    def __init__(self, step: Step, *views: Tensor) -> None:
-        self._views = [view.clone() for view in views]
+    def __init__(self, step: Callable[[Batch], StepResult], batch: Batch) -> None:
+        labels = None if batch.labels is None else batch.labels.clone()
+        self._batch = Batch(tuple(view.clone() for view in batch.views), labels)
         self._graph = torch.cuda.CUDAGraph()
         # loaders' threads pin memory meanwhile
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = step(*self._views)
+            self._result = step(self._batch)
 
-    def __call__(self, *views: Tensor) -> StepResult:
-        for own, view in zip(self._views, views, strict=True):
+    def __call__(self, batch: Batch) -> StepResult:
+        for own, view in zip(self._batch.views, batch.views, strict=True):
             own.copy_(view)
+        if self._batch.labels is not None and batch.labels is not None:
+            self._batch.labels.copy_(batch.labels)
         self._graph.replay()
         return self._result

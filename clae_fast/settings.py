@@ -53,7 +53,13 @@ def resolve(
         chosen |= PRESETS[_known("preset", preset, PRESETS)]
     if recipe is not None:
         chosen |= dataclasses.asdict(RECIPES[_known("recipe", recipe, RECIPES)])
-    chosen |= given | dict(settings)
+    # of the method's own settings each layer has some
+    options = {
+        name: value
+        for layer in (chosen, given, settings)
+        for name, value in convert("options", layer.get("options", {})).items()
+    }
+    chosen |= given | dict(settings) | {"options": options}
     return Config.from_dict(dataset_defaults(chosen.get("dataset", "digits")) | chosen)
 
 
@@ -110,6 +116,14 @@ def read(path: Path) -> dict[str, Any]:
         # characters that no YAML may hold
         raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from error
     return settings
+
+
+def scalar(text: str) -> Any:
+    """A number, true, false or text, as a YAML file would say it."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
 
 
 def _value(loader: _Loader, name: str, node: yaml.Node) -> Any:

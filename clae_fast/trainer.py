@@ -25,9 +25,9 @@ from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.nn.normalize import Normalize
 from clae_fast.nn.sync_norm import convert
 from clae_fast.optimizer import lr_factor
+from clae_fast.parts import StepResult
 from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.run_folder import MetricsLog, RunFolder
-from clae_fast.step import StepResult
 
 
 class NonFiniteError(Exception):
@@ -55,7 +55,12 @@ def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
     encoder = Encoder(normalized, head).to(device).to(memory_format=torch.channels_last)
     _check_fits(encoder, config, device)
     method = METHODS[config.method]
-    return method(encoder, temperature=config.temperature, adversarial=config.attack != "none")
+    return method(
+        encoder,
+        temperature=config.temperature,
+        adversarial=config.attack != "none",
+        **config.options,
+    )
 
 
 @torch.no_grad()
@@ -74,12 +79,18 @@ def _check_fits(encoder: Encoder, config: Config, device: torch.device | str) ->
 
 def build_attack(config: Config) -> LinfAttack:
     """The attack, in pixels of 0..1: views are normalised inside the encoder."""
+    course: dict[str, Any] = {
+        "steps": config.attack_steps,
+        "start": config.attack_start,
+        "norm": config.attack_norm,
+    }
     if config.eps_space == "pixel":
-        return LinfAttack(eps=config.eps, step_size=config.step_size, lo=0.0, hi=1.0)
+        return LinfAttack(eps=config.eps, step_size=config.step_size, lo=0.0, hi=1.0, **course)
     step_size = config.eps if config.step_size is None else config.step_size
     return LinfAttack(
         eps=tuple(config.eps * std for std in config.std),
         step_size=tuple(step_size * std for std in config.std),
+        **course,
     )
 
 
@@ -189,6 +200,10 @@ class Trainer:
             dtype=self.engine.dtype,
             workers=config.workers,
             resident=config.resident,
+            labels=self.method.needs_labels,
+            small_crops=config.small_crops,
+            small_crop_size=config.small_crop_size,
+            small_crop_scale=config.small_crop_scale,
             rank=self.world.rank,
             world=self.world.size,
         )
@@ -272,8 +287,8 @@ class Trainer:
                 self.world.require_equal(self.method)
 
     def _train_step(self, batch: Batch) -> StepResult:
-        x_p, x_q = batch.views
-        return self.engine.step(x_p, x_q, number=self.step, lr=self._lr(self.step))
+        done = self.step / (self.config.epochs * self._steps_per_epoch)
+        return self.engine.step(batch, number=self.step, lr=self._lr(self.step), progress=done)
 
     def _lr(self, step: int) -> float:
         return self.config.lr * self._lr_factor(step)

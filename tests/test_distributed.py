@@ -9,11 +9,12 @@ from torch import nn
 
 from clae_fast import distributed, nt_xent, tied_nt_xent, uel
 from clae_fast.attack import LinfAttack
+from clae_fast.batch import Batch
 from clae_fast.distributed import LostWorkerError, World
 from clae_fast.methods import SimCLR
 from clae_fast.nn.sync_norm import convert
+from clae_fast.parts import StepOptions
 from clae_fast.reducer import GradientReducer
-from clae_fast.step import method_step
 
 SIZES = (2, 4)
 
@@ -213,14 +214,15 @@ def train(method, world, kind, **options):
     for number in range(5):
         views = [world.own_rows(rows(8, 3, 8, 8, seed=2 * number + k)) for k in range(2)]
         reducer.zero_grad()
-        result = method_step(
-            method,
-            views,
-            kind=kind,
-            attack=attack,
-            last_backward=reducer.last_backward,
-            world=world,
-            **options,
+        result = method.step(
+            Batch(views),
+            StepOptions(
+                kind=kind,
+                attack=attack,
+                last_backward=reducer.last_backward,
+                world=world,
+                **options,
+            ),
         )
         reducer.finish()
         optimizer.step()

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from clae_fast.batch import Batch
 from clae_fast.engine import Engine
 from clae_fast.optimizer import build_optimizer
+from clae_fast.parts import StepOptions
 from clae_fast.settings import resolve
-from clae_fast.step import method_step
 from clae_fast.trainer import build_attack, build_method
 
 SETTINGS = {"device": "cpu", "image_size": 8, "hidden_dim": 16, "proj_dim": 8}
@@ -38,13 +39,15 @@ def test_a_step_is_the_schedule_and_the_optimisers(attack):
     ours, method, config = engine(attack=attack, lr=1.0)
     by_hand = copy.deepcopy(method)
     for number, lr in enumerate((0.01, 0.002)):
-        result = ours.step(*views(), number=number, lr=lr)
+        result = ours.step(Batch(views()), progress=0.0, number=number, lr=lr)
         assert (result.adv_loss is None) == (attack == "none")
     optimizer = build_optimizer(config, by_hand)
     for lr in (0.01, 0.002):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
-        expected = method_step(by_hand, views(), kind=attack, attack=build_attack(config))
+        expected = by_hand.step(
+            Batch(views()), StepOptions(kind=attack, attack=build_attack(config))
+        )
         optimizer.step()
     assert_close(method, by_hand, rtol=0, atol=0)
     torch.testing.assert_close(result.loss, expected.loss, rtol=0, atol=0)
@@ -55,7 +58,7 @@ def test_every_kth_step_is_adversarial():
     name = "backbone.1.bn1.num_batches_tracked"
     found = []
     for number in range(7):
-        result = ours.step(*views(), number=number, lr=1e-3)
+        result = ours.step(Batch(views()), progress=0.0, number=number, lr=1e-3)
         seen = method.adv_encoder.state_dict()[name].item()
         found.append((result.adv_loss is not None, seen))
     assert found == [(number % 3 == 0, number // 3 + 1) for number in range(7)]
@@ -67,8 +70,8 @@ def test_half_precision_follows_fp32(attack, precision, tolerance):
     full, _, _ = engine(attack=attack)
     half, method, _ = engine(attack=attack, precision=precision)
     assert half.dtype == (torch.float16 if precision == "fp16" else torch.float32)
-    expected = full.step(*views(), number=0, lr=1e-3)
-    result = half.step(*views(half.dtype), number=0, lr=1e-3)
+    expected = full.step(Batch(views()), progress=0.0, number=0, lr=1e-3)
+    result = half.step(Batch(views(half.dtype)), progress=0.0, number=0, lr=1e-3)
     assert result.x_adv.dtype == half.dtype
     for value, other in ((result.loss, expected.loss), (result.adv_loss, expected.adv_loss)):
         assert value.dtype == torch.float32
@@ -78,13 +81,13 @@ def test_half_precision_follows_fp32(attack, precision, tolerance):
 
 def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_halved():
     ours, method, _ = engine(attack="pair", precision="fp16")
-    ours.step(*views(ours.dtype), number=0, lr=1e-3)
+    ours.step(Batch(views(ours.dtype)), progress=0.0, number=0, lr=1e-3)
     scale = ours.state_dict()["scaler"]["scale"]
     before = copy.deepcopy(method)
     handle = method.encoder.head[-1].register_full_backward_hook(
         lambda module, dx, dy: (torch.full_like(dx[0], math.inf),)
     )
-    result = ours.step(*views(ours.dtype), number=1, lr=1e-3)
+    result = ours.step(Batch(views(ours.dtype)), progress=0.0, number=1, lr=1e-3)
     handle.remove()
     assert ours.state_dict()["scaler"]["scale"] == scale / 2
     torch.testing.assert_close(
@@ -93,7 +96,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_halved():
     # what the attack made of it is an image, and so are the statistics
     assert result.x_adv.isfinite().all()
     assert all(buffer.isfinite().all() for buffer in method.buffers())
-    ours.step(*views(ours.dtype), number=2, lr=1e-3)
+    ours.step(Batch(views(ours.dtype)), progress=0.0, number=2, lr=1e-3)
     moved = zip(method.parameters(), before.parameters(), strict=True)
     assert any(not torch.equal(now, then) for now, then in moved)
 
@@ -102,15 +105,15 @@ def test_state_goes_on_bit_for_bit():
     settings = {"attack": "pair", "precision": "fp16"}
     whole, expected, _ = engine(**settings)
     for number in range(4):
-        whole.step(*views(whole.dtype), number=number, lr=1e-3)
+        whole.step(Batch(views(whole.dtype)), progress=0.0, number=number, lr=1e-3)
     first, method, _ = engine(**settings)
     for number in range(2):
-        first.step(*views(first.dtype), number=number, lr=1e-3)
+        first.step(Batch(views(first.dtype)), progress=0.0, number=number, lr=1e-3)
     second, resumed, _ = engine(**settings)
     resumed.load_state_dict(method.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for number in range(2, 4):
-        second.step(*views(second.dtype), number=number, lr=1e-3)
+        second.step(Batch(views(second.dtype)), progress=0.0, number=number, lr=1e-3)
     assert_close(resumed, expected, rtol=0, atol=0)
     assert second.state_dict()["scaler"] == whole.state_dict()["scaler"]
 
@@ -132,10 +135,12 @@ def test_what_runs_is_said():
 def test_options_reach_the_schedule(options):
     ours, method, config = engine(**{"attack": "pair", **options})
     by_hand = copy.deepcopy(method)
-    result = ours.step(*views(), number=0, lr=0.01)
+    result = ours.step(Batch(views()), progress=0.0, number=0, lr=0.01)
     renamed = {"batched" if name == "batch_views" else name: v for name, v in options.items()}
     kind = renamed.pop("attack", "pair")
-    expected = method_step(by_hand, views(), kind=kind, attack=build_attack(config), **renamed)
+    expected = by_hand.step(
+        Batch(views()), StepOptions(kind=kind, attack=build_attack(config), **renamed)
+    )
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
     grads = zip(method.parameters(), by_hand.parameters(), strict=True)
     for weight, other in grads:
@@ -149,7 +154,10 @@ def test_compiled_steps_follow_eager_ones():
     eager, expected, _ = engine(attack="self")
     compiled, method, _ = engine(attack="self", compile="yes")
     for number in range(2):
-        losses = [step.step(*views(), number=number, lr=1e-3) for step in (eager, compiled)]
+        losses = [
+            step.step(Batch(views()), progress=0.0, number=number, lr=1e-3)
+            for step in (eager, compiled)
+        ]
     torch.testing.assert_close(losses[0].loss, losses[1].loss, rtol=1e-5, atol=0)
     buffers = [dict(each.named_buffers()) for each in (method, expected)]
     torch.testing.assert_close(*buffers, rtol=1e-3, atol=1e-5)

@@ -9,8 +9,11 @@ from torch.nn import functional as F
 
 import clae_fast
 from clae_fast.attack import LinfAttack
-from clae_fast.methods import METHODS, UEL, Method, Plain, SimCLR
-from clae_fast.step import method_step
+from clae_fast.batch import Batch
+from clae_fast.methods import METHODS, UEL, PairMethod, Plain, SimCLR
+from clae_fast.parts import StepOptions
+
+PAIRS = ("simclr", "plain", "uel")
 
 
 def embeddings(n=7, dim=5):
@@ -31,11 +34,13 @@ def views():
 
 
 def test_registry():
-    assert set(METHODS.values()) == {SimCLR, Plain, UEL}
-    for name, cls in METHODS.items():
-        assert cls.name == name
-        assert (cls.views, cls.plain_units) == (2, 6)
-        assert cls.reforward_anchor == (name == "plain")
+    assert {SimCLR, Plain, UEL} <= set(METHODS.values())
+    assert all(cls.name == name for name, cls in METHODS.items())
+    for cls in (SimCLR, Plain, UEL):
+        again = cls is Plain
+        assert cls.reforward_anchor == again
+        assert cls.units == {"none": 6, "pair": 9, "self": 11, "released": 18 if again else 15}
+        assert cls.own_options() == {}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_losses_are_the_ops_at_the_papers_temperatures(name, op, temperature):
     assert torch.equal(built.loss(z_a, z_b), op(z_a, z_b, temperature=0.3))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PAIRS)
 def test_attack_gradient_is_that_of_the_second_operand(name):
     z, _ = embeddings()
     built = METHODS[name](network())
@@ -67,7 +72,7 @@ def test_attack_gradient_is_that_of_the_second_operand(name):
     assert dz.norm() > 0.01
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("kind", ["none", "pair", "self"])
 def test_every_attack_runs_and_a_step_lowers_the_loss(name, kind):
     built = METHODS[name](network(), adversarial=kind != "none")
@@ -76,7 +81,7 @@ def test_every_attack_runs_and_a_step_lowers_the_loss(name, kind):
     totals = []
     for _ in range(4):
         optimizer.zero_grad()
-        result = method_step(built, views(), kind=kind, attack=attack)
+        result = built.step(Batch(views()), StepOptions(kind=kind, attack=attack))
         assert all(weight.grad is not None for weight in built.parameters())
         optimizer.step()
         built.after_step()
@@ -88,15 +93,15 @@ def test_state_is_all_there_is():
     attack = LinfAttack(eps=8 / 255)
     trained = SimCLR(network(), adversarial=True)
     for _ in range(2):
-        method_step(trained, views(), kind="pair", attack=attack)
+        trained.step(Batch(views()), StepOptions(kind="pair", attack=attack))
     with torch.no_grad():
         for weight in trained.parameters():
             weight -= 0.1 * weight.grad
     fresh = SimCLR(network(), adversarial=True)
     fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
     trained.zero_grad()
-    one = method_step(trained, views(), kind="pair", attack=attack)
-    two = method_step(fresh, views(), kind="pair", attack=attack)
+    one = trained.step(Batch(views()), StepOptions(kind="pair", attack=attack))
+    two = fresh.step(Batch(views()), StepOptions(kind="pair", attack=attack))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert fresh.encoder[0].weight is fresh.adv_encoder[0].weight
     assert fresh.adv_encoder[1].num_batches_tracked == 3
@@ -113,7 +118,7 @@ def test_without_attacks_there_is_no_twin():
 def test_a_method_with_state_of_its_own_fits():
     """A momentum encoder and a bank, updated by the hook, checkpointed like everything else."""
 
-    class Bank(Method):
+    class Bank(PairMethod):
         name = "bank"
 
         def __init__(self, encoder):
@@ -132,7 +137,7 @@ def test_a_method_with_state_of_its_own_fits():
 
     built = Bank(network())
     for kind in ("none", "pair", "self"):
-        result = method_step(built, views(), kind=kind, attack=LinfAttack(eps=0.03))
+        result = built.step(Batch(views()), StepOptions(kind=kind, attack=LinfAttack(eps=0.03)))
         assert result.loss.isfinite()
     before = copy.deepcopy(built.state_dict())
     with torch.no_grad():

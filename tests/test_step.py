@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from clae_fast.attack import LinfAttack, linf_twin
+from clae_fast.batch import Batch
 from clae_fast.methods import METHODS, SimCLR
 from clae_fast.nn import Encoder, ProjectionHead, adversarial_twin, build_encoder
 from clae_fast.nn.resnet import narrow_resnet
-from clae_fast.step import method_step, pair_step, plain_step, released_step, self_step
+from clae_fast.parts import StepOptions
+from clae_fast.step import pair_step, plain_step, released_step, self_step
 
 WEIGHT = 0.7
 
@@ -118,7 +120,7 @@ def test_self_and_released_equal_autograd(name, kind):
     pair, x = encoders(), views()
     other = copy.deepcopy(pair)
     built = method(name, pair)
-    result = method_step(built, x, kind=kind, attack=attack(), adv_weight=WEIGHT)
+    result = built.step(Batch(x), StepOptions(kind=kind, attack=attack(), adv_weight=WEIGHT))
     assert_same(pair, result, other, naive_self(other, *x, built.loss, attack(), WEIGHT))
 
 
@@ -218,8 +220,8 @@ def resnet18():
 def test_units(resnet18, name, kind, units):
     encoder, x = resnet18
     built = METHODS[name](encoder, adversarial=True)
-    plain = flops(lambda: method_step(built, x))
-    ratio = flops(lambda: method_step(built, x, kind=kind, attack=attack())) / plain
+    plain = flops(lambda: built.step(Batch(x), StepOptions()))
+    ratio = flops(lambda: built.step(Batch(x), StepOptions(kind=kind, attack=attack()))) / plain
     assert ratio == pytest.approx(units / built.plain_units, rel=0.01)
 
 
@@ -228,7 +230,7 @@ def test_plain_takes_six_units(resnet18):
     built = SimCLR(encoder)
     with torch.no_grad():
         unit = flops(lambda: encoder(x[0]))
-    assert flops(lambda: method_step(built, x)) == pytest.approx(6 * unit, rel=0.01)
+    assert flops(lambda: built.step(Batch(x), StepOptions())) == pytest.approx(6 * unit, rel=0.01)
 
 
 def recipe(encoder, adv_encoder, x_p, x_q, loss):
@@ -296,7 +298,7 @@ def test_peak_of_saved_activations():
     for kind in ("none", "pair", "self", "released"):
         saved = SavedBytes(built)
         with saved:
-            method_step(built, x, kind=kind, attack=attack())
+            built.step(Batch(x), StepOptions(kind=kind, attack=attack()))
         assert saved.live == 0
         peaks[kind] = saved.peak
     assert peaks["none"] > 8 * 16 * 16 * 16 * 4  # more than one layer's activations
@@ -319,7 +321,7 @@ def test_batchnorm_buffers(kind):
     pair, x = encoders(), views()
     clean, adv = copy.deepcopy(pair)
     swapped = copy.deepcopy(clean)
-    result = method_step(method("simclr", pair), x, kind=kind, attack=attack())
+    result = method("simclr", pair).step(Batch(x), StepOptions(kind=kind, attack=attack()))
     with torch.no_grad():
         clean(x[0]), clean(x[1])
         swapped(x[1]), swapped(x[0])
@@ -336,7 +338,7 @@ def test_batchnorm_buffers(kind):
 def test_released_buffers_see_what_the_released_code_shows_them():
     pair, x = encoders(), views()
     clean, adv = copy.deepcopy(pair)
-    result = method_step(method("simclr", pair), x, kind="released", attack=attack())
+    result = method("simclr", pair).step(Batch(x), StepOptions(kind="released", attack=attack()))
     with torch.no_grad():
         clean(x[0]), clean(x[1])
         adv(x[0]), adv(x[0]), adv(result.x_adv)
@@ -429,7 +431,7 @@ def test_half_precision_views_in_channels_last(kind):
         view.to(torch.float16, memory_format=torch.channels_last)
         for view in views(dtype=torch.float32)
     ]
-    result = method_step(method("simclr", pair), x, kind=kind, attack=attack(2 / 255))
+    result = method("simclr", pair).step(Batch(x), StepOptions(kind=kind, attack=attack(2 / 255)))
     start = x[1] if kind == "pair" else x[0]
     assert result.x_adv.dtype == torch.float16
     assert result.x_adv.is_contiguous(memory_format=torch.channels_last)
@@ -444,9 +446,9 @@ def test_autocast(kind):
     x = views(dtype=torch.float32)
     pair = encoders(torch.float32)
     full = copy.deepcopy(pair)
-    expected = method_step(method("simclr", full), x, kind=kind, attack=attack())
+    expected = method("simclr", full).step(Batch(x), StepOptions(kind=kind, attack=attack()))
     with torch.autocast("cpu", torch.float16):
-        result = method_step(method("simclr", pair), x, kind=kind, attack=attack())
+        result = method("simclr", pair).step(Batch(x), StepOptions(kind=kind, attack=attack()))
     torch.testing.assert_close(result.loss, expected.loss, rtol=0.01, atol=0)
     used = pair[0] if kind == "none" else pair
     dw, reference = (
@@ -492,14 +494,14 @@ def test_a_loss_that_never_reaches_the_attacked_view():
         pair_step(*pair, x_p, x_q, lambda a, b: a.square().sum(), attack=attack())
 
 
-def test_method_step_refuses_what_it_cannot_run():
+def test_a_method_refuses_what_it_cannot_run():
     pair, x = encoders(), views()
     built = method("simclr", pair)
     with pytest.raises(ValueError, match="kind must be none, pair, self or released, got 'cross'"):
-        method_step(built, x, kind="cross", attack=attack())
+        built.step(Batch(x), StepOptions(kind="cross", attack=attack()))
     with pytest.raises(ValueError, match="views must be 2 for simclr, got 1"):
-        method_step(built, x[:1])
+        built.step(Batch(x[:1]), StepOptions())
     with pytest.raises(ValueError, match="needs an attack"):
-        method_step(built, x, kind="pair")
+        built.step(Batch(x), StepOptions(kind="pair"))
     with pytest.raises(ValueError, match="adversarial=True"):
-        method_step(SimCLR(pair[0]), x, kind="self", attack=attack())
+        SimCLR(pair[0]).step(Batch(x), StepOptions(kind="self", attack=attack()))

@@ -12,9 +12,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from clae_fast.batch import Batch
 from clae_fast.nn import Encoder, adversarial_twin
 from clae_fast.nn.resnet import ConvNet
-from clae_fast.step import method_step
+from clae_fast.parts import StepOptions
 
 pytestmark = [
     # dynamo looks at the gradients of what it gets
@@ -87,7 +88,7 @@ def test_units():
 
     def units(kind: str, **options) -> float:
         def step():
-            method_step(built, x, kind=kind, attack=attack(), **options)
+            built.step(Batch(x), StepOptions(kind=kind, attack=attack(), **options))
 
         return operations.of(step) / unit
 
@@ -121,8 +122,8 @@ def test_results(kind, options):
     options = {"kind": kind, "attack": attack(), "adv_weight": WEIGHT, **options}
     # the second one has the variants of the first
     for _ in range(2):
-        result = method_step(method("simclr", pair), x, **options)
-        expected = method_step(method("simclr", other), x, **options)
+        result = method("simclr", pair).step(Batch(x), StepOptions(**options))
+        expected = method("simclr", other).step(Batch(x), StepOptions(**options))
         for given, reference in zip(result, expected, strict=True):
             torch.testing.assert_close(given, reference, rtol=1e-12, atol=0)
     for weight, reference in zip(pair.parameters(), other.parameters(), strict=True):
@@ -145,8 +146,8 @@ def test_default_backend():
     other = copy.deepcopy(pair)
     compiled(pair, "inductor")
     options = {"kind": "self", "attack": attack()}
-    result = method_step(method("simclr", pair), x, **options)
-    expected = method_step(method("simclr", other), x, **options)
+    result = method("simclr", pair).step(Batch(x), StepOptions(**options))
+    expected = method("simclr", other).step(Batch(x), StepOptions(**options))
     torch.testing.assert_close(result.loss, expected.loss)
     # gradients of about zero may have either sign
     assert (result.x_adv == expected.x_adv).double().mean() > 0.99

@@ -21,10 +21,12 @@ from test_step import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clae_fast.batch import Batch
 from clae_fast.methods import SimCLR
 from clae_fast.nn import Encoder, ProjectionHead, adversarial_twin, build_encoder
 from clae_fast.nn.resnet import narrow_resnet
-from clae_fast.step import method_step, pair_step, plain_step, self_step
+from clae_fast.parts import StepOptions
+from clae_fast.step import pair_step, plain_step, self_step
 
 SCHEDULES = ("none", "pair", "self")
 every_schedule = pytest.mark.parametrize("kind", SCHEDULES)
@@ -33,7 +35,7 @@ both_attacks = pytest.mark.parametrize("kind", ["pair", "self"])
 
 def run(kind: str, pair, x, **options):
     options = {"attack": attack(), "adv_weight": WEIGHT, **options}
-    return method_step(method("simclr", pair), x, kind=kind, **options)
+    return method("simclr", pair).step(Batch(x), StepOptions(kind=kind, **options))
 
 
 def assert_close(kind: str, pair, result, other, expected, factor: float = 1.0) -> None:
@@ -267,7 +269,7 @@ def resnet18():
     backbone, features = resnet(build_encoder, "resnet18", 8)
     encoder = Encoder(backbone, ProjectionHead(features, 512, 64))
     x = views(5, 8, torch.float32)
-    return encoder, x, flops(lambda: method_step(SimCLR(encoder), x))
+    return encoder, x, flops(lambda: SimCLR(encoder).step(Batch(x), StepOptions()))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,10 @@ def resnet18():
 def test_units(resnet18, kind, options, units):
     encoder, x, plain = resnet18
     built = SimCLR(encoder, adversarial=True)
-    ratio = flops(lambda: method_step(built, x, kind=kind, attack=attack(), **options)) / plain
+    ratio = (
+        flops(lambda: built.step(Batch(x), StepOptions(kind=kind, attack=attack(), **options)))
+        / plain
+    )
     assert 6 * ratio == pytest.approx(units, rel=0.01)
 
 
@@ -300,7 +305,7 @@ def test_peak_of_saved_activations():
     def peak(kind, views, **options):
         saved = SavedBytes(built)
         with saved:
-            method_step(built, views, kind=kind, attack=attack(), **options)
+            built.step(Batch(views), StepOptions(kind=kind, attack=attack(), **options))
         assert saved.live == 0
         return saved.peak
 

@@ -1,20 +1,27 @@
-"""What a contrastive method is to the schedules and to the training loop."""
+"""What a contrastive method is to the training loop, and what methods of two views share."""
 
+import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from clae_fast import _check
+from clae_fast.batch import Batch
 from clae_fast.nn.dual_norm import adversarial_twin
+from clae_fast.parts import Loss, StepOptions, StepResult
+from clae_fast.step import pair_step, plain_step, released_step, self_step
 
 
 class Method(nn.Module, ABC):
-    """Encoders, a loss at their embeddings, and whatever state the method trains with.
+    """Encoders, losses at their embeddings, a schedule, and whatever state it trains with.
 
-    A method knows formulas; `clae_fast.step` knows which pass runs when. All a method's state lives
-    in parameters, buffers and submodules, so `state_dict()` is its checkpoint.
+    A method knows formulas and says which of the schedules in `clae_fast.step` it takes; these know
+    which pass runs when. All a method's state lives in parameters, buffers and submodules, so
+    `state_dict()` is its checkpoint. Keyword-only arguments of a method's own, int, float, bool or
+    str with a default, are settings of a run: `--option NAME=VALUE`.
 
     Args:
         encoder: f, from views to raw projections; its BatchNorm layers see clean views only.
@@ -23,17 +30,23 @@ class Method(nn.Module, ABC):
 
     Attributes:
         name: Name of the method in configurations.
-        views: Views of a batch that one step takes.
-        plain_units: Cost of a step without an attack, in encoder passes over one view.
-        reforward_anchor: Whether CLAE's code encodes the anchor anew for the adversarial loss.
+        units: Cost of a step in encoder passes over one view of the batch, by kind of attack.
+        views: Large views of an image that a step takes.
+        small_crops: Whether it takes small crops besides.
+        needs_labels: Whether it takes classes.
+        needs_teacher: Whether it takes `teacher`, a frozen encoder [N, C, H, W] -> [N, F].
+        fractions: Whether it has the approximations `adv_fraction` and `adv_replace`.
         encoder: f.
         adv_encoder: f_adv, None when not adversarial.
     """
 
     name: ClassVar[str]
+    units: ClassVar[Mapping[str, int]]
     views: ClassVar[int] = 2
-    plain_units: ClassVar[int] = 6
-    reforward_anchor: ClassVar[bool] = False
+    small_crops: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    fractions: ClassVar[bool] = False
 
     adv_encoder: nn.Module | None
 
@@ -43,6 +56,78 @@ class Method(nn.Module, ABC):
         self.temperature = temperature
         self.encoder = encoder
         self.adv_encoder = adversarial_twin(encoder) if adversarial else None
+
+    @classmethod
+    def own_options(cls) -> dict[str, tuple[type, Any]]:
+        """The type and the default of each setting of a run that this method alone has."""
+        kinds = get_type_hints(cls.__init__)
+        return {
+            name: (kinds[name], parameter.default)
+            for name, parameter in inspect.signature(cls).parameters.items()
+            if name not in ("temperature", "adversarial") and kinds[name] in (int, float, bool, str)
+        }
+
+    def step(self, batch: Batch, options: StepOptions) -> StepResult:
+        """Losses and gradients of one step, added to `.grad` as `backward()` does.
+
+        Args:
+            batch: Views, and labels where the method needs them.
+            options: How the step is taken.
+
+        Raises:
+            TypeError: If an argument is of another kind.
+            ValueError: If the method has no such kind of step or option, the number of views is not
+                its own, or labels or the adversarial encoder are missing.
+        """
+        kind = options.kind
+        if kind not in self.units:
+            raise ValueError(f"kind must be {_either(self.units)} for {self.name}, got {kind!r}")
+        views = len(batch.views)
+        if views < self.views or (views > self.views and not self.small_crops):
+            least = "at least " if self.small_crops else ""
+            raise ValueError(f"views must be {least}{self.views} for {self.name}, got {views}")
+        if self.needs_labels and batch.labels is None:
+            raise ValueError(f"labels must be given for {self.name}, got None")
+        if kind != "none" and (self.adv_encoder is None or options.attack is None):
+            raise ValueError(
+                f"kind={kind!r} needs an attack and a method built with adversarial=True"
+            )
+        if not self.fractions and (options.adv_fraction, options.adv_replace) != (1, False):
+            raise ValueError(f"{self.name} has no adv_fraction and no adv_replace")
+        return self._step(batch, options)
+
+    @abstractmethod
+    def _step(self, batch: Batch, options: StepOptions) -> StepResult:
+        """`step`, of what has been checked."""
+
+    @property
+    def phase(self) -> str:
+        """Names what steps do, where it changes during a run."""
+        return ""
+
+    def before_step(self, progress: float) -> None:
+        """Runs on the host before every step, also before one that is replayed as a CUDA graph.
+
+        What a schedule changes, such as a momentum, is written here into tensors on the device.
+
+        Args:
+            progress: The part of the run that is done, from 0 to below 1.
+        """
+
+    def after_step(self) -> None:
+        """Runs after every optimiser step: momentum encoders."""
+
+
+class PairMethod(Method):
+    """A method whose two views meet in one loss.
+
+    Attributes:
+        reforward_anchor: Whether CLAE's code encodes the anchor anew for the adversarial loss.
+    """
+
+    units: ClassVar[Mapping[str, int]] = {"none": 6, "pair": 9, "self": 11, "released": 15}
+    fractions: ClassVar[bool] = True
+    reforward_anchor: ClassVar[bool] = False
 
     @abstractmethod
     def loss(self, z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -65,11 +150,82 @@ class Method(nn.Module, ABC):
         Returns:
             The gradient at the projections, [N, D].
         """
-        z = z.detach()
-        z_b = z.clone().requires_grad_()
-        with torch.enable_grad():
-            (dz,) = torch.autograd.grad(self.loss(z, z_b), z_b)
-        return dz
+        return tied_gradient(self.loss, z)
 
-    def after_step(self) -> None:
-        """Runs after every optimiser step: momentum encoders, queues, banks."""
+    def _step(self, batch: Batch, options: StepOptions) -> StepResult:
+        world = options.world
+        return pair_schedule(
+            self,
+            batch,
+            options,
+            loss=world.gather_loss(self.loss),
+            attack_grad=world.gather_grad(self.attack_grad),
+            reforward_anchor=self.reforward_anchor,
+        )
+
+
+def tied_gradient(loss: Loss, z: Tensor) -> Tensor:  # [N, D] -> [N, D]
+    """Gradient of `loss(z, z_b)` to z_b alone at z_b = z."""
+    z = z.detach()
+    z_b = z.clone().requires_grad_()
+    with torch.enable_grad():
+        (dz,) = torch.autograd.grad(loss(z, z_b), z_b)
+    return dz
+
+
+def pair_schedule(
+    method: Method,
+    batch: Batch,
+    options: StepOptions,
+    *,
+    loss: Loss,
+    attack_grad: Callable[[Tensor], Tensor],  # [N, D] -> [N, D]
+    reforward_anchor: bool = False,
+) -> StepResult:
+    """Takes the schedule of `options.kind` on two views that meet in one loss.
+
+    Args:
+        method: Whose encoders.
+        batch: The views.
+        options: How the step is taken.
+        loss: Of this process's rows.
+        attack_grad: Of this process's rows, as `PairMethod.attack_grad`.
+        reforward_anchor: As `PairMethod.reforward_anchor`.
+
+    Raises:
+        ValueError: If an option is none of the kind's.
+    """
+    x_p, x_q = batch.views
+    kind = options.kind
+    both: dict[str, Any] = {"scale": options.scale, "last_backward": options.last_backward}
+    if kind == "none":
+        return plain_step(
+            method.encoder,
+            x_p,
+            x_q,
+            loss,
+            batched=options.batched,
+            micro_batch=options.micro_batch,
+            **both,
+        )
+    assert method.adv_encoder is not None
+    assert options.attack is not None
+    given = (method.encoder, method.adv_encoder, x_p, x_q, loss)
+    both |= {"attack": options.attack, "adv_weight": options.adv_weight}
+    approximate = {"adv_fraction": options.adv_fraction, "adv_replace": options.adv_replace}
+    if kind == "released":
+        if options.micro_batch is not None or approximate != NO_APPROXIMATION:
+            raise ValueError("kind='released' has no adv_fraction, adv_replace or micro_batch")
+        return released_step(*given, reforward_anchor=reforward_anchor, **both)
+    both |= approximate | {"micro_batch": options.micro_batch}
+    if kind == "pair":
+        return pair_step(*given, **both)
+    return self_step(*given, attack_grad=attack_grad, **both)
+
+
+NO_APPROXIMATION = {"adv_fraction": 1.0, "adv_replace": False}
+
+
+def _either(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

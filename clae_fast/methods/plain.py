@@ -1,14 +1,15 @@
 """Plain: each row of view 1 finds its partner among the rows of view 2."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from clae_fast.methods.base import Method
+from clae_fast.methods.base import PairMethod
 from clae_fast.ops.info_nce import info_nce
 
 
-class Plain(Method):
+class Plain(PairMethod):
     """One-directional InfoNCE, the trunk that CLAE's code calls Plain.
 
     Args:
@@ -18,6 +19,7 @@ class Plain(Method):
     """
 
     name: ClassVar[str] = "plain"
+    units: ClassVar[Mapping[str, int]] = {**PairMethod.units, "released": 18}
     reforward_anchor: ClassVar[bool] = True
 
     def __init__(

@@ -4,12 +4,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from clae_fast.methods.base import Method
+from clae_fast.methods.base import PairMethod
 from clae_fast.ops.nt_xent import nt_xent
 from clae_fast.ops.tied_nt_xent import tied_nt_xent
 
 
-class SimCLR(Method):
+class SimCLR(PairMethod):
     """NT-Xent on two views (Chen et al., ICML 2020), CLAE's main trunk.
 
     Args:

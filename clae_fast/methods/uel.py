@@ -4,11 +4,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from clae_fast.methods.base import Method
+from clae_fast.methods.base import PairMethod
 from clae_fast.ops.uel import uel
 
 
-class UEL(Method):
+class UEL(PairMethod):
     """Unsupervised embedding learning (Ye et al., CVPR 2019), gradient through anchors only.
 
     Args:
