@@ -74,6 +74,12 @@ def test_wrong_types_are_named(name, value, message):
         ({"micro_batch": 8, "batch_views": True}, "batch_views must not be True with micro_batch"),
         ({"micro_batch": 8, "capture": "yes"}, "capture must not be yes with micro_batch"),
         ({"adv_fraction": 1.5}, "adv_fraction must be at most 1"),
+        ({"small_crops": 3}, "small_crops must be even, got 3"),
+        ({"small_crops": 2}, "small_crops must be 0 for simclr, got 2"),
+        ({"small_crop_scale": (0.2, 0.1)}, "small_crop_scale must not decrease"),
+        ({"attack_steps": 0}, "attack_steps must be positive"),
+        ({"teacher": "runs/a"}, "teacher must not be given for simclr, got 'runs/a'"),
+        ({"options": {"beta": 1.0}}, "options: simclr has no 'beta', it has none"),
         ({"temprature": 0.1}, "unknown setting 'temprature', the nearest is 'temperature'"),
     ],
 )
