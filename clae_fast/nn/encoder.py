@@ -107,7 +107,8 @@ class Encoder(nn.Module):
     @property
     def dim(self) -> int:
         """Length of the projections, D, as the head's `out_dim` has it."""
-        return int(self.head.out_dim)
+        head: Any = self.head
+        return int(head.out_dim)
 
     def features(self, x: Tensor) -> Tensor:
         """What evaluation uses: h = backbone(x), [N, F]."""
