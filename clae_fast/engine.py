@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.amp import GradScaler
@@ -64,9 +64,9 @@ class Engine:
             raise ValueError(f"capture must be no or auto on {device}: CUDA graphs need a GPU")
         autocast = _AUTOCAST[precision]
         compiled = config.compile == "yes" or (config.compile == "auto" and on_gpu)
-        for encoder in (method.encoder, method.adv_encoder):
-            if encoder is not None:
-                encoder = cast(Encoder, encoder)
+        # twins and momentum encoders, too
+        for encoder in method.modules():
+            if isinstance(encoder, Encoder):
                 encoder.autocast = autocast
                 if compiled:
                     encoder.compile(dynamic=False)
