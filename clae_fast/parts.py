@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from clae_fast.attack import LinfAttack
 from clae_fast.distributed import World
-from clae_fast.passes import Around, InputPass, Pass, frozen, run
+from clae_fast.passes import Around, AttackedPass, InputPass, Pass, frozen, run
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,22 +88,53 @@ class Parts:
         scaled(loss if weight == 1 else weight * loss, self._scale).backward()
         return loss.detach()
 
+    def run_attackable(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> Pass:
+        """Runs a view, 1 unit, whose way back takes the first step of its attack where it can."""
+        if attack.begins_in_training:
+            return self.run(AttackedPass, encoder, x, attack)
+        return self.run(Pass, encoder, x)
+
+    def constant(self, encoder: nn.Module, x: Tensor, norm: str) -> Tensor:
+        """Embeddings without gradients that leave no trace, 1 unit.
+
+        Args:
+            encoder: The encoder.
+            x: The view.
+            norm: As `LinfAttack.norm`.
+        """
+        with torch.no_grad(), frozen(encoder, norm):
+            return torch.cat([encoder(chunk) for chunk in x.split(self._micro_batch or len(x))])
+
     def attacked(
         self,
         encoder: nn.Module,
-        x: Tensor,
+        x0: Tensor,  # [N, C, ...]
         attack: LinfAttack,
         gradient: Callable[[Tensor], Tensor],  # [N, D] -> [N, D]
+        trained: Pass | None = None,
     ) -> Tensor:
-        """Runs a view and takes it back to the input alone, 2 units: x_adv."""
-        with frozen(encoder):
-            view = self.run(InputPass, encoder, x, attack)
-            z = view.z.detach()
-            # in fp32 until it is scaled
-            dz = gradient(z.to(torch.promote_types(z.dtype, torch.float32)))
-            view.z.grad = scaled(dz, self._scale).to(z.dtype)
-            view.back()
-        return view.x_adv
+        """Runs an attack, 2 units a step, each of them taken back to the input alone: x_adv.
+
+        Args:
+            encoder: Who sees the view; its weights and statistics do not.
+            x0: The view, and the centre of the ball.
+            attack: How far the attack goes.
+            gradient: Gradient of what the attack raises at a step's embeddings, at least in fp32.
+            trained: What `run_attackable` gave of a view whose first rows are `x0`, taken back.
+        """
+        x, steps = attack.begin(x0), attack.steps
+        if trained is not None and attack.begins_in_training:
+            x, steps = first(len(x0), trained.x_adv), steps - 1
+        with frozen(encoder, attack.norm):
+            for _ in range(steps):
+                view = self.run(InputPass, encoder, x, attack, None if x is x0 else x0)
+                z = view.z.detach()
+                # in fp32 until it is scaled
+                dz = gradient(z.to(torch.promote_types(z.dtype, torch.float32)))
+                view.z.grad = scaled(dz, self._scale).to(z.dtype)
+                view.back()
+                x = view.x_adv
+        return x
 
     def replaced(
         self,
@@ -136,11 +167,11 @@ def scaled(value: Tensor, scale: Tensor | None) -> Tensor:
     return value if scale is None else scale * value
 
 
-def gradient(loss: Loss, z_a: Tensor, z_b: Tensor) -> Tensor:
-    """The gradient of a loss by `z_b` alone."""
-    z_b = z_b.requires_grad_()
-    (dz_b,) = torch.autograd.grad(scalar(loss(z_a.to(z_b.dtype), z_b)), z_b)
-    return dz_b
+def gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """The gradient of a loss at embeddings."""
+    z = z.detach().requires_grad_()
+    (dz,) = torch.autograd.grad(scalar(loss(z)), z)
+    return dz
 
 
 def scalar(value: Any) -> Tensor:

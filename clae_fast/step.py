@@ -26,8 +26,11 @@ fraction f of it; batches are random permutations:
     adv_fraction    adds an adversarial view to f of the rows: 6 + 3f units, or 6 + 5f
     adv_replace     puts it in the place of view q there: 6 + 2f units, for either attack
 
-An attack's backward pass ends at the first convolution where that alone sees the attacked view and
-`clae_fast.stem_step` has a kernel for it.
+An attack of k steps adds 2 (k - 1) units: it computes no weight's gradient. Where its first step is
+no part of a pass that is made anyway, as `LinfAttack.start` and `LinfAttack.norm` may want it, it
+takes 2 more in pair_step and query_step, and 1 in self_step for a random start. A backward pass to
+the view itself ends at the first convolution where that alone sees it and `clae_fast.stem_step` has
+a kernel for it.
 
 Every step adds to the `.grad` of whatever the losses depend on, as `backward()` does, and leaves
 zeroing and the optimiser to the caller. None waits for the device. CLAE is Ho and Vasconcelos,
@@ -57,7 +60,7 @@ from clae_fast.parts import (
     scalar,
     scaled,
 )
-from clae_fast.passes import Around, AttackedPass, Pass
+from clae_fast.passes import Around, Pass
 
 QueryLoss = Callable[[Tensor, int], Tensor]
 
@@ -130,22 +133,25 @@ def pair_step(
 ) -> StepResult:
     """Contrastive training with an adversarial view, the pair attack: 9 units.
 
-        x_adv = attack(x_q, gradient of L(f(x_p), f(x_q)) to x_q)
+        x_adv = attack(x_q, gradient of L(f(x_p), f(x)) to x)
         total = L(f(x_p), f(x_q)) + adv_weight L(f(x_p), f_adv(x_adv)),    x_adv constant
 
     The clean pass of x_q supplies its weight gradients and the attack in one backward pass (3
     units), then x_adv (3), and x_p is taken back once for both losses (3). Nothing is computed
     twice, and never are more than two views' activations alive: the peak is plain training's. Equal
     to autograd of the formula above. The main BatchNorm sees x_p, then x_q; the twin's sees x_adv.
+    Steps of the attack that the clean pass does not take are passes of their own, of which
+    BatchNorm's running statistics see nothing; f(x_p) is that of training, whatever mode they take.
 
-    With an `adv_fraction`, x_adv and L(f(x_p), f_adv(x_adv)) are those of its rows [:m] alone. With
-    `adv_replace` the step has one loss, and the clean view of these rows is no part of it:
+    With an `adv_fraction`, x_adv and L(f(x_p), f_adv(x_adv)) are those of its rows [:m] alone, and
+    so are these passes. With `adv_replace` the step has one loss, and the clean view of these rows
+    is no part of it:
 
-        x_adv = attack(x_q[:m], gradient of L(f(x_p)[:m], f(x_q[:m])) to x_q[:m])
+        x_adv = attack(x_q[:m], gradient of L(f(x_p)[:m], f(x)) to x)
         total = L(f(x_p), [f_adv(x_adv), f(x_q[m:])]),    x_adv constant
 
-    The attack then is a pass of its own, 2m/N units, of which BatchNorm's running statistics see
-    nothing, and view q costs as much as in plain training.
+    The attack then takes no step in the clean pass, k steps 2 k m/N units, and view q costs as much
+    as in plain training.
 
     Args:
         encoder: f, any module.
@@ -179,15 +185,15 @@ def pair_step(
     m = attacked_rows(adv_fraction, len(x_q))
     parts = Parts(scale, micro_batch)
     p = parts.run(Pass, encoder, x_p)
+    x_0, attack_grad = first(m, x_q), _against(loss, first(m, p.z))
     if adv_replace:
-        anchor = first(m, p.z).detach()
-        x_adv = parts.attacked(encoder, first(m, x_q), attack, lambda z: gradient(loss, anchor, z))
+        x_adv = parts.attacked(encoder, x_0, attack, attack_grad)
         clean = parts.replaced(loss, encoder, adv_encoder, p, x_adv, x_q, last_backward)
         return StepResult(clean, None, x_adv)
-    q = parts.run(AttackedPass, encoder, x_q, attack)
+    q = parts.run_attackable(encoder, x_q, attack)
     clean = parts.backward(loss(p.z, q.z))
     q.back()
-    x_adv = first(m, q.x_adv)
+    x_adv = parts.attacked(encoder, x_0, attack, attack_grad, q)
     a = parts.run(Pass, adv_encoder, x_adv)
     adv = parts.backward(loss(first(m, p.z), a.z), adv_weight)
     a.back()
@@ -213,14 +219,16 @@ def self_step(
 ) -> StepResult:
     """Contrastive training with an adversarial view, the self attack of CLAE's code: 11 units.
 
-        x_adv = attack(x_p, gradient of L(f_adv(x_p), f_adv(x)) to x at x = x_p)
+        x_adv = attack(x_p, gradient of L(f_adv(x_p), f_adv(x)) to x)
         total = L(f(x_p), f(x_q)) + adv_weight L(f(x_p), f_adv(x_adv)),    x_adv constant
 
-    Both operands of the attacked loss have the same value: one forward pass through f_adv serves
-    both, `attack_grad` gives the gradient at the embedding, and one backward pass goes to the input
-    alone (2 units); then come the three trained passes (9). x_adv, losses and gradients are those
-    of `released_step`, the peak of activations is plain training's, and the twin's BatchNorm
-    buffers see x_adv only.
+    At x = x_p both operands of the attacked loss have the same value: one forward pass through
+    f_adv serves both, `attack_grad` gives the gradient at the embedding, and one backward pass goes
+    to the input alone (2 units). Where the attack goes on, f_adv(x_p) is the constant that it was
+    there (2 units a step); at a random start it needs a forward pass of its own (1 unit). Then come
+    the three trained passes (9). x_adv, losses and gradients of one step are those of
+    `released_step`, the peak of activations is plain training's, and the twin's BatchNorm buffers
+    see x_adv only.
 
     With an `adv_fraction`, x_adv and L(f(x_p), f_adv(x_adv)) are those of its rows [:m] alone, of
     which the attack knows no others. With `adv_replace` the step has one loss, and view q of these
@@ -245,15 +253,29 @@ def self_step(
 
     Raises:
         TypeError: If a view cannot be attacked or an argument is of another kind.
-        ValueError: If `adv_encoder` has active dropout or stochastic depth, the views' batch sizes
-            differ, a number is out of range, or the loss is not a scalar.
+        ValueError: If one pass is to stand for two in an `adv_encoder` with active dropout or
+            stochastic depth, the views' batch sizes differ, a number is out of range, or the loss
+            is not a scalar.
     """
     check_pair(x_p, x_q)
     check_attack(attack, x_p, "x_p", adv_weight)
-    check_deterministic(adv_encoder)
+    if attack.begins_in_training:
+        check_deterministic(adv_encoder)
     m = attacked_rows(adv_fraction, len(x_p))
     parts = Parts(scale, micro_batch)
-    x_adv = parts.attacked(adv_encoder, first(m, x_p), attack, attack_grad)
+    x_0 = first(m, x_p)
+    anchor = None
+    if attack.start != "view":
+        anchor = parts.constant(adv_encoder, x_0, attack.norm)
+
+    def against_itself(z: Tensor) -> Tensor:
+        nonlocal anchor
+        if anchor is None:
+            anchor = z
+            return attack_grad(z)
+        return _against(loss, anchor)(z)
+
+    x_adv = parts.attacked(adv_encoder, x_0, attack, against_itself)
     p = parts.run(Pass, encoder, x_p)
     if adv_replace:
         clean = parts.replaced(loss, encoder, adv_encoder, p, x_adv, x_q, last_backward)
@@ -288,7 +310,7 @@ def query_step(
     an attack, 3 units more, the first view is attacked on its way back, and its adversarial view
     is compared with what it was compared with:
 
-        x_adv = attack(x_0, gradient of L_0(f(x_0)) to x_0)
+        x_adv = attack(x_0, gradient of L_0(f(x)) to x)
         total = sum_v L_v(f(x_v)) + adv_weight L_0(f_adv(x_adv)),    x_adv constant
 
     Args:
@@ -320,14 +342,16 @@ def query_step(
     if adv_encoder is None:
         raise ValueError("adv_encoder must be given for an attack, got None")
     check_attack(attack, x[0], "x[0]", adv_weight)
-    attacked = parts.run(AttackedPass, encoder, x[0], attack)
+    attacked = parts.run_attackable(encoder, x[0], attack)
     losses = [parts.backward(loss(attacked.z, 0))]
     attacked.back()
     for v, view in enumerate(x[1:], 1):
         query = parts.run(Pass, encoder, view)
         losses.append(parts.backward(loss(query.z, v)))
         query.back()
-    x_adv = attacked.x_adv
+    x_adv = parts.attacked(
+        encoder, x[0], attack, lambda z: gradient(lambda z: loss(z, 0), z), attacked
+    )
     a = parts.run(Pass, adv_encoder, x_adv)
     adv = parts.backward(loss(a.z, 0), adv_weight)
     a.back(last_backward)
@@ -372,6 +396,11 @@ def released_step(
     """
     check_pair(x_p, x_q)
     check_attack(attack, x_p, "x_p", adv_weight)
+    if attack.steps > 1 or not attack.begins_in_training:
+        raise ValueError(
+            "released_step takes one step, from the view in train mode, got an attack of "
+            f"steps={attack.steps}, start={attack.start!r}, norm={attack.norm!r}"
+        )
     check_scale(scale)
     z_p = encoder(x_p)
     # no leaf, to which torch's FLOP counter cannot follow
@@ -387,3 +416,9 @@ def released_step(
     with last_backward():
         scaled(clean + adv_weight * adv, scale).backward()
     return StepResult(clean.detach(), adv.detach(), x_adv)
+
+
+def _against(loss: Loss, anchor: Tensor) -> Callable[[Tensor], Tensor]:
+    """The gradient of the loss of a constant anchor and embeddings, at the embeddings."""
+    anchor = anchor.detach()
+    return lambda z: gradient(lambda z: loss(anchor.to(z.dtype), z), z)
