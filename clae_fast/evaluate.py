@@ -10,16 +10,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from clae_fast import _cli, checkpoint, data, provenance
-from clae_fast.checkpoint import CheckpointError
+from clae_fast import _cli, data, encoders, provenance
 from clae_fast.config import Config
 from clae_fast.device import pick_device
-from clae_fast.nn import Encoder
 from clae_fast.probes import extract_features, knn_accuracy, linear_accuracy
 from clae_fast.run_folder import RunFolder
-from clae_fast.trainer import build_method, hold_out
+from clae_fast.trainer import hold_out
 
 
 def evaluate(
@@ -41,18 +39,9 @@ def evaluate(
         DataError: the data set cannot be used.
     """
     config = folder.config
-    path = path or _default(folder)
+    path = path or folder.best_or_last
     device = pick_device(config.device)
-    state = checkpoint.load(path)
-    method = build_method(config, device)
-    try:
-        step = state["step"]
-        method.load_state_dict(state["method"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is not one of this run: {checkpoint.reason(error)}"
-        ) from error
-    encoder = cast(Encoder, method.encoder)
+    encoder, step = encoders.restore(folder, path, device)
     (_, labelled, test), _ = hold_out(config, splits or _load(config))
     sets = (
         *extract_features(encoder, labelled, config, device),
@@ -67,10 +56,6 @@ def evaluate(
     }
     folder.write_json("results.json", results)
     return results
-
-
-def _default(folder: RunFolder) -> Path:
-    return folder.best if folder.best.exists() else folder.checkpoint
 
 
 def _load(config: Config) -> data.Splits:
@@ -116,7 +101,7 @@ def _main(argv: Sequence[str] | None) -> None:
 def _find(folder: RunFolder, name: str | None) -> Path:
     """The checkpoint that `--checkpoint` names."""
     if name is None:
-        return _default(folder)
+        return folder.best_or_last
     kept = folder.checkpoint.parent / f"{name}.pt"
     if kept.exists() or Path(name).exists():
         return kept if kept.exists() else Path(name)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_fast import stem
 from clae_fast.attack import LinfAttack
+from clae_fast.nn.mode import evaluating
 
 Around = Callable[[], AbstractContextManager[object]]
 
@@ -229,19 +230,6 @@ def frozen(module: nn.Module, norm: str = "train") -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Has all layers in eval mode, and then each as it was."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    for layer, _ in modes:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
 
 
 @contextmanager

@@ -86,6 +86,11 @@ class RunFolder:
         """Where the state that did best in validation is kept."""
         return self.path / "checkpoints" / "best.pt"
 
+    @property
+    def best_or_last(self) -> Path:
+        """The state to use: the best in validation, or the last where none is held out."""
+        return self.best if self.best.exists() else self.checkpoint
+
     def kept(self, epoch: int) -> Path:
         """Where the state after an epoch stays."""
         return self.path / "checkpoints" / f"epoch-{epoch:04}.pt"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clae_fast import checkpoint, data
+from clae_fast import checkpoint, data, encoders
 from clae_fast.attack import LinfAttack
 from clae_fast.batch import Batch
 from clae_fast.checkpoint import CheckpointError
@@ -21,8 +21,7 @@ from clae_fast.device import pick_device
 from clae_fast.distributed import World
 from clae_fast.engine import Engine
 from clae_fast.methods import METHODS, Method
-from clae_fast.nn import Encoder, ProjectionHead, build_encoder
-from clae_fast.nn.normalize import Normalize
+from clae_fast.nn import Encoder
 from clae_fast.nn.sync_norm import convert
 from clae_fast.optimizer import lr_factor
 from clae_fast.parts import StepResult
@@ -37,44 +36,36 @@ class NonFiniteError(Exception):
 def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
     """The method and its encoders on `device`, initialised from torch's global generator.
 
-    Weights are channels_last, the layout that convolutions are fastest in on CPU and GPU.
-
     Raises:
-        ValueError: an unknown architecture, or one that does not take images of this size.
+        ValueError: an unknown architecture, or one that does not take images of this size; a
+            teacher that cannot be had or does not fit.
         RuntimeError: it needs a package that is not installed.
     """
-    backbone, features = build_encoder(config.arch, config.image_size)
-    normalized = nn.Sequential(Normalize(config.mean, config.std), backbone)
-    head = ProjectionHead(
-        features,
-        config.hidden_dim,
-        config.proj_dim,
-        layers=config.head_layers,
-        norm=config.head_norm,
-    )
-    encoder = Encoder(normalized, head).to(device).to(memory_format=torch.channels_last)
-    _check_fits(encoder, config, device)
-    method = METHODS[config.method]
-    return method(
+    encoder = encoders.build(config, device)
+    given: dict[str, Any] = dict(config.options)
+    if config.teacher is not None:
+        given["teacher"] = _teacher(config.teacher, config, encoder, device)
+    return METHODS[config.method](
         encoder,
         temperature=config.temperature,
         adversarial=config.attack != "none",
-        **config.options,
+        **given,
     )
 
 
-@torch.no_grad()
-def _check_fits(encoder: Encoder, config: Config, device: torch.device | str) -> None:
-    """Raises ValueError where a forward pass fails at this image size."""
-    images = torch.zeros(2, 3, config.image_size, config.image_size, device=device)
-    try:
-        encoder.eval()(images)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
+def _teacher(
+    source: str, config: Config, encoder: nn.Module, device: torch.device | str
+) -> nn.Module:
+    """Whom the encoder learns from, with as many features as it has projections."""
+    size = config.image_size
+    teacher, features = encoders.load_encoder(source, image_size=size, device=device)
+    projections = encoders.width(encoder, size)
+    if projections != features:
         raise ValueError(
-            f"image_size {config.image_size} does not fit arch {config.arch}: {reason}"
-        ) from error
-    encoder.train()
+            f"teacher has {features} features and the encoder {projections}, but they are compared:"
+            f" set proj_dim to {features}, or head_layers to 0 where the backbones are alike"
+        )
+    return teacher
 
 
 def build_attack(config: Config) -> LinfAttack:

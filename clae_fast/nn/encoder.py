@@ -33,11 +33,25 @@ def build_encoder(arch: str, image_size: int) -> tuple[nn.Module, int]:
     if arch == "resnet-narrow":
         return narrow_resnet()
     if arch.startswith("timm/"):
-        return _timm_model(arch.removeprefix("timm/"), image_size)
+        return timm_model(arch.removeprefix("timm/"), image_size)
     raise ValueError(f"arch must be {', '.join(RESNETS)}, resnet-narrow or timm/NAME, got {arch!r}")
 
 
-def _timm_model(name: str, image_size: int) -> tuple[nn.Module, int]:
+def timm_model(name: str, image_size: int, *, pretrained: bool = False) -> tuple[nn.Module, int]:
+    """A model of timm without its classifier.
+
+    Args:
+        name: As timm has it, perhaps with the tag of weights.
+        image_size: Height and width of the images.
+        pretrained: Whether to take its weights from timm's cache or the hub.
+
+    Returns:
+        As `build_encoder`.
+
+    Raises:
+        ValueError: If timm does not have it.
+        RuntimeError: If timm is not installed.
+    """
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -48,7 +62,7 @@ def _timm_model(name: str, image_size: int) -> tuple[nn.Module, int]:
     config = timm.get_pretrained_cfg(name)
     fixed = config is not None and config.fixed_input_size
     size: dict[str, Any] = {"img_size": image_size} if fixed else {}
-    network: Any = timm.create_model(name, num_classes=0, **size)
+    network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
     return network, getattr(network, "head_hidden_size", network.num_features)
 
 
