@@ -2,6 +2,7 @@
 
     python -m benchmarks.overhead                           # ResNet-18, 64 images of 32x32
     python -m benchmarks.overhead --arch resnet50 --batch-size 256 --image-size 224 --device cuda
+    python -m benchmarks.overhead --methods all             # or moco,caco: every method instead
 
 A step is forward, backward, Adam and zero_grad on two views that are there already, in fp32. One
 process, interleaved rounds; ratios are medians of the ratios within rounds. The schedules:
@@ -16,6 +17,9 @@ process, interleaved rounds; ratios are medians of the ratios within rounds. The
     pair_replaced   pair, a fifth of the rows with an adversarial view for the clean one, 6.4
     pair_micro      pair in four chunks with cached embeddings, 12 units
 
+With `--methods` the rows are the steps of methods, without an attack and with the pair attack of
+one step, with the settings that their classes default to.
+
 So that no ratio is bought with a slow baseline, time is over the faster of the two plain steps, and
 plain is held against a SimCLR step written by hand in torch, on the same network, in the same
 rounds. Every step uses channels_last where that is faster for plain and by hand, the contiguous
@@ -26,8 +30,10 @@ allocator's peak.
 
 from __future__ import annotations
 
+import argparse
+import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,6 +47,9 @@ from benchmarks import _cli, memory, timing
 from benchmarks.peers import released_nt_xent
 from clae_fast import nn, step
 from clae_fast.attack import LinfAttack
+from clae_fast.batch import Batch
+from clae_fast.methods import METHODS, Method
+from clae_fast.parts import StepOptions
 
 PLAIN = ("plain", "plain_batched")
 SCHEDULES = (
@@ -54,6 +63,7 @@ SCHEDULES = (
     "pair_micro",
 )
 BY_HAND = "by hand"
+CLASSES = 10
 PLAIN_UNITS = 6
 TEMPERATURE = 0.5
 FRACTION = 0.2
@@ -73,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         f"\n{args.arch}, {args.batch_size} x 3 x {args.image_size} x {args.image_size}, fp32, "
         f"{str(layout).removeprefix('torch.')}"
     )
-    names = (*SCHEDULES, BY_HAND)
+    rows_of = (*PLAIN, *_steps_of(args.methods)) if args.methods else SCHEDULES
+    names = (*rows_of, BY_HAND)
     steps = {name: build(name, args.batch_size, layout, *setting) for name in names}
     flops = {name: _flops(training_step) for name, training_step in steps.items()}
     timings = timing.interleave(
@@ -104,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             "memory_ratio": _ratio(peaks[name], peaks["plain"]),
             **measured[name],
         }
-        for name in SCHEDULES
+        for name in rows_of
     ]
     by_hand = {
         "plain_time_ratio": timings["plain"].over(timings[BY_HAND]),
@@ -130,6 +141,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _steps_of(methods: Sequence[str]) -> list[str]:
+    """Rows such as "moco: none" and "moco: pair"."""
+    return [f"{method}: {kind}" for method in methods for kind in ("none", "pair")]
+
+
 def build(
     schedule: str,
     batch_size: int,
@@ -143,9 +159,12 @@ def build(
     backbone, features = nn.build_encoder(arch, image_size)
     encoder = nn.Encoder(backbone, nn.ProjectionHead(features, features, 128))
     encoder = encoder.to(device, memory_format=layout)
-    adv_encoder = nn.adversarial_twin(encoder)
     shape = (batch_size, 3, image_size, image_size)
     x_p, x_q = (torch.rand(shape, device=device).to(memory_format=layout) for _ in range(2))
+    method, of_method, kind = schedule.partition(": ")
+    if of_method:
+        return _method_step(METHODS[method], kind, encoder, (x_p, x_q))
+    adv_encoder = nn.adversarial_twin(encoder)
     loss = partial(clae_fast.nt_xent, temperature=TEMPERATURE)
     clean = (encoder, x_p, x_q)
     adversarial = (encoder, adv_encoder, x_p, x_q)
@@ -183,6 +202,31 @@ def build(
         passes[schedule]()
         optimizer.step()
         optimizer.zero_grad()
+
+    return training_step
+
+
+def _method_step(
+    kind_of: type[Method], kind: str, encoder: nn.Encoder, views: tuple[Tensor, Tensor]
+) -> Callable[[], None]:
+    """One training step of a method."""
+    more: dict[str, Any] = {}
+    if kind_of.needs_teacher:
+        more["teacher"] = copy.deepcopy(encoder.backbone).eval().requires_grad_(False)
+        encoder.head = torch.nn.Identity()
+    method = kind_of(encoder, temperature=TEMPERATURE, adversarial=kind != "none", **more)
+    method.to(views[0].device)
+    labels = torch.arange(len(views[0]), device=views[0].device) % CLASSES
+    batch = Batch(views[: kind_of.views], labels if kind_of.needs_labels else None)
+    options = StepOptions(kind=kind, attack=None if kind == "none" else ATTACK)
+    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=3e-4)
+
+    def training_step() -> None:
+        method.before_step(0.5)
+        method.step(batch, options)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step()
 
     return training_step
 
@@ -242,14 +286,14 @@ def _ratio(peak: float | None, plain: float | None) -> float | None:
 def _report(rows: list[dict[str, Any]], by_hand: dict[str, Any]) -> dict[str, str]:
     """Print the table and the bars; return the bars."""
     print(
-        f"  {'':<16}{'ms':>10}{'p20':>10}{'p80':>10}{'units':>8}{'x units':>9}{'x time':>8}"
+        f"  {'':<18}{'ms':>10}{'p20':>10}{'p80':>10}{'units':>8}{'x units':>9}{'x time':>8}"
         f"{'MiB':>9}{'x memory':>10}{'quiet':>8}"
     )
 
     def line(name: str, row: dict[str, Any], units: str, ratios: tuple[str, str, str]) -> None:
         peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         print(
-            f"  {name:<16}{row['ms']:>10.1f}{row['p20_ms']:>10.1f}{row['p80_ms']:>10.1f}"
+            f"  {name:<18}{row['ms']:>10.1f}{row['p20_ms']:>10.1f}{row['p80_ms']:>10.1f}"
             f"{units:>8}{ratios[0]:>9}{ratios[1]:>8}{peak:>9}{ratios[2]:>10}"
             f"{row['quiet']:>5}/{row['samples']:<2}"
         )
@@ -262,7 +306,9 @@ def _report(rows: list[dict[str, Any]], by_hand: dict[str, Any]) -> dict[str, st
 
     got = {row["schedule"]: row["time_ratio"] for row in rows}
     bounds = {
-        f"{name} <= {bound} x the faster plain": (got[name], bound) for name, bound in BARS.items()
+        f"{name} <= {bound} x the faster plain": (got[name], bound)
+        for name, bound in BARS.items()
+        if name in got
     }
     bounds[f"plain <= {PLAIN_BAR} x a step by hand"] = (by_hand["plain_time_ratio"], PLAIN_BAR)
     verdicts = {
@@ -277,7 +323,22 @@ def _report(rows: list[dict[str, Any]], by_hand: dict[str, Any]) -> dict[str, st
 
 def _parse(argv: list[str] | None) -> Any:
     parser = _cli.Parser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--methods",
+        type=_methods,
+        default=(),
+        metavar="NAMES",
+        help=f"their steps instead of the schedules: all, or of {', '.join(METHODS)}",
+    )
     return _cli.parse_training(parser, argv, batch_size=64, rounds=5)
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(METHODS) if text == "all" else tuple(text.split(","))
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no method {unknown[0]!r}: {', '.join(METHODS)}")
+    return names
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from benchmarks import (  # noqa: E402
     timing,
 )
 from benchmarks.timing import Timing  # noqa: E402
+from clae_fast.methods import METHODS  # noqa: E402
 
 PLAIN_TORCH = "clae_fast,released,torch_eager,torch_chunked,torch_chunked_symmetric"
 
@@ -440,6 +441,16 @@ def test_overhead_command(tmp_path, capsys, same_process, one_thread):
     assert result["layout"] in ("contiguous_format", "channels_last")
 
 
+def test_overhead_of_methods(tmp_path, same_process, one_thread):
+    out = tmp_path / "result.json"
+    flags = "--methods all --arch resnet-narrow --batch-size 8 --image-size 8 --rounds 1"
+    assert run(overhead, f"{flags} --json {out}") == 0
+    rows = {row["schedule"]: row["units_ratio"] * 6 for row in json.loads(out.read_text())["rows"]}
+    for name, method in METHODS.items():
+        for kind in ("none", "pair"):
+            assert rows[f"{name}: {kind}"] == pytest.approx(method.units[kind], rel=0.05)
+
+
 def test_steps_of_one_meaning_train_alike(one_thread):
     """Ours and the hand-written plain step, and both released losses, move the weights alike."""
 
@@ -553,6 +564,7 @@ def test_interval_is_students():
         (nt_xent, "--fast", "--fast"),
         (overhead, "--batch-size 0", "argument --batch-size"),
         (overhead, "--arch resnet19", "resnet19"),
+        (overhead, "--methods simclr,clae", "no method 'clae'"),
         (overhead, "--device abacus", "abacus"),
         (overhead, "--json .", "argument --json"),
         (accuracy, "--seeds 0", "argument --seeds"),
