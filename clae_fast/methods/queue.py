@@ -149,7 +149,9 @@ class QueueMethod(QueryMethod):
             return super()._step(batch, options)
         rows = options.micro_batch or len(batch.views[0])
         if rows % splits:
-            raise ValueError(f"norm_splits must divide the {rows} rows encoded at once: {splits}")
+            raise ValueError(
+                f"norm_splits must divide the {rows} rows encoded at once, got {splits}"
+            )
         with ExitStack() as stack:
             for encoder in (self.encoder, self.adv_encoder):
                 if encoder is not None:

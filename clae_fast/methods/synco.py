@@ -124,9 +124,7 @@ class SynCo(SyntheticMethod):
             self._shifted(u, of["noised"], indices.gather(1, columns["noised"]), noise),
             (of["moved"] + self.delta)
             / (1 + 2 * self.delta * of["moved"].detach() + self.delta**2).sqrt(),
-            self._shifted(
-                u, of["signed"], indices.gather(1, columns["signed"]), self.eta * signs
-            ),
+            self._shifted(u, of["signed"], indices.gather(1, columns["signed"]), self.eta * signs),
         ]
 
     def _shifted(
