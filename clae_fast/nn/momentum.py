@@ -54,7 +54,8 @@ def follow(
 
     Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020.
     """
-    slow, fast = list(twin.parameters()), list(encoder.parameters())
+    slow: list[Tensor] = list(twin.parameters())
+    fast: list[Tensor] = list(encoder.parameters())
     way = torch._foreach_sub(fast, slow)
     torch._foreach_mul_(way, 1 - momentum)
     torch._foreach_add_(slow, way)
