@@ -39,7 +39,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks._cli import Parser, int_list
-from clae_fast.kernels import augment, info_nce, linf_step, nt_xent, tied_nt_xent, uel
+from clae_fast.kernels import augment, hard_nt_xent, info_nce, linf_step, nt_xent, tied_nt_xent, uel
 from clae_fast.ops.linf_step import _layout
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -71,6 +71,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for D, exact in ((64, False), (128, False), (128, True), (256, False)):
         z = empty(2048, D, dtype=torch.float32 if exact else torch.float16)
         yield f"D={D}{exact * ' exact'}", partial(uel.uel, z, z, 0.5, True, exact=exact)
+    for D, exact in ((64, False), (128, False), (128, True), (256, False)):
+        z = empty(2048, D, dtype=torch.float32 if exact else torch.float16)
+        for case, *setting in (("", 0.5, 1.0), (" T=0.01", 0.01, 1.0), (" beta=0", 0.5, 0.0)):
+            call = partial(hard_nt_xent.hard_nt_xent, z, z, *setting, 0.1, False, True, exact)
+            yield f"D={D}{exact * ' exact'}{case}", call
     for name, dtype in DTYPES.items():
         x = empty(64, 3, 32, 32, dtype=dtype)
         last = x.contiguous(memory_format=torch.channels_last)

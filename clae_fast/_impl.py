@@ -28,7 +28,7 @@ _IMPLS = {
     "tied_nt_xent": ("native", "triton", "torch"),
     "info_nce": ("native", "triton", "torch"),
     "uel": ("native", "triton", "torch"),
-    "hard_nt_xent": ("native", "torch"),
+    "hard_nt_xent": ("native", "triton", "torch"),
     "hard_nt_xent with extra": ("torch",),
     "sup_con": ("torch",),
     "h_scl": ("torch",),
@@ -45,7 +45,7 @@ _DEVICES = {
 }
 _ON_IMAGES = ("linf_step", "stem_step", "augment")
 # the widest accumulators that stay in registers, where they are not of 1024 columns
-_TRITON_COLUMNS = {"uel": 256}
+_TRITON_COLUMNS = {"uel": 256, "hard_nt_xent": 256}
 # up to here one launch of NT-Xent is taken to beat three; not measured yet
 _SINGLE_LAUNCH_ROWS = 2048
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
