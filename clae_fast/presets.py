@@ -169,10 +169,88 @@ _PAPERS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Robinson et al., "Contrastive learning with hard negative samples", ICLR 2021, by its code, which
+# is Chuang et al., "Debiased contrastive learning", NeurIPS 2020, with weights
+_HCL: dict[str, Any] = {
+    "attack": "none",
+    "image_size": 32,
+    "crop_min_scale": 0.08,
+    "flip": True,
+    "color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "color_jitter_prob": 0.8,
+    "grey_prob": 0.2,
+    # CIFAR-10's, for STL-10 too
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": _CIFAR10_STD,
+    "temperature": 0.5,
+    "arch": "resnet50",
+    "head_norm": "hidden",
+    "hidden_dim": 512,
+    "proj_dim": 128,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "weight_decay": 1e-6,
+    "decay_1d": True,
+    "schedule": "constant",
+    "warmup_epochs": 0,
+    "batch_size": 256,
+}
+_HARD_NEGATIVES: dict[str, dict[str, Any]] = {
+    "dcl-stl10": _HCL
+    | {"method": "dcl", "dataset": "stl10", "epochs": 500, "options": {"tau_plus": 0.1}},
+    "hcl-stl10": _HCL
+    | {
+        "method": "hcl",
+        "dataset": "stl10",
+        "epochs": 400,
+        "options": {"beta": 1.0, "tau_plus": 0.1},
+    },
+    # Jiang et al., "Supervised contrastive learning with hard negative samples", 2022
+    "h_scl-cifar100": _HCL
+    | {"method": "h_scl", "dataset": "cifar100", "epochs": 200, "options": {"beta": 5.0}},
+    # Dong et al., "Synthetic hard negative samples for contrastive learning", 2024, by its code;
+    # views, schedule and momentum are not in it and taken from the others
+    "sscl-cifar10": _HCL
+    | {
+        "method": "sscl",
+        "dataset": "cifar10",
+        "options": {"beta": 1.0, "tau_plus": 0.1, "hard": 64, "synthetic": 32},
+        "arch": "resnet18",
+        "head_norm": "none",
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 1e-3,
+        "schedule": "cosine",
+        "warmup_epochs": 20,
+        "epochs": 200,
+    },
+    # Khosla et al., "Supervised contrastive learning", NeurIPS 2020: the command in the README of
+    # github.com/HobbitLong/SupContrast
+    "supcon-cifar10": _HCL
+    | {
+        "method": "supcon",
+        "dataset": "cifar10",
+        "crop_min_scale": 0.2,
+        "temperature": 0.1,
+        "head_norm": "none",
+        "hidden_dim": 2048,
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "schedule": "cosine",
+        "warmup_epochs": 10,
+        "epochs": 1000,
+        "batch_size": 1024,
+    },
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"clae-{name}": settings | {"attack": "self"} for name, settings in _SCRIPTS.items()},
     **{name: settings | {"attack": "none"} for name, settings in _SCRIPTS.items()},
     **_PAPERS,
+    **_HARD_NEGATIVES,
 }
 
 

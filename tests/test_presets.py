@@ -186,7 +186,9 @@ def test_simclr_as_its_authors_train_it(name):
 
 
 def test_there_are_no_others():
-    assert set(PRESETS) == {*SCRIPTS, *(f"clae-{name}" for name in SCRIPTS), *PAPERS}
+    # those of other methods are with the methods' tests
+    found = {name for name in PRESETS if PRESETS[name]["method"] in ("simclr", "plain", "uel")}
+    assert found == {*SCRIPTS, *(f"clae-{name}" for name in SCRIPTS), *PAPERS}
 
 
 @pytest.mark.parametrize("method", ["plain", "uel"])
