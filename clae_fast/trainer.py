@@ -278,6 +278,8 @@ class Trainer:
                 self.world.require_equal(self.method)
 
     def _train_step(self, batch: Batch) -> StepResult:
+        # two large views are made at least, of which a method may take one
+        batch = batch._replace(views=batch.views[: self.method.views + self.config.small_crops])
         done = self.step / (self.config.epochs * self._steps_per_epoch)
         return self.engine.step(batch, number=self.step, lr=self._lr(self.step), progress=done)
 

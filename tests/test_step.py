@@ -105,7 +105,7 @@ def assert_same(pair, result, other, expected) -> None:
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["simclr", "plain", "uel"])
 def test_pair_equals_autograd(name):
     pair, (x_p, x_q) = encoders(), views()
     other = copy.deepcopy(pair)
@@ -114,7 +114,7 @@ def test_pair_equals_autograd(name):
     assert_same(pair, result, other, naive_pair(other, x_p, x_q, loss, attack(), WEIGHT))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["simclr", "plain", "uel"])
 @pytest.mark.parametrize("kind", ["self", "released"])
 def test_self_and_released_equal_autograd(name, kind):
     pair, x = encoders(), views()

@@ -26,7 +26,7 @@ class Method(nn.Module, ABC):
     Args:
         encoder: f, from views to raw projections; its BatchNorm layers see clean views only.
         temperature: Temperature of the softmax.
-        adversarial: Whether to build the adversarial twin that attacks need.
+        adversarial: Whether to build the adversarial twin, where attacks need one.
 
     Attributes:
         name: Name of the method in configurations.
@@ -35,9 +35,10 @@ class Method(nn.Module, ABC):
         small_crops: Whether it takes small crops besides.
         needs_labels: Whether it takes classes.
         needs_teacher: Whether it takes `teacher`, a frozen encoder [N, C, H, W] -> [N, F].
+        has_twin: Whether attacks need an adversarial twin of the encoder.
         fractions: Whether it has the approximations `adv_fraction` and `adv_replace`.
         encoder: f.
-        adv_encoder: f_adv, None when not adversarial.
+        adv_encoder: f_adv, None where there is none.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class Method(nn.Module, ABC):
     small_crops: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    has_twin: ClassVar[bool] = True
     fractions: ClassVar[bool] = False
 
     adv_encoder: nn.Module | None
@@ -55,7 +57,7 @@ class Method(nn.Module, ABC):
         _check.temperature(temperature)
         self.temperature = temperature
         self.encoder = encoder
-        self.adv_encoder = adversarial_twin(encoder) if adversarial else None
+        self.adv_encoder = adversarial_twin(encoder) if adversarial and self.has_twin else None
 
     @classmethod
     def own_options(cls) -> dict[str, tuple[type, Any]]:
@@ -88,10 +90,10 @@ class Method(nn.Module, ABC):
             raise ValueError(f"views must be {least}{self.views} for {self.name}, got {views}")
         if self.needs_labels and batch.labels is None:
             raise ValueError(f"labels must be given for {self.name}, got None")
-        if kind != "none" and (self.adv_encoder is None or options.attack is None):
-            raise ValueError(
-                f"kind={kind!r} needs an attack and a method built with adversarial=True"
-            )
+        lacks_twin = self.has_twin and self.adv_encoder is None
+        if kind != "none" and (lacks_twin or options.attack is None):
+            built = " and a method built with adversarial=True" if self.has_twin else ""
+            raise ValueError(f"kind={kind!r} needs an attack{built}")
         if not self.fractions and (options.adv_fraction, options.adv_replace) != (1, False):
             raise ValueError(f"{self.name} has no adv_fraction and no adv_replace")
         return self._step(batch, options)
