@@ -12,6 +12,7 @@ disagrees with float64, or with `--bars` when a bar is missed; 2 for bad argumen
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +127,27 @@ def cases(scale: int = 1) -> dict[str, Case]:
             2,
             partial(reference.uel, temperature=0.1),
         ),
+        "hard": Case(
+            ((n // 2, 128), (n // 2, 128)),
+            partial(clae_fast.hard_nt_xent, temperature=0.5),
+            {"": _hcl},
+            2,
+            partial(reference.hard_nt_xent, temperature=0.5),
+        ),
+        "classes": Case(
+            ((n, 128),),
+            _by_class(clae_fast.sup_con),
+            {"": _by_class(_sup_con)},
+            1,
+            _by_class(reference.sup_con),
+        ),
+        "hard_classes": Case(
+            ((n, 128),),
+            _by_class(clae_fast.h_scl),
+            {"": _by_class(_h_scl)},
+            1,
+            _by_class(reference.h_scl),
+        ),
         "nearest": Case(
             ((N, 128), (K, 128)),
             partial(clae_fast.topk_similarity, k=1),
@@ -176,6 +198,41 @@ def _uel(z0: Tensor, z1: Tensor) -> Tensor:
     p = (u @ u.detach().T / 0.1).float().masked_fill(diagonal, -torch.inf).softmax(1)
     spread = torch.log1p(-p.masked_fill(diagonal | positive, 0)).sum()
     return -(p[positive].log().sum() + spread) / n
+
+
+def _hcl(z0: Tensor, z1: Tensor) -> Tensor:
+    """As released: both sums over the negatives taken out of the matrix."""
+    u = F.normalize(torch.cat([z0, z1]))
+    n, s = len(u), (u @ u.T / 0.5).float()
+    others = ~torch.eye(n // 2, dtype=torch.bool).repeat(2, 2)
+    positive, negatives = s.diagonal(n // 2).exp().repeat(2), s[others].view(n, -1).exp()
+    mean = negatives.square().sum(1) / negatives.sum(1)
+    debiased = ((mean - 0.1 * positive) / 0.9).clamp_min(math.exp(-1 / 0.5))
+    return -(positive / (positive + (n - 2) * debiased)).log().mean()
+
+
+def _by_class(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of rows whose classes have eight each."""
+    return lambda z, **options: loss(z, torch.arange(len(z)) // 8, temperature=0.5, **options)
+
+
+def _sup_con(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    u = F.normalize(z)
+    itself = torch.eye(len(u), dtype=torch.bool)
+    log_p = (u @ u.T / temperature).float().masked_fill(itself, -torch.inf).log_softmax(1)
+    positive = (labels[:, None] == labels) & ~itself
+    m = positive.sum(1)
+    return -(log_p.masked_fill(~positive, 0).sum(1)[m > 0] / m[m > 0]).mean()
+
+
+def _h_scl(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    u = F.normalize(z)
+    exp = (u @ u.T / temperature).float().exp()
+    same = labels[:, None] == labels
+    negatives = exp.masked_fill(same, 0)
+    mean = negatives.square().sum(1, keepdim=True) / negatives.sum(1, keepdim=True)
+    pair = same & ~torch.eye(len(u), dtype=torch.bool)
+    return torch.log1p((len(u) - 2) * mean / exp)[pair].mean()
 
 
 def _parse(argv: list[str] | None) -> Any:

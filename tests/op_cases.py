@@ -21,6 +21,8 @@ class Case(NamedTuple):
     # options beside the temperature
     options: dict[str, object] = {}  # noqa: RUF012
     is_loss: bool = True
+    # how much larger its exponents are than 1 / T
+    sharpness: float = 1.0
 
     def gradients(self, outputs: list[Tensor]) -> list[Tensor]:
         """Those among what `run` returns, in the order of the operands."""
@@ -38,6 +40,15 @@ CASES = {
     "info_nce": Case("info_nce", _queue),
     "info_nce-symmetric": Case("info_nce", lambda z0, z1: (z0, z1), {"symmetric": True}),
     "uel": Case("uel", lambda z0, z1: (z0, z1)),
+    "hard_nt_xent": Case(
+        "hard_nt_xent", lambda z0, z1: (z0, z1), {"beta": 1.0, "tau_plus": 0.1}, sharpness=2.0
+    ),
+    "hard_nt_xent-constant": Case(
+        "hard_nt_xent",
+        lambda z0, z1: (z0, z1),
+        {"beta": 2.5, "tau_plus": 0.0, "detach_weights": True},
+        sharpness=3.5,
+    ),
 }
 
 
@@ -62,6 +73,7 @@ def check(
     options = {"temperature": temperature, "impl": "reference"}
     eager = run(case, operands, **options)
     exact = run(case, tuple(z.double() for z in operands), **options)
+    temperature /= case.sharpness
     if case.is_loss:
         assert_accurate(actual[0], eager[0], exact[0], temperature=temperature, what="loss")
     N, eps = len(operands[0]), torch.finfo(torch.float32).eps

@@ -9,7 +9,7 @@ from clae_fast.testing import assert_bitwise_equal, projections, value_and_grads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-LOSSES = ("nt_xent", "info_nce", "uel")
+LOSSES = ("nt_xent", "info_nce", "uel", "hard_nt_xent")
 
 
 def on_gpu(op):
