@@ -246,11 +246,99 @@ _HARD_NEGATIVES: dict[str, dict[str, Any]] = {
     },
 }
 
+_ROBUST: dict[str, Any] = {
+    "dataset": "cifar10",
+    "image_size": 32,
+    "flip": True,
+    "color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "color_jitter_prob": 0.8,
+    "grey_prob": 0.2,
+    # the code leaves pixels in 0..1
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    "temperature": 0.5,
+    "attack": "pair",
+    "eps": 8 / 255,
+    "attack_start": "random",
+    "attack_norm": "eval",
+    "arch": "resnet18",
+    "momentum": 0.9,
+    "decay_1d": False,
+    "schedule": "cosine",
+    "warmup_epochs": 10,
+}
+_ROBUST_METHODS: dict[str, dict[str, Any]] = {
+    # Kim et al., "Adversarial self-supervised contrastive learning", NeurIPS 2020, by the command
+    # in the README of github.com/Kim-Minseon/RoCL
+    "rocl-cifar10": _ROBUST
+    | {
+        "method": "rocl",
+        "options": {"reg_weight": 1 / 256},
+        "crop_min_scale": 0.08,
+        "eps": 0.0314,
+        "step_size": 0.007,
+        "attack_steps": 7,
+        "hidden_dim": 2048,
+        "proj_dim": 128,
+        "optimizer": "lars",
+        # 0.1, which the warm-up multiplies by 15
+        "lr": 1.5,
+        "weight_decay": 1e-6,
+        "epochs": 1000,
+        # 256 on each of two GPUs
+        "batch_size": 512,
+    },
+    # Jiang et al., "Robust pre-training by adversarial contrastive learning", NeurIPS 2020, by the
+    # defaults of github.com/VITA-Group/Adversarial-Contrastive-Learning
+    "acl-cifar10": _ROBUST
+    | {
+        "method": "acl",
+        "crop_min_scale": 0.1,
+        "interpolation": "bicubic",
+        "step_size": 2 / 255,
+        "attack_steps": 5,
+        "head_layers": 3,
+        "head_norm": "all",
+        "hidden_dim": 512,
+        "proj_dim": 512,
+        "optimizer": "lars",
+        "lr": 5.0,
+        "weight_decay": 1e-6,
+        "epochs": 1000,
+        "batch_size": 512,
+    },
+    # Zhang et al., "Decoupled adversarial contrastive learning for self-supervised adversarial
+    # robustness", ECCV 2022, by the script of github.com/pantheon5100/DeACL
+    "deacl-cifar10": _ROBUST
+    | {
+        "method": "deacl",
+        "options": {"gamma": 2.0},
+        # where `--preset simclr-paper-cifar10 --out` has it
+        "teacher": "runs/simclr-paper-cifar10",
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.247, 0.243, 0.261),
+        # the code moves images by up to 4 pixels and does not resize them
+        "crop_min_scale": 0.77,
+        "color_jitter_prob": 0.0,
+        "grey_prob": 0.0,
+        "step_size": 2 / 255,
+        "attack_steps": 5,
+        "head_layers": 0,
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "weight_decay": 5e-4,
+        "decay_1d": True,
+        "epochs": 100,
+        "batch_size": 256,
+    },
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"clae-{name}": settings | {"attack": "self"} for name, settings in _SCRIPTS.items()},
     **{name: settings | {"attack": "none"} for name, settings in _SCRIPTS.items()},
     **_PAPERS,
     **_HARD_NEGATIVES,
+    **_ROBUST_METHODS,
 }
 
 

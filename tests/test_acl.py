@@ -26,6 +26,7 @@ from clae_fast.batch import Batch
 from clae_fast.methods import ACL
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.parts import StepOptions
+from clae_fast.settings import resolve
 
 T = 0.5
 
@@ -103,6 +104,34 @@ def check_processes(world):
 
 def test_two_processes_equal_one(tmp_path):
     processes.run(check_processes, 2, tmp_path)
+
+
+def test_preset():
+    settings = resolve({}, "acl-cifar10").to_dict()
+    expected = {
+        "dataset": "cifar10",
+        "attack": "pair",
+        "attack_start": "random",
+        "attack_norm": "eval",
+        "arch": "resnet18",
+        "schedule": "cosine",
+        "warmup_epochs": 10,
+        "eps": 8 / 255,
+        "step_size": 2 / 255,
+        "attack_steps": 5,
+        "options": {},
+        "temperature": 0.5,
+        "optimizer": "lars",
+        "lr": 5.0,
+        "weight_decay": 1e-6,
+        "batch_size": 512,
+        "epochs": 1000,
+        "head_layers": 3,
+        "head_norm": "all",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+    }
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_needs_its_twin():

@@ -98,6 +98,31 @@ def test_two_processes_equal_one(tmp_path):
     processes.run(check_processes, 2, tmp_path)
 
 
+def test_preset():
+    settings = resolve({}, "deacl-cifar10").to_dict()
+    expected = {
+        "dataset": "cifar10",
+        "attack": "pair",
+        "attack_start": "random",
+        "attack_norm": "eval",
+        "arch": "resnet18",
+        "schedule": "cosine",
+        "warmup_epochs": 10,
+        "eps": 8 / 255,
+        "step_size": 2 / 255,
+        "attack_steps": 5,
+        "options": {"gamma": 2.0},
+        "teacher": "runs/simclr-paper-cifar10",
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "weight_decay": 5e-4,
+        "batch_size": 256,
+        "epochs": 100,
+        "head_layers": 0,
+    }
+    assert {name: settings[name] for name in expected} == expected
+
+
 def test_bad_options():
     for gamma in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="gamma must be in"):

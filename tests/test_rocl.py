@@ -126,6 +126,33 @@ def test_there_is_no_twin():
         built.step(Batch(views()), StepOptions(kind="self", attack=attack()))
 
 
+def test_preset():
+    settings = resolve({}, "rocl-cifar10").to_dict()
+    expected = {
+        "dataset": "cifar10",
+        "attack": "pair",
+        "attack_start": "random",
+        "attack_norm": "eval",
+        "arch": "resnet18",
+        "schedule": "cosine",
+        "warmup_epochs": 10,
+        "eps": 0.0314,
+        "step_size": 0.007,
+        "attack_steps": 7,
+        "options": {"reg_weight": 1 / 256},
+        "temperature": 0.5,
+        "optimizer": "lars",
+        "weight_decay": 1e-6,
+        "batch_size": 512,
+        "epochs": 1000,
+        "hidden_dim": 2048,
+        "proj_dim": 128,
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+    }
+    assert {name: settings[name] for name in expected} == expected
+
+
 def test_bad_options():
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="reg_weight must be in"):
