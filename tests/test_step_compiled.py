@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,26 +82,37 @@ def compiled(pair: nn.ModuleList, backend) -> nn.ModuleList:
     return pair
 
 
-def test_units():
+@pytest.fixture
+def units():
+    """Units of a step of SimCLR's."""
     operations = Operations()
     pair, x = compiled(encoders(torch.float32), operations), views(dtype=torch.float32)
     built = method("simclr", pair)
-
-    def units(kind: str, **options) -> float:
-        def step():
-            built.step(Batch(x), StepOptions(kind=kind, attack=attack(), **options))
-
-        return operations.of(step) / unit
-
     with torch.no_grad():
         unit = operations.of(lambda: pair[0](x[0]))
     assert unit > 1e5
+
+    def of(kind: str, **options) -> float:
+        def step():
+            built.step(Batch(x), StepOptions(kind=kind, **{"attack": attack()} | options))
+
+        return operations.of(step) / unit
+
+    return of
+
+
+def test_units(units):
     assert units("none") == 6
     assert units("none", batched=True) == 6
     assert units("pair") == 9
     assert units("self") == 11
     assert units("released") > 11
     assert units("pair", adv_fraction=0.5, adv_replace=True) == 7
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("train", 13), ("eval", 15)])
+def test_units_of_several_steps(units, norm, expected):
+    assert units("pair", attack=replace(attack(), steps=3, norm=norm)) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,6 +124,8 @@ def test_units():
         ("pair", {"micro_batch": 3}),
         ("self", {}),
         ("self", {"adv_fraction": 0.5, "adv_replace": True}),
+        ("pair", {"attack": replace(attack(), steps=2)}),
+        ("self", {"attack": replace(attack(), steps=2, norm="eval")}),
     ],
 )
 def test_results(kind, options):
