@@ -58,7 +58,10 @@ def _teacher(
 ) -> nn.Module:
     """Whom the encoder learns from, with as many features as it has projections."""
     size = config.image_size
-    teacher, features = encoders.load_encoder(source, image_size=size, device=device)
+    try:
+        teacher, features = encoders.load_encoder(source, image_size=size, device=device)
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from error
     projections = encoders.width(encoder, size)
     if projections != features:
         raise ValueError(
