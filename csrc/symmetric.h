@@ -15,7 +15,8 @@
 //   tau) (neg_i + pos_i) sum_j W_ij),  v_i = r_i mean_i beta / (1 + beta)
 // and W_ij (E_ij (r_i + r_j) - v_i - v_j) takes the place of E_ij (r_i + r_j). With constant
 // weights r has no factor 1 + beta, and v is 0. Where the maximum is the second, r = v = 0 and q_i
-// = neg_i / (neg_i + pos_i). Sums of W E leave fp32's range below T = 0.023 (1 + beta).
+// = neg_i / (neg_i + pos_i). Sums of W E come near the end of fp32's range below
+// T = 0.03 (1 + beta), which leaves room for the factors of r.
 //
 // Two tiles that share no block of rows may run side by side. Tiles are ordered as the rounds of a
 // tournament and each waits only for the earlier ones of its own two blocks, so every sum has one
@@ -30,7 +31,7 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-constexpr double kMinShift = 0.023;
+constexpr double kMinShift = 0.023, kMinHardShift = 0.03;
 
 // A smaller block gives the threads more tiles to share where rows are few.
 inline int block_rows(int64_t n) {
@@ -507,8 +508,10 @@ void run_symmetric(const SymmetricArgs& args) {
   s.offset = args.positive;
   s.crossed = args.pairs == Pairs::both_ways || args.pairs == Pairs::one_way;
   s.beta = args.hardness.beta;
-  args.temperature < kMinShift * (1 + s.beta) ? run_symmetric<T, true, weighted>(s, args)
-                                              : run_symmetric<T, false, weighted>(s, args);
+  const bool hard = args.hardness.beta > 0 || args.hardness.tau > 0;
+  args.temperature < (hard ? kMinHardShift * (1 + s.beta) : kMinShift)
+      ? run_symmetric<T, true, weighted>(s, args)
+      : run_symmetric<T, false, weighted>(s, args);
 }
 
 // Bytes of scratch: O(n D), never O(n^2).

@@ -13,8 +13,8 @@ and tau the share of positives among them,
 or, for constant weights, h_i = c_i / A_i and v_i = 0; where the maximum is the second, h_i = v_i =
 0 and c_i has no term with tau. Programs own rows: they walk over the columns once for the
 sums, and once for the gradient, whose weights are those of the row and of the column, which is a
-row too. No exponent leaves fp32's range with the largest cosine as the shift; below
-T = 0.023 (1 + beta), where it does, the shift is a running maximum.
+row too. Sums stay in fp32's range with the largest cosine as the shift, and leave room for the
+factors of h; below T = 0.03 (1 + beta), where they would not, the shift is a running maximum.
 """
 
 import torch
@@ -39,7 +39,10 @@ from ._rows import (
     store_raw_grad,
     unit,
 )
-from ._softmax import UNSHIFTED_TEMPERATURE, softmax_loss
+from ._softmax import softmax_loss
+
+# from here up, over 1 + beta, exp(-2 (1 + beta) / T) is 1e9 times the smallest normal fp32 number
+_FIXED_TEMPERATURE = 0.03
 
 
 @triton.jit
@@ -304,7 +307,7 @@ def hard_nt_xent(
     loss = torch.empty((), dtype=torch.float32, device=z0.device)
     dz = torch.empty((2 * N, D) if grad else 0, dtype=torch.float32, device=z0.device)
     scale2 = base2_scale(temperature)
-    form = {"ONLINE": temperature < UNSHIFTED_TEMPERATURE * (1 + beta), "WEIGHTED": beta > 0}
+    form = {"ONLINE": temperature < _FIXED_TEMPERATURE * (1 + beta), "WEIGHTED": beta > 0}
     with on_device_of(z0):
         padding = max(tiles.rows, tiles.columns)
         u, u_low, scale, pos2, _ = scaled_rows(z0, z1, temperature, exact=exact, padding=padding)

@@ -161,6 +161,17 @@ def test_rows_at_the_lower_bound(implementation, temperature):
 
 
 @every_implementation
+@pytest.mark.parametrize(("beta", "tau_plus"), [(0, 0.9), (1, 0), (5, 0.9), (50, 0)])
+# both sides of where the shift changes
+@pytest.mark.parametrize("ratio", [0.0235, 0.029, 0.031])
+def test_a_row_opposite_to_all_others(implementation, beta, tau_plus, ratio):
+    z0, z1 = (0.1 * z - 1 for z in projections(4, 3))
+    z0[0] += 2
+    temperature = ratio * (1 + beta)
+    check(implementation, (z0, z1), temperature, beta=beta, tau_plus=tau_plus)
+
+
+@every_implementation
 @every_setting
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs(implementation, dtype, setting):

@@ -89,6 +89,13 @@ def test_rows_at_the_lower_bound(temperature):
     check(z0, z1, temperature, (1.0, 0.3, False))
 
 
+@pytest.mark.parametrize("ratio", [0.0235, 0.031])
+def test_a_row_opposite_to_all_others(ratio):
+    z0, z1 = (0.1 * z - 1 for z in projections(4, 3))
+    z0[0] += 2
+    check(z0, z1, 6 * ratio, (5.0, 0.9, False))
+
+
 @every_setting
 @pytest.mark.parametrize(
     ("dtype", "temperature", "noise"),
