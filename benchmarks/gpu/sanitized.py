@@ -17,7 +17,7 @@ from clae_fast import _impl
 def main(device: str) -> int:
     for D in (72, 128):
         z0, z1 = (torch.randn(75, D, device=device, requires_grad=True) for _ in range(2))
-        for op in ("nt_xent", "info_nce", "uel"):
+        for op in ("nt_xent", "info_nce", "uel", "hard_nt_xent"):
             for impl in _impl.available(op, device):
                 for T in (0.5, 0.01):
                     value_and_grad(
