@@ -1,7 +1,8 @@
 """Settings by name: what a data set's images need, and what papers and their code train with.
 
 clae-METHOD-DATASET    CLAE's released scripts, with the attack on
-METHOD-DATASET         the same scripts with it off: the base that CLAE is compared with
+METHOD-DATASET         the same scripts with it off: the base that CLAE is compared with; methods
+                       that these scripts do not have as their own authors train them
 simclr-paper-DATASET   SimCLR as its authors train it
 
 `clae-simclr-cifar10` and `simclr-cifar10` differ in the attack and in nothing else, so a comparison
