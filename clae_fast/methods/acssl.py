@@ -54,7 +54,7 @@ class ACSSL(QueueMethod):
         adversarial: bool = False,
         queue_size: int = 0,
         momentum: float = 0.99,
-        hard: int = 8,
+        hard: int = 4,
         form: str = "triplet",
         margin: float = 0.0,
     ) -> None:
