@@ -39,7 +39,16 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks._cli import Parser, int_list
-from clae_fast.kernels import augment, hard_nt_xent, info_nce, linf_step, nt_xent, tied_nt_xent, uel
+from clae_fast.kernels import (
+    augment,
+    bank_step,
+    hard_nt_xent,
+    info_nce,
+    linf_step,
+    nt_xent,
+    tied_nt_xent,
+    uel,
+)
 from clae_fast.ops.linf_step import _layout
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -68,6 +77,25 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     ):
         options = {"symmetric": symmetric, "grads": grads}
         yield f"D=128 {case}", partial(info_nce.info_nce, z, z, 0.5, **options)
+    named = {"positive": empty(2048, dtype=torch.int64), "mean": False}
+    for D, T in ((128, 0.5), (128, 0.01), (256, 0.5)):
+        z = empty(2048, D, dtype=torch.float16)
+        options = {"symmetric": False, "grads": (True, True), "weight": empty(2048), **named}
+        yield f"D={D} T={T} rows", partial(info_nce.info_nce, z, z, T, **options)
+    widths = (64, 128, 256, 512)
+    for D, exact in (*zip(widths, (False,) * 4, strict=True), (64, True), (128, True)):
+        z = empty(256, D, dtype=torch.float32 if exact else torch.float16)
+        bank, names, rows = empty(4096, D), empty(256, dtype=torch.int64), empty(256)
+        numbers = (empty(()), 1, 0.02, 0.9, 1e-4, exact)
+        for case, given in (
+            ("keys", (z, None, None, None)),
+            ("named", (None, names, rows, None)),
+            ("losses", (None, names, None, rows)),
+        ):
+            yield (
+                f"D={D}{exact * ' exact'} {case}",
+                partial(bank_step.bank_step, bank, bank, z, *given, *numbers),
+            )
     for D, exact in ((64, False), (128, False), (128, True), (256, False)):
         z = empty(2048, D, dtype=torch.float32 if exact else torch.float16)
         yield f"D={D}{exact * ' exact'}", partial(uel.uel, z, z, 0.5, True, exact=exact)

@@ -11,6 +11,7 @@ from clae_fast import attack, nn
 from clae_fast._ragged import RaggedImages
 from clae_fast.ops import (
     augment,
+    bank_step,
     h_scl,
     hard_nt_xent,
     info_nce,
@@ -31,6 +32,7 @@ __all__ = [
     "attack",
     "augment",
     "augment_params",
+    "bank_step",
     "h_scl",
     "hard_nt_xent",
     "info_nce",

@@ -50,6 +50,29 @@ def same_place(
         )
 
 
+def columns(name: str, value: Tensor, anchor: Tensor, M: int) -> None:
+    """Raises unless `value` holds a column of M for each row of `anchor`: int64 [N]."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be of dtype int64, got {value.dtype}")
+    if value.shape != anchor.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape [N] with N = {anchor.shape[0]} as anchor has, "
+            f"got {list(value.shape)}"
+        )
+    if value.device != anchor.device:
+        raise ValueError(
+            f"{name} must be on the device of anchor, {anchor.device}, got {value.device}"
+        )
+    # not where it would wait for a GPU, or break a compiled graph
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in value.aminmax())
+        if low < 0 or high >= M:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} must hold columns from 0 to {M - 1}, got {wrong}")
+
+
 def flag(name: str, value: bool) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, bool):

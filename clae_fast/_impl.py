@@ -32,6 +32,7 @@ _IMPLS = {
     "hard_nt_xent with extra": ("torch",),
     "sup_con": ("torch",),
     "h_scl": ("torch",),
+    "bank_step": ("native", "triton", "torch"),
     "topk_similarity": ("native", "torch"),
     "linf_step": ("native", "triton", "cuda"),
     "stem_step": ("cuda",),

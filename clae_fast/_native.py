@@ -123,16 +123,20 @@ def tied_nt_xent(
 def info_nce(
     anchor: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    weight: Tensor | None,  # [N]
     temperature: float,
     symmetric: bool,
+    mean: bool,
     grad_anchor: bool,
     grad_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the wanted gradients in fp32, [N, D] and [M, D]; others have no elements."""
     anchor, keys = _in_rows(anchor), _in_rows(keys)
+    positive, weight = (None if t is None else t.contiguous() for t in (positive, weight))
     N, D = anchor.shape
     M = len(keys)
-    loss = torch.empty((), dtype=torch.float32)
+    loss = torch.empty(() if mean else N, dtype=torch.float32)
     danchor = torch.empty((N, D) if grad_anchor else 0, dtype=torch.float32)
     dkeys = torch.empty((M, D) if grad_keys else 0, dtype=torch.float32)
     call = partial(
@@ -140,11 +144,14 @@ def info_nce(
         _isa,
         _rows(anchor),
         _rows(keys),
+        0 if positive is None else positive.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
         N,
         M,
         D,
         temperature,
         symmetric,
+        mean,
         torch.get_num_threads(),
         loss.data_ptr(),
         danchor.data_ptr(),
@@ -187,6 +194,47 @@ def hard_nt_xent(
     workspace = _workspace(call(0))
     call(workspace.data_ptr())
     return loss, dz
+
+
+def bank_step(
+    bank: Tensor,  # [K, D], contiguous, as the velocity
+    velocity: Tensor,  # [K, D]
+    anchor: Tensor,  # [N, D]
+    keys: Tensor | None,  # [N, D]
+    positive: Tensor | None,  # [N]
+    weight: Tensor | None,  # [N]
+    losses: Tensor | None,  # [N]
+    lr: Tensor,  # []
+    views: int,
+    temperature: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """The step in place."""
+    anchor = _in_rows(anchor)
+    keys = anchor if keys is None else _in_rows(keys)
+    numbers = [None if t is None else t.contiguous() for t in (positive, weight, losses)]
+    N, D = anchor.shape
+    call = partial(
+        _C.bank_step,
+        _isa,
+        bank.data_ptr(),
+        velocity.data_ptr(),
+        _rows(anchor),
+        _rows(keys),
+        *(0 if t is None else t.data_ptr() for t in numbers),
+        len(bank),
+        N,
+        D,
+        views,
+        temperature,
+        float(lr),
+        momentum,
+        weight_decay,
+        torch.get_num_threads(),
+    )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
 
 
 def uel(

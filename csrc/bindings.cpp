@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "augment.h"
+#include "bank_step.h"
 #include "hard_nt_xent.h"
 #include "info_nce.h"
 #include "isa.h"
@@ -100,17 +101,21 @@ PYBIND11_MODULE(_C, m) {
         });
 
   m.def("info_nce",
-        [](const std::string& isa, const PyRows& anchor, const PyRows& keys, int64_t N, int64_t M,
-           int64_t D, float temperature, bool symmetric, int threads, std::uintptr_t loss,
+        [](const std::string& isa, const PyRows& anchor, const PyRows& keys,
+           std::uintptr_t positive, std::uintptr_t weight, int64_t N, int64_t M, int64_t D,
+           float temperature, bool symmetric, bool mean, int threads, std::uintptr_t loss,
            std::uintptr_t danchor, std::uintptr_t dkeys, std::uintptr_t workspace) {
           const auto chosen = clae_fast::parse_isa(isa);
           const clae_fast::InfoNceArgs args{rows(anchor),
                                             rows(keys),
+                                            pointer<const int64_t>(positive),
+                                            pointer<const float>(weight),
                                             N,
                                             M,
                                             D,
                                             temperature,
                                             symmetric,
+                                            mean,
                                             threads,
                                             pointer<float>(loss),
                                             pointer<float>(danchor),
@@ -143,6 +148,35 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release nogil;
           if (workspace == 0) return clae_fast::hard_nt_xent_workspace(chosen, args);
           clae_fast::hard_nt_xent(chosen, args);
+          return int64_t(0);
+        });
+
+  m.def("bank_step",
+        [](const std::string& isa, std::uintptr_t bank, std::uintptr_t velocity,
+           const PyRows& anchor, const PyRows& keys, std::uintptr_t positive, std::uintptr_t weight,
+           std::uintptr_t losses, int64_t K, int64_t N, int64_t D, int64_t views, float temperature,
+           float lr, float momentum, float weight_decay, int threads, std::uintptr_t workspace) {
+          const auto chosen = clae_fast::parse_isa(isa);
+          const clae_fast::BankStepArgs args{pointer<float>(bank),
+                                             pointer<float>(velocity),
+                                             rows(anchor),
+                                             rows(keys),
+                                             pointer<const int64_t>(positive),
+                                             pointer<const float>(weight),
+                                             pointer<const float>(losses),
+                                             K,
+                                             N,
+                                             D,
+                                             views,
+                                             temperature,
+                                             lr,
+                                             momentum,
+                                             weight_decay,
+                                             threads,
+                                             pointer<unsigned char>(workspace)};
+          py::gil_scoped_release nogil;
+          if (workspace == 0) return clae_fast::bank_step_workspace(chosen, args);
+          clae_fast::bank_step(chosen, args);
           return int64_t(0);
         });
 

@@ -6,6 +6,7 @@
 // Where they have one, the softmax of as many anchors as fit a panel serves both gradients: 6 N M
 // D. In both directions, a tile of the symmetric matrix over anchors and keys serves all: 8 N M D.
 #include "info_nce.h"
+#include "row_sums.h"
 #include "softmax.h"
 #include "symmetric.h"
 
@@ -13,36 +14,34 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// Anchors and their sums that stay in the L2 cache while keys go by.
-constexpr int64_t kGroup = 4 * kMaxBlock;
-// Chunks of keys are for threads to share. Their number does not depend on that of the threads, and
-// so neither does a result.
-constexpr int64_t kTasks = 32;
+int64_t positive_of(const InfoNceArgs& args, int64_t i) {
+  return args.positive ? args.positive[i] : i;
+}
+
+double weight_of(const InfoNceArgs& args, int64_t i) { return args.weight ? args.weight[i] : 1.; }
+
+// What takes the gradient by cosines of a row that counts 1 to that of the loss.
+double share_of_row(const InfoNceArgs& args) {
+  return 1 / ((args.mean ? double(args.N) : 1.) * double(args.temperature));
+}
 
 template <class T>
 struct Pass {
-  int64_t padded, groups, tiles, chunks;
-  Packed<T> u;    // [padded, D] of the anchors
-  float* du;      // [chunks, padded, u.width] sum of 2^(y - peak) k, where it is wanted
-  double* sum;    // [chunks, padded] sum of 2^(y - peak)
-  float* peak;    // [chunks, padded]
-  double* loss;   // [N]
-  int* next;      // [1] the next task
-  Carver carver;  // of what follows: a tile of keys for every thread
+  int64_t groups, tiles;
+  RowSums<T> sums;  // of the anchors, over the negatives
+  double* loss;     // [N]
+  int* next;        // [1] the next task
+  Carver carver;    // of what follows: a tile of keys for every thread
 };
 
 template <class T>
 Pass<T> carve_pass(const InfoNceArgs& args) {
   Pass<T> p;
-  p.padded = round_up(args.N, kMaxBlock);
   p.groups = (args.N + kGroup - 1) / kGroup;
   p.tiles = (args.M + kMaxBlock - 1) / kMaxBlock;
-  p.chunks = smaller(p.tiles, (kTasks + p.groups - 1) / p.groups);
+  const int64_t chunks = smaller(p.tiles, (kTasks + p.groups - 1) / p.groups);
   p.carver = {args.workspace};
-  p.u = carve_rows<T>(p.carver, p.padded, args.D);
-  p.du = p.carver.template take<float>(args.danchor ? p.chunks * p.padded * p.u.width : 0);
-  p.sum = p.carver.template take<double>(p.chunks * p.padded);
-  p.peak = p.carver.template take<float>(p.chunks * p.padded);
+  p.sums = carve_sums<T>(p.carver, args.N, args.D, chunks, args.danchor);
   p.loss = p.carver.template take<double>(args.N);
   p.next = p.carver.template take<int>(1);
   return p;
@@ -54,99 +53,48 @@ void pack_keys(const Packed<T>& k, const InfoNceArgs& args, int64_t J) {
   if (args.danchor) pack_pairs(k, 0, kMaxBlock);
 }
 
-// Adds a tile of keys, its rows, to the sums of a block of anchors, its columns: what is summed
-// over keys is summed down the lanes, and a tile of keys needs no other form than its rows.
+// Adds a tile of keys to the sums of a block of anchors.
 template <class T>
-void add_tile(const Pass<T>& p,
+void add_keys(const Pass<T>& p,
               const InfoNceArgs& args,
               int64_t chunk,
               int64_t I,
               const Packed<T>& k,
               int64_t J) {
-  alignas(64) float y[kMaxBlock * kMaxBlock];
-  Weights<T> w;
-  const float scale = float(kLog2e / args.temperature);
   const int64_t keys = smaller(args.M - J, kMaxBlock), anchors = smaller(args.N - I, kMaxBlock);
-  const int64_t rows = round_up(keys, kRows), columns = round_up(anchors, kCols);
-  for (int64_t i = 0; i < columns; i += kCols) {
-    for (int64_t j = 0; j < rows; j += kRows) {
-      Vec tile[kRows][kVecs];
-      similarities(k, j, p.u, I + i, scale, 0.f, tile);
-      store_tile(tile, y + j * kMaxBlock + i, kMaxBlock);
+  add_tile(p.sums, chunk, I, anchors, k, keys, args.temperature, [&](float* y) {
+    for (int64_t i = 0; i < anchors; ++i) {
+      const int64_t positive = positive_of(args, I + i);
+      if (J <= positive && positive < J + keys) y[(positive - J) * kMaxBlock + i] = -INFINITY;
     }
-  }
-  // no negatives: what lies behind the last key, and the positives
-  for (int64_t at = keys * kMaxBlock; at < rows * kMaxBlock; ++at) y[at] = -INFINITY;
-  for (int64_t i = 0; i < anchors; ++i) {
-    if (J <= I + i && I + i < J + keys) y[(I + i - J) * kMaxBlock + i] = -INFINITY;
-  }
-  const Vec lowest = splat(-INFINITY);
-  for (int64_t i = 0; i < columns; i += kWidth) {
-    const int64_t first = chunk * p.padded + I + i;
-    const Vec before = load(p.peak + first);
-    Vec peak = before;
-    for (int64_t j = 0; j < rows; ++j) peak = maximum(peak, load(y + j * kMaxBlock + i));
-    if (any(peak != before)) {
-      store(p.peak + first, peak);
-      for (int l = 0; l < kWidth; ++l) {
-        if (peak[l] == before[l]) continue;
-        const double shrink = ::exp2(double(before[l]) - peak[l]);
-        p.sum[first + l] *= shrink;
-        float* du = p.du + (first + l) * p.u.width;
-        for (int64_t d = 0; d < p.u.width && args.danchor; ++d) du[d] *= float(shrink);
-      }
-    }
-    const Vec from = peak == lowest ? Vec{} : peak;  // -inf - -inf would be NaN
-    Vec sum = {};
-    for (int64_t j = 0; j < rows; j += 2) {
-      Vec upper = exp2<true>(load(y + j * kMaxBlock + i) - from);
-      Vec lower = exp2<true>(load(y + (j + 1) * kMaxBlock + i) - from);
-      sum += upper + lower;
-      if (T::kPack > 1) {
-        upper *= k.factor[j];
-        lower *= k.factor[j + 1];
-      }
-      w.put_rows(j, i, upper, lower);
-    }
-    for (int l = 0; l < kWidth; ++l) p.sum[first + l] += double(sum[l]);
-  }
-  if (!args.danchor) return;
-  accumulate<T, true>(w.over_rows(), kMaxBlock, k.pairs, k.width, cells<T>(keys),
-                      p.du + (chunk * p.padded + I) * p.u.width, p.u.width, anchors,
-                      round_up(args.D, kCols));
+  });
 }
 
 // Loss and gradient of one anchor from the sums of all chunks; `k` has room for a row.
 template <class T>
 void finish_anchor(const Pass<T>& p, const InfoNceArgs& args, const Packed<T>& k, int64_t i) {
-  float peak = -INFINITY;
-  for (int64_t c = 0; c < p.chunks; ++c) {
-    const float other = p.peak[c * p.padded + i];
-    peak = peak < other ? other : peak;
-  }
-  const double from = peak == -INFINITY ? 0. : peak;
-  double neg = 0;
-  for (int64_t c = 0; c < p.chunks; ++c) {
-    const double weight = ::exp2(p.peak[c * p.padded + i] - from);
-    neg += p.sum[c * p.padded + i] * weight;
-  }
-  pack_row(k, 0, args.keys, i);
-  const double log_pos = cosine(p.u, i, k, 0) * (kLog2e / args.temperature);
-  const RowLoss row = row_loss(log2(neg) + from, log_pos);
+  const RowSums<T>& s = p.sums;
+  pack_row(k, 0, args.keys, positive_of(args, i));
+  const double log_pos = cosine(s.u, i, k, 0) * (kLog2e / args.temperature);
+  const RowLoss row = row_loss(log_sum(s, i), log_pos);
   p.loss[i] = row.loss;
   if (!args.danchor) return;
-  float* du = p.du + i * p.u.width;
-  for (int64_t c = 0; c < p.chunks; ++c) {
-    const float* part = p.du + (c * p.padded + i) * p.u.width;
-    const float weight = float(::exp2(p.peak[c * p.padded + i] - row.log_den));
+  float* du = s.du + i * s.u.width;
+  for (int64_t c = 0; c < s.chunks; ++c) {
+    const float* part = s.du + (c * s.padded + i) * s.u.width;
+    const float weight = float(::exp2(s.peak[c * s.padded + i] - row.log_den));
     for (int64_t d = 0; d < args.D; ++d) du[d] = (c ? du[d] : 0.f) + weight * part[d];
   }
   for (int64_t d = 0; d < args.D; ++d) du[d] -= float(row.q) * unit(k, 0, d);
-  const double scale = 1 / (double(args.N) * double(args.temperature));
-  store_raw_grad(p.u, i, du, scale, args.danchor + i * args.D);
+  const double scale = share_of_row(args) * weight_of(args, i);
+  store_raw_grad(s.u, i, du, scale, args.danchor + i * args.D);
 }
 
-void mean_loss(const InfoNceArgs& args, const double* loss) {
+void store_loss(const InfoNceArgs& args, const double* loss) {
+  if (!args.mean) {
+    for (int64_t i = 0; i < args.N; ++i) args.loss[i] = float(loss[i]);
+    return;
+  }
   double total = 0;
   for (int64_t i = 0; i < args.N; ++i) total += loss[i];
   args.loss[0] = float(total / double(args.N));
@@ -164,28 +112,22 @@ void run_pass(const InfoNceArgs& args) {
   parallel(args.threads, [&](Team& team, int rank) {
     Carver carver{args.workspace, p.carver.bytes + rank * tile_bytes};
     const Packed<T> k = carve_rows<T>(carver, kMaxBlock, args.D);
-    const Range blocks = share(p.padded / kMaxBlock, team, rank);
+    const Range blocks = share(p.sums.padded / kMaxBlock, team, rank);
     const int64_t begin_row = blocks.begin * kMaxBlock, end_row = blocks.end * kMaxBlock;
-    pack_rows(p.u, begin_row, end_row, args.anchor, begin_row, args.N);
-    pack_panels(p.u, begin_row, end_row);
+    pack_rows(p.sums.u, begin_row, end_row, args.anchor, begin_row, args.N);
+    pack_panels(p.sums.u, begin_row, end_row);
     team.barrier();
     for (;;) {
       const int64_t task = __atomic_fetch_add(p.next, 1, __ATOMIC_RELAXED);
-      if (task >= p.groups * p.chunks) break;
+      if (task >= p.groups * p.sums.chunks) break;
       const int64_t chunk = task / p.groups, begin = task % p.groups * kGroup;
       const int64_t end = smaller(begin + kGroup, args.N);
-      const int64_t first = chunk * p.padded + begin, count = round_up(end - begin, kMaxBlock);
-      for (int64_t i = first; i < first + count; ++i) {
-        p.sum[i] = 0;
-        p.peak[i] = -INFINITY;
-      }
-      if (args.danchor) {
-        memset(p.du + first * p.u.width, 0, count * p.u.width * sizeof(float));
-      }
-      for (int64_t t = chunk * p.tiles / p.chunks; t < (chunk + 1) * p.tiles / p.chunks; ++t) {
+      clear(p.sums, chunk, begin, end);
+      const Range tiles = chunk_of(p.tiles, p.sums, chunk);
+      for (int64_t t = tiles.begin; t < tiles.end; ++t) {
         pack_keys(k, args, t * kMaxBlock);
         for (int64_t I = begin; I < end; I += kMaxBlock) {
-          add_tile(p, args, chunk, I, k, t * kMaxBlock);
+          add_keys(p, args, chunk, I, k, t * kMaxBlock);
         }
       }
     }
@@ -193,7 +135,7 @@ void run_pass(const InfoNceArgs& args) {
     const Range rows = share(args.N, team, rank);
     for (int64_t i = rows.begin; i < rows.end; ++i) finish_anchor(p, args, k, i);
   });
-  mean_loss(args, p.loss);
+  store_loss(args, p.loss);
 }
 
 template <class T>
@@ -256,7 +198,8 @@ void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64
   for (int64_t i = 0; i < rows; ++i) {
     float* row = panel + i * s.padded_m;
     for (int64_t j = args.M; j < width; ++j) row[j] = -INFINITY;
-    row[I + i] = -INFINITY;
+    const int64_t positive = positive_of(args, I + i);
+    row[positive] = -INFINITY;
     Vec top = splat(-INFINITY);
     for (int64_t j = 0; j < width; j += kWidth) top = maximum(top, load(row + j));
     float peak = top[0];
@@ -272,11 +215,12 @@ void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64
       }
       neg += double(horizontal_sum(sum));
     }
-    const double log_pos = cosine(s.u, I + i, s.v, I + i) * (kLog2e / args.temperature);
+    const double log_pos = cosine(s.u, I + i, s.v, positive) * (kLog2e / args.temperature);
     const RowLoss result = row_loss(log2(neg) + from[0], log_pos);
     s.loss[I + i] = result.loss;
-    s.q[I + i] = float(result.q);
-    const Vec weight = splat(float(::exp2(from[0] - result.log_den)));
+    s.q[I + i] = float(weight_of(args, I + i) * result.q);
+    const double weight_of_row = weight_of(args, I + i) * ::exp2(from[0] - result.log_den);
+    const Vec weight = splat(float(weight_of_row));
     for (int64_t j = 0; j < width; j += kWidth) store(row + j, load(row + j) * weight);
   }
   memset(panel + rows * s.padded_m, 0, (s.block - rows) * s.padded_m * sizeof *panel);
@@ -285,11 +229,11 @@ void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64
   memset(du, 0, s.block * s.u.width * sizeof *du);
   accumulate<Fp32, false>(panel, s.padded_m, s.v.rows, s.v.width, args.M, du, s.u.width, rows,
                           round_up(args.D, kCols));
-  const double share_of_mean = 1 / (double(args.N) * double(args.temperature));
   for (int64_t i = 0; i < rows; ++i) {
     float* row = du + i * s.u.width;
-    for (int64_t d = 0; d < args.D; ++d) row[d] -= s.q[I + i] * unit(s.v, I + i, d);
-    store_raw_grad(s.u, I + i, row, share_of_mean, args.danchor + (I + i) * args.D);
+    const int64_t positive = positive_of(args, I + i);
+    for (int64_t d = 0; d < args.D; ++d) row[d] -= s.q[I + i] * unit(s.v, positive, d);
+    store_raw_grad(s.u, I + i, row, share_of_row(args), args.danchor + (I + i) * args.D);
   }
 }
 
@@ -322,19 +266,24 @@ void run_panels(const InfoNceArgs& args) {
       }
       team.barrier();
     }
-    const double share_of_mean = 1 / (double(args.N) * double(args.temperature));
     const Range rows = share(args.M, team, rank);
-    for (int64_t j = rows.begin; j < rows.end; ++j) {
+    // in the order of the anchors, whichever thread has their key
+    for (int64_t i = 0; i < args.N; ++i) {
+      const int64_t j = positive_of(args, i);
+      if (j < rows.begin || j >= rows.end) continue;
       float* dv = s.dv + j * s.v.width;
-      for (int64_t d = 0; d < args.D && j < args.N; ++d) dv[d] -= s.q[j] * unit(s.u, j, d);
-      store_raw_grad(s.v, j, dv, share_of_mean, args.dkeys + j * args.D);
+      for (int64_t d = 0; d < args.D; ++d) dv[d] -= s.q[i] * unit(s.u, i, d);
+    }
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      store_raw_grad(s.v, j, s.dv + j * s.v.width, share_of_row(args), args.dkeys + j * args.D);
     }
   });
-  mean_loss(args, s.loss);
+  store_loss(args, s.loss);
 }
 
 bool in_tiles(const InfoNceArgs& args) {
-  return args.symmetric || (args.dkeys && stays_bf16(args.anchor.dtype));
+  const bool plain = args.mean && !args.positive && !args.weight;
+  return args.symmetric || (args.dkeys && plain && stays_bf16(args.anchor.dtype));
 }
 
 }  // namespace

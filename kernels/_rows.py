@@ -28,6 +28,7 @@ FP16_BITS = tl.constexpr(14)
 # but no row of weights is scaled by more than 2 ** 112
 MAX_EXPONENT = tl.constexpr(112.0)
 _MEAN_BLOCK = tl.constexpr(1024)
+_NAMED_BLOCK = tl.constexpr(128)
 _ZERO_BLOCK = tl.constexpr(1024)
 # the bits of a number above every other
 _HUGE_BITS = tl.constexpr(0x7F7FFFFF)
@@ -60,13 +61,44 @@ def unit(z, norm):
 
 
 @triton.jit
+def partners_of(rows, positive_ptr, mask, M):
+    """The rows of y that are positives of rows of x, and which of them there are."""
+    if positive_ptr is None:
+        return rows, mask
+    partners = tl.load(positive_ptr + rows, mask=mask, other=-1)
+    return partners, (partners >= 0) & (partners < M)
+
+
+@triton.jit
+def positive_logits(
+    z,
+    norm,
+    y_ptr,
+    positive_ptr,
+    stride_yn,
+    stride_yd,
+    rows,
+    mask,
+    M,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """Cosines of rows of x and their positives, in fp32; NaN where that does not exist."""
+    partners, exist = partners_of(rows, positive_ptr, mask, M)
+    other, other_norm = load_raw(y_ptr, stride_yn, stride_yd, partners, exist, D, BLOCK_D)
+    cosine = tl.sum(unit(z, norm) * unit(other, other_norm), axis=1)
+    return tl.where(exist, cosine, float("nan"))
+
+
+@triton.jit
 def _normalize_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [M, D], or x
+    positive_ptr,  # [N] or None
     u_ptr,  # [padded, BLOCK_D]
     u_low_ptr,  # [padded, BLOCK_D] or None
     scale_ptr,  # [padded]
-    pos2_ptr,  # [N]
+    pos2_ptr,  # [N] or None
     zero_ptr,  # [zero_size]
     lowest_ptr,  # [2]
     N,
@@ -105,11 +137,12 @@ def _normalize_kernel(
         tl.store(u_low_ptr + offsets, (scaled - u.to(tl.float32)).to(tl.float16), stored[:, None])
     tl.store(scale_ptr + below, 1.0 / (floored * up), mask=stored)
 
-    if side == 0:
+    if pos2_ptr is not None and side == 0:
         paired = rows < N
-        other, other_norm = load_raw(y_ptr, stride_yn, stride_yd, rows, paired, D, BLOCK_D)
-        pos2 = tl.sum(unit(z, norm) * unit(other, other_norm), axis=1) * scale2
-        tl.store(pos2_ptr + rows, pos2, mask=paired)
+        pos2 = positive_logits(
+            z, norm, y_ptr, positive_ptr, stride_yn, stride_yd, rows, paired, M, D, BLOCK_D
+        )
+        tl.store(pos2_ptr + rows, pos2 * scale2, mask=paired)
     program = tl.program_id(0) * tl.num_programs(1) + side
     if program == 0:
         tl.store(lowest_ptr, _HUGE_BITS)
@@ -192,11 +225,22 @@ def mask_logits(
     N,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    positive_ptr=None,
 ):
     """-inf for a row against itself, against its positive, N rows away, and past either end.
 
-    Most tiles have none of these, and skip the comparisons.
+    Most tiles have none of these, and skip the comparisons. Where positives are named, rows of x
+    are against rows of y alone.
     """
+    if positive_ptr is not None:
+        a = a_first + tl.arange(0, BLOCK_A)
+        b = b_first + tl.arange(0, BLOCK_B)
+        # N rows below, and -1 for a row of y
+        of_a = tl.load(positive_ptr + a, mask=a < N, other=-1 - N) + N
+        of_b = tl.load(positive_ptr + b, mask=b < N, other=-1 - N) + N
+        excluded = (of_a[:, None] == b[None, :]) | (of_b[None, :] == a[:, None])
+        excluded |= (a >= a_end)[:, None] | (b >= b_end)[None, :]
+        return tl.where(excluded, float("-inf"), s2)
     apart = b_first - a_first
     diagonal = (apart > -BLOCK_B) & (apart < BLOCK_A)
     above = (apart > N - BLOCK_B) & (apart < N + BLOCK_A)
@@ -229,6 +273,7 @@ def negative_logits(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    positive_ptr=None,
 ):
     """Base-2 logits of own rows and columns, -inf for no negatives; the columns and their scale."""
     tile, tile_low = load_tile(u, u_low_ptr, first, BLOCK_N, BLOCK_D, DESCRIPTORS)
@@ -248,7 +293,7 @@ def negative_logits(
     )
     scale = tl.load(scale_ptr + first + tl.arange(0, BLOCK_N))
     s2 = dots * own_scale[:, None] * scale[None, :]
-    s2 = mask_logits(s2, own_first, own_end, first, end, N, BLOCK_M, BLOCK_N)
+    s2 = mask_logits(s2, own_first, own_end, first, end, N, BLOCK_M, BLOCK_N, positive_ptr)
     return s2, tile, tile_low, scale
 
 
@@ -303,6 +348,41 @@ def store_raw_grad(
 
 
 @triton.jit
+def take_from_named(
+    du,
+    x_ptr,
+    positive_ptr,
+    q_ptr,
+    weight_ptr,
+    stride_xn,
+    stride_xd,
+    rows,
+    N,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """Takes q_i u_i of the rows of x, weighted, from the rows of y that they name as positives."""
+    first_row, last_row = tl.min(rows), tl.max(rows)
+    for first in range(0, N, _NAMED_BLOCK):
+        x = first + tl.arange(0, _NAMED_BLOCK)
+        named = tl.load(positive_ptr + x, mask=x < N, other=-1)
+        here = (named >= first_row) & (named <= last_row)
+        # few are, one after another and in their order
+        x = tl.where(here, x, N)
+        for _ in range(tl.sum(here.to(tl.int32))):
+            i = tl.min(x)
+            x = tl.where(x == i, N, x)
+            row = i + tl.zeros([1], tl.int32)
+            z, norm = load_raw(x_ptr, stride_xn, stride_xd, row, row < N, D, BLOCK_D)
+            q = tl.load(q_ptr + i)
+            if weight_ptr is not None:
+                q *= tl.load(weight_ptr + i)
+            mine = rows == tl.load(positive_ptr + i)
+            du -= tl.where(mine, q, 0.0)[:, None] * unit(z, norm)
+    return du
+
+
+@triton.jit
 def wait_for_all(arrived_ptr):
     """Returns once every program of a cooperative launch is here, with what all have written."""
     tl.debug_barrier()
@@ -318,13 +398,22 @@ class ScaledRows(NamedTuple):
     u: Tensor  # [padded, width]
     u_low: Tensor | None  # [padded, width]
     scale: Tensor  # [padded]
-    pos2: Tensor  # [N]
+    pos2: Tensor | None  # [N]
     lowest: Tensor  # [2]
 
 
 def base2_scale(temperature: float) -> float:
     """What makes base-2 logits of cosines."""
     return 1.0 / (temperature * math.log(2.0))
+
+
+def scaled_memory(
+    size: int, D: int, *, exact: bool, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Memory for scaled rows of D elements, for their low halves where `exact`, for the scales."""
+    u = torch.empty(size, padded(D), dtype=torch.float16, device=device)
+    scale = torch.empty(size, dtype=torch.float32, device=device)
+    return u, torch.empty_like(u) if exact else None, scale
 
 
 def scaled_rows(
@@ -334,31 +423,36 @@ def scaled_rows(
     *,
     exact: bool,
     padding: int,
+    positive: Tensor | None = None,  # [N]
+    pairs: bool = True,
+    into: tuple[Tensor, Tensor | None, Tensor] | None = None,
     zero: Tensor | None = None,
 ) -> ScaledRows:
     """The rows of x, above those of y, as the other kernels take them; one launch.
 
     Args:
         x: Raw rows.
-        y: More of them, M >= N, row i of y the positive of row i of x; None makes x's their own.
+        y: More of them, row i of y the positive of row i of x; None makes x's their own.
         temperature: T.
         exact: Keep the low halves as well.
         padding: Rows of zeros below the last.
+        positive: The row of y that is each row's positive, where that is not row i.
+        pairs: Whether the positives' logits are wanted.
+        into: Memory for the rows, their low halves and scales.
         zero: fp32 memory to clear.
     """
     (N, D), sides = x.shape, 1 if y is None else 2
     y = x if y is None else y
     width, below = padded(D), N * (sides - 1)
     size = below + y.shape[0] + padding
-    u = torch.empty(size, width, dtype=torch.float16, device=x.device)
-    u_low = torch.empty_like(u) if exact else None
-    scale = torch.empty(size, dtype=torch.float32, device=x.device)
-    pos2 = torch.empty(N, dtype=torch.float32, device=x.device)
+    u, u_low, scale = into or scaled_memory(size, D, exact=exact, device=x.device)
+    pos2 = torch.empty(N, dtype=torch.float32, device=x.device) if pairs else None
     lowest = torch.empty(2, dtype=torch.int32, device=x.device)
     block = max(1, min(32, 8192 // width))
     _normalize_kernel[(triton.cdiv(max(N, size - below), block), sides)](
         x,
         y,
+        positive,
         u,
         u_low,
         scale,

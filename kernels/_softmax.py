@@ -56,10 +56,12 @@ from ._rows import (
     mask_logits,
     mean,
     negative_logits,
+    partners_of,
     products,
     scaled_rows,
     select_side,
     store_raw_grad,
+    take_from_named,
     unit,
     wait_for_all,
 )
@@ -79,6 +81,7 @@ def _store_statistics(
     stat_ptr,
     neg2_ptr,
     q_ptr,
+    losses_ptr,
     partial_ptr,
     lowest_ptr,
     block,
@@ -107,6 +110,8 @@ def _store_statistics(
     tl.store(stat_ptr + rows, stat, mask=mask)
     tl.store(neg2_ptr + rows, neg2, mask=mask)
     tl.store(q_ptr + rows, tl.where(is_row, q, 0.0), mask=mask)
+    if losses_ptr is not None:
+        tl.store(losses_ptr + rows, loss, mask=is_row)
     tl.store(partial_ptr + block, tl.sum(tl.where(is_row, loss, 0.0)))
     # positive numbers are ordered as their bits are
     bits = (lse2 + scale2 + 1.0).to(tl.int32, bitcast=True)
@@ -121,6 +126,7 @@ def _add_up(
     stat_ptr,
     neg2_ptr,
     q_ptr,
+    losses_ptr,
     partial_ptr,
     lowest_ptr,
     N,
@@ -146,6 +152,7 @@ def _add_up(
             stat_ptr,
             neg2_ptr,
             q_ptr,
+            losses_ptr,
             partial_ptr,
             lowest_ptr,
             block,
@@ -166,10 +173,12 @@ def _negatives_kernel(
     u_columns,  # u_ptr, or a descriptor of tiles of BLOCK_N rows
     scale_ptr,  # [padded]
     sums_ptr,  # [programs, total], zero
+    positive_ptr,  # [N] or None
     pos2_ptr,  # [N]
     stat_ptr,  # [total]
     neg2_ptr,  # [total]
     q_ptr,  # [total]
+    losses_ptr,  # [counted] or None
     partial_ptr,  # [cdiv(total, ROWS)]
     lowest_ptr,  # [2]
     N,
@@ -250,7 +259,9 @@ def _negatives_kernel(
             )
             offs_n = first + tl.arange(0, BLOCK_N)
             s2 = dots * tl.load(scale_ptr + offs_n)[:, None] * own_scale[None, :]
-            s2 = mask_logits(s2, first, total, own_first, row_end, N, BLOCK_N, BLOCK_M)
+            s2 = mask_logits(
+                s2, first, total, own_first, row_end, N, BLOCK_N, BLOCK_M, positive_ptr
+            )
             exp = tl.exp2(s2)
             own_sums += exp
             if COLUMNS:
@@ -272,6 +283,7 @@ def _negatives_kernel(
             stat_ptr,
             neg2_ptr,
             q_ptr,
+            losses_ptr,
             partial_ptr,
             lowest_ptr,
             N,
@@ -291,6 +303,7 @@ def _add_up_kernel(
     stat_ptr,  # [total]
     neg2_ptr,  # [total]
     q_ptr,  # [total]
+    losses_ptr,  # [counted] or None
     partial_ptr,  # [cdiv(total, ROWS)]
     lowest_ptr,  # [2]
     N,
@@ -308,6 +321,7 @@ def _add_up_kernel(
         stat_ptr,
         neg2_ptr,
         q_ptr,
+        losses_ptr,
         partial_ptr,
         lowest_ptr,
         N,
@@ -324,10 +338,12 @@ def _online_kernel(
     u_ptr,  # [padded, BLOCK_D]
     u_low_ptr,  # [padded, BLOCK_D] or None
     scale_ptr,  # [padded]
+    positive_ptr,  # [N] or None
     pos2_ptr,  # [N]
     stat_ptr,  # [total]
     neg2_ptr,  # [total]
     q_ptr,  # [total]
+    losses_ptr,  # [counted] or None
     partial_ptr,  # [programs]
     lowest_ptr,  # [2]
     N,
@@ -380,6 +396,7 @@ def _online_kernel(
             BLOCK_K,
             BLOCK_D,
             False,
+            positive_ptr,
         )
         new_shift = tl.maximum(shift, tl.max(s2, axis=1))
         neg = neg * tl.exp2(shift - new_shift) + tl.sum(tl.exp2(s2 - new_shift[:, None]), axis=1)
@@ -392,6 +409,7 @@ def _online_kernel(
         stat_ptr,
         neg2_ptr,
         q_ptr,
+        losses_ptr,
         partial_ptr,
         lowest_ptr,
         tl.program_id(0),
@@ -416,6 +434,8 @@ def _gradient_kernel(
     stat_ptr,  # [total]
     neg2_ptr,  # [total]
     q_ptr,  # [total]
+    positive_ptr,  # [N] or None
+    weight_ptr,  # [N], from -1 to 1, or None
     partial_ptr,  # [partials]
     lowest_ptr,  # [2]
     loss_ptr,  # []
@@ -446,6 +466,7 @@ def _gradient_kernel(
 ):
     """Gradients of the raw rows that a program owns, rows of one side.
 
+    A row of x counts in them as much as its weight says, in the one-way loss that has weights.
     Where there are too few rows for the GPU, several programs own them together and walk over a
     split of the columns each. The last to arrive adds up what all have found, in a fixed order.
     """
@@ -471,6 +492,9 @@ def _gradient_kernel(
     mask_own = rows < size
     own_scale = tl.load(scale_ptr + base + rows, mask=mask_own, other=0.0) * scale2
     own_stat = tl.load(stat_ptr + base + rows, mask=mask_own, other=float("inf") if ONLINE else 0.0)
+    own_weight = 0.0
+    if weight_ptr is not None:
+        own_weight = tl.load(weight_ptr + base + rows, mask=base + rows < N, other=1.0)
     # the columns' scale is below 2 ** (1 - FP16_BITS), and goes into the weights as well
     if RUNNING:
         exponent = tl.zeros([BLOCK_M], tl.float32) + MAX_EXPONENT
@@ -509,6 +533,7 @@ def _gradient_kernel(
             BLOCK_K,
             BLOCK_D,
             DESCRIPTORS,
+            positive_ptr,
         )
         offs_n = first + tl.arange(0, BLOCK_N)
         stat = tl.load(stat_ptr + offs_n, mask=offs_n < end, other=float("inf") if ONLINE else 0.0)
@@ -518,7 +543,11 @@ def _gradient_kernel(
             else:
                 weights = tl.exp2(s2) * (own_stat[:, None] + stat[None, :])
             weights *= (scale * 2.0 ** (FP16_BITS - 1))[None, :]
-            top = tl.maximum(tl.max(weights, axis=1), 2.0 ** (FP16_BITS - MAX_EXPONENT))
+            if weight_ptr is not None:
+                weights *= own_weight[:, None]
+                weights *= tl.load(weight_ptr + offs_n, mask=offs_n < N, other=1.0)[None, :]
+            top = tl.max(weights if weight_ptr is None else tl.abs(weights), axis=1)
+            top = tl.maximum(top, 2.0 ** (FP16_BITS - MAX_EXPONENT))
             new_exponent = tl.minimum(exponent, -tl.ceil(tl.log2(top)) + FP16_BITS)
             weights *= tl.exp2(new_exponent)[:, None]
             du *= tl.exp2(new_exponent - exponent)[:, None]
@@ -526,6 +555,9 @@ def _gradient_kernel(
         else:
             both = own_inverse[:, None] * scale[None, :] + up[:, None] * (stat * scale)[None, :]
             weights = tl.exp2(s2) * both
+            if weight_ptr is not None:
+                weights *= own_weight[:, None]
+                weights *= tl.load(weight_ptr + offs_n, mask=offs_n < N, other=1.0)[None, :]
         high = weights.to(tl.float16)
         du = tl.dot(high, tile, du)
         if u_low_ptr is not None:
@@ -553,9 +585,32 @@ def _gradient_kernel(
     q = tl.load(q_ptr + base + rows, mask=mask_own, other=0.0)
     if TIED:
         du -= q[:, None] * unit(z, norm)
+    elif positive_ptr is not None:
+        if side == 0:
+            if weight_ptr is not None:
+                q *= own_weight
+            partners, exist = partners_of(rows, positive_ptr, mask_own, M)
+            other, other_norm = load_raw(y_ptr, stride_yn, stride_yd, partners, exist, D, BLOCK_D)
+            du -= q[:, None] * unit(other, other_norm)
+        else:
+            du = take_from_named(
+                du,
+                x_ptr,
+                positive_ptr,
+                q_ptr,
+                weight_ptr,
+                stride_xn,
+                stride_xd,
+                rows,
+                N,
+                D,
+                BLOCK_D,
+            )
     else:
         paired = rows < N
         q += tl.load(q_ptr + N - base + rows, mask=paired, other=0.0)
+        if weight_ptr is not None:
+            q *= tl.load(weight_ptr + rows, mask=paired, other=0.0)
         other_ptr, stride_n, stride_d, _ = select_side(
             x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, N, M, 1 - side
         )
@@ -608,23 +663,30 @@ def softmax_loss(
     two_way: bool = False,
     grads: tuple[bool, bool],
     exact: bool = False,
+    positive: Tensor | None = None,  # [N]
+    weight: Tensor | None = None,  # [N]
+    mean: bool = True,
     config: Tilings | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss of raw rows and the wanted gradients.
+    """The mean loss of raw rows, or the rows' losses, and the wanted gradients.
 
     Args:
         x: Rows, fp32, fp16 or bf16, any strides.
-        y: More rows, M >= N, of the same dtype and device; None for tied rows.
+        y: More rows, of the same dtype and device; None for tied rows.
         temperature: T, positive.
         stacked: Rows and columns are all of x and y, not x and y.
         two_way: The columns are rows of the loss, too.
         grads: Whether the gradients by x and by y are wanted.
         exact: Keep fp32 rows in two parts.
+        positive: int64, the row of y that is the positive of each row of x; None is row i, M >= N.
+            As the next two for rows that are not stacked, in one direction.
+        weight: fp32 from -1 to 1, what each row counts in the gradients; None is 1.
+        mean: Whether the loss is the rows' mean; if not, the gradients are those of their sum.
         config: Tilings other than the default.
 
     Returns:
-        The loss, fp32 [], and the gradients, fp32 [N + M, D], x's above y's, without the rows of
-        what is not wanted.
+        The loss, fp32 [] or [N], and the gradients, fp32 [N + M, D], x's above y's, without the
+        rows of what is not wanted.
     """
     tied = y is None
     (N, D), M = x.shape, 0 if y is None else y.shape[0]
@@ -636,7 +698,7 @@ def softmax_loss(
     scale2 = base2_scale(temperature)
     own_blocks = triton.cdiv(max(N * grads[0], M * grads[1]), own_tiles.rows)
     columns = total if stacked else max(N, M)
-    splits = _splits(max(1, own_blocks * sum(grads)), columns, own_tiles, x.device)
+    splits = splits_of(max(1, own_blocks * sum(grads)), columns, own_tiles, x.device)
     partials = triton.cdiv(total, SUM_ROWS)
     slots = 0 if online else resident_programs(x.device) * tiles.resident
     if online:
@@ -649,19 +711,21 @@ def softmax_loss(
     stat, neg2, q = torch.empty(3, total, dtype=torch.float32, device=x.device)
     partial = torch.empty(partials, dtype=torch.float32, device=x.device)
     loss = torch.empty((), dtype=torch.float32, device=x.device)
+    losses = None if mean else torch.empty(counted, dtype=torch.float32, device=x.device)
     dz = torch.empty(N * grads[0] + M * grads[1], D, dtype=torch.float32, device=x.device)
 
     with on_device_of(x):
         padding = max(*tiles[:2], *own_tiles[:2])
         u, u_low, scale, pos2, lowest = scaled_rows(
-            x, y, temperature, exact=exact, padding=padding, zero=zero
+            x, y, temperature, exact=exact, padding=padding, positive=positive, zero=zero
         )
-        statistics = (pos2, stat, neg2, q, partial, lowest, N, total, counted)
+        statistics = (pos2, stat, neg2, q, losses, partial, lowest, N, total, counted)
         if online:
             _online_kernel[(partials,)](
                 u,
                 u_low,
                 scale,
+                positive,
                 *statistics,
                 scale2,
                 STACKED=stacked,
@@ -675,6 +739,7 @@ def softmax_loss(
                 *_tile_sources(u, tiles),
                 scale,
                 sums,
+                positive,
                 *statistics,
                 total if stacked else N,
                 0 if stacked else N,
@@ -691,8 +756,9 @@ def softmax_loss(
             if INTERPRETED:
                 _add_up_kernel[(slots,)](sums, slots, *statistics, scale2, TIED=tied, ROWS=SUM_ROWS)
         if not any(grads):
-            _mean_kernel[(1,)](partial, loss, partials, counted)
-            return loss, dz
+            if losses is None:
+                _mean_kernel[(1,)](partial, loss, partials, counted)
+            return loss if losses is None else losses, dz
         other = x if y is None else y
         grid = (own_blocks, sum(grads), splits)
         rows = grid[0] * grid[1] * own_tiles.rows
@@ -707,6 +773,8 @@ def softmax_loss(
             stat,
             neg2,
             q,
+            positive,
+            weight,
             partial,
             lowest,
             loss,
@@ -722,7 +790,7 @@ def softmax_loss(
             counted,
             0 if grads[0] else 1,
             scale2,
-            1.0 / (counted * temperature),
+            1.0 / ((counted if mean else 1) * temperature),
             STACKED=stacked,
             TIED=tied,
             ONLINE=online,
@@ -730,10 +798,10 @@ def softmax_loss(
             DESCRIPTORS=own_tiles.descriptors,
             **blocks(own_tiles, D),
         )
-    return loss, dz
+    return loss if losses is None else losses, dz
 
 
-def _splits(blocks: int, columns: int, tiles: Tiling, device: torch.device) -> int:
+def splits_of(blocks: int, columns: int, tiles: Tiling, device: torch.device) -> int:
     """How many programs share a block of rows, so that the GPU is full and evenly so."""
     programs = resident_programs(device) * tiles.resident
     # each has four tiles at least

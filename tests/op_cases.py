@@ -18,15 +18,24 @@ class Case(NamedTuple):
     op: str
     # of projections of M rows, two views of them, the op's operands for N anchors
     operands: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-    # options beside the temperature
-    options: dict[str, object] = {}  # noqa: RUF012
+    # options beside the temperature, or what makes them of the operands
+    options: dict[str, object] | Callable[..., dict[str, object]] = {}  # noqa: RUF012
     is_loss: bool = True
     # how much larger its exponents are than 1 / T
     sharpness: float = 1.0
 
+    def settings(self, operands: tuple[Tensor, ...]) -> dict[str, object]:
+        """The options for these operands."""
+        return self.options(*operands) if callable(self.options) else self.options
+
     def gradients(self, outputs: list[Tensor]) -> list[Tensor]:
         """Those among what `run` returns, in the order of the operands."""
         return outputs[1:] if self.is_loss else outputs
+
+
+def _named(anchor: Tensor, _: Tensor) -> dict[str, object]:
+    """Each anchor's positive by name, which shuffled batches have in its place again."""
+    return {"positive": torch.arange(len(anchor))}
 
 
 def _queue(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +47,7 @@ CASES = {
     "nt_xent": Case("nt_xent", lambda z0, z1: (z0, z1)),
     "tied_nt_xent": Case("tied_nt_xent", lambda z0, _: (z0,), is_loss=False),
     "info_nce": Case("info_nce", _queue),
+    "info_nce-named": Case("info_nce", _queue, _named),
     "info_nce-symmetric": Case("info_nce", lambda z0, z1: (z0, z1), {"symmetric": True}),
     "uel": Case("uel", lambda z0, z1: (z0, z1)),
     "hard_nt_xent": Case(
@@ -55,7 +65,7 @@ CASES = {
 def run(case: Case, operands: tuple[Tensor, ...], **options: object) -> list[Tensor]:
     """The loss and the gradients by every operand, or what the op returns instead."""
     function = getattr(clae_fast, case.op)
-    options |= case.options
+    options |= case.settings(operands)
     if not case.is_loss:
         return [function(*operands, **options)]
     loss, grads = value_and_grads(function, *operands, **options)

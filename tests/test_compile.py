@@ -40,6 +40,25 @@ def test_losses_compile_without_a_graph_break(loss, impl, dynamic):
 
 @every_impl
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("constant_keys", [False, True])
+def test_info_nce_of_rows_compiles_without_a_graph_break(impl, dynamic, constant_keys):
+    def step(anchor, keys, positive):
+        keys = keys.detach() if constant_keys else keys
+        options = {"positive": positive, "reduction": "none", "temperature": 0.2}
+        losses = clae_fast.info_nce(3 * anchor, keys, impl=impl, **options)
+        return (losses * torch.linspace(-1, 2, len(losses))).sum() + 0 * keys.sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for N in (6, 9):
+        anchor, keys = (z.requires_grad_() for z in projections(N, 4))
+        wanted = [anchor] if constant_keys else [anchor, keys]
+        values = [f(anchor, keys, torch.arange(N) // 2) for f in (compiled, step)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(torch.autograd.grad(value, wanted) for value in values))
+
+
+@every_impl
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_tied_nt_xent_compiles_without_a_graph_break(impl, dynamic):
     def step(z):
         return 2 * clae_fast.tied_nt_xent(3 * z, impl=impl)
@@ -121,8 +140,10 @@ def op_samples():
     yield "tied_nt_xent", (z0, 0.5, False, "torch")
     yield "uel", (z0, z1, 0.1, True, False, "torch")
     yield "uel", (z0, z1, 0.1, False, False, "torch")
-    yield "info_nce", (z0[:3], z1, 0.1, False, True, True, False, "torch")
-    yield "info_nce", (z0.half(), z1.half(), 0.1, True, False, True, False, "torch")
+    mean, rows = (True, True, True, False), (False, True, True, False)
+    yield "info_nce", (z0[:3], z1, None, None, 0.1, False, *mean, "torch")
+    yield "info_nce", (z0[:3], z1, torch.arange(3), torch.ones(3), 0.1, False, *rows, "torch")
+    yield "info_nce", (z0.half(), z1.half(), None, None, 0.1, True, *mean, "torch")
 
 
 @pytest.mark.parametrize(("op", "arguments"), [pytest.param(*s, id=s[0]) for s in op_samples()])

@@ -12,6 +12,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 LOSSES = ("nt_xent", "info_nce", "uel", "hard_nt_xent")
 
 
+_POSITIVE = torch.arange(48, device="cuda") // 3 if torch.cuda.is_available() else None
+
+
 def on_gpu(op):
     return _impl.available(op, "cuda") if torch.cuda.is_available() else []
 
@@ -26,6 +29,19 @@ def cases():
                     getattr(clae_fast, op), z0, z1, temperature=0.2, impl=impl
                 ),
             )
+    for impl in on_gpu("info_nce"):
+        yield (
+            f"info_nce-rows-{impl}",
+            lambda z0, z1, impl=impl: value_and_grads(
+                lambda a, k: (
+                    clae_fast.info_nce(a, k, positive=_POSITIVE, reduction="none", impl=impl)
+                    .square()
+                    .sum()
+                ),
+                z0,
+                z1,
+            ),
+        )
     for impl in on_gpu("tied_nt_xent"):
         yield (
             f"tied_nt_xent-{impl}",

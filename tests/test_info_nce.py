@@ -88,20 +88,108 @@ def test_rows_around_the_norm_floor(implementation):
     check(implementation, anchor, keys, 0.1)
 
 
+# more keys than anchors, and fewer; several anchors share a positive
+@every_implementation
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.02])
+@pytest.mark.parametrize("noise", [None, 0.1], ids=["independent", "near"])
+@pytest.mark.parametrize(("N", "M"), [(3, 1), (20, 61), (61, 20), (200, 203)])
+def test_named_positives(implementation, N, M, noise, temperature):
+    anchor, keys = (z[:n] for z, n in zip(projections(203, 17, noise=noise), (N, M), strict=True))
+    positive = torch.randint(M, (N,))
+    check(implementation, anchor, keys, temperature, positive=positive)
+
+
+@every_implementation
+def test_named_positives_in_half_precision(implementation):
+    anchor, keys = projections(115, 12, dtype=torch.bfloat16)
+    check(implementation, anchor[:30], keys, 0.1, positive=torch.arange(30) % 7)
+
+
+@every_implementation
+def test_positives_by_name_are_those_by_place(implementation):
+    anchor, keys = projections(50, 7)
+    with running(implementation) as impl:
+        by_place = value_and_grads(clae_fast.info_nce, anchor[:20], keys, impl=impl)
+        by_name = value_and_grads(
+            clae_fast.info_nce, anchor[:20], keys, impl=impl, positive=torch.arange(20)
+        )
+    torch.testing.assert_close(by_name, by_place)
+
+
+@every_implementation
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.02])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"positive": "random"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_rows(implementation, options, temperature, dtype):
+    anchor, keys = projections(40, 17, noise=0.3, dtype=dtype)
+    if "symmetric" not in options:
+        anchor = anchor[:33]
+    if "positive" in options:
+        options = {"positive": torch.randint(40, (33,))}
+    options = {"temperature": temperature, "reduction": "none", **options}
+    # what the rows count in the gradient: both signs, and of many magnitudes
+    cotangent = torch.randn(len(anchor)) * torch.randn(len(anchor)).mul(3).exp()
+
+    def rows(a, k, **options):
+        losses = clae_fast.info_nce(a, k, **options)
+        assert losses.shape == (len(a),)
+        return losses
+
+    def weighted(a, k, loss=rows, **options):
+        return (
+            loss(a, k, **options) * cotangent.to(torch.promote_types(a.dtype, torch.float32))
+        ).sum()
+
+    with running(implementation) as impl:
+        losses = rows(anchor, keys, impl=impl, **options)
+        _, grads = value_and_grads(weighted, anchor, keys, impl=impl, **options)
+        _, (alone,) = value_and_grads(lambda a: weighted(a, keys, impl=impl, **options), anchor)
+    by = {"loss": reference.info_nce, **options}
+    assert_accurate(
+        losses,
+        reference.info_nce(anchor, keys, **options),
+        reference.info_nce(anchor.double(), keys.double(), **options),
+        temperature=temperature,
+        what="losses",
+    )
+    _, eager = value_and_grads(weighted, anchor, keys, **by)
+    _, exact = value_and_grads(weighted, anchor.double(), keys.double(), **by)
+    for name, grad, other, truth in zip(
+        ("danchor", "dkeys", "danchor alone"),
+        (*grads, alone),
+        (*eager, eager[0]),
+        (*exact, exact[0]),
+        strict=True,
+    ):
+        assert_accurate(grad, other, truth, temperature=temperature, what=name)
+
+
+@every_implementation
+def test_losses_of_rows_are_those_of_the_mean(implementation):
+    anchor, keys = projections(31, 9)
+    with running(implementation) as impl:
+        losses = clae_fast.info_nce(anchor, keys, reduction="none", impl=impl)
+        mean = clae_fast.info_nce(anchor, keys, impl=impl)
+    torch.testing.assert_close(losses.mean(), mean)
+
+
 def test_blocks_of_rows(monkeypatch):
     anchor, keys = projections(13, 6)
     monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 4 * 13 + 1)
     check("torch", anchor, keys, 0.1)
+    check("torch", anchor, keys, 0.1, positive=torch.arange(13).flip(0))
 
 
 @pytest.mark.parametrize("implementation", NATIVE)
 @pytest.mark.parametrize("both", [True, False], ids=["both", "anchor"])
-def test_the_number_of_threads_changes_nothing(implementation, both, threads):
+@pytest.mark.parametrize("named", [False, True], ids=["by place", "by name"])
+def test_the_number_of_threads_changes_nothing(implementation, both, named, threads):
     anchor, keys = projections(500, 13)
+    positive = torch.arange(100) * 7 % 90 if named else None
 
     def run():
         with running(implementation) as impl:
-            loss = lambda a, k: clae_fast.info_nce(a, k, impl=impl)  # noqa: E731
+            loss = lambda a, k: clae_fast.info_nce(a, k, positive=positive, impl=impl)  # noqa: E731
             if both:
                 return value_and_grads(loss, anchor[:100], keys)
             return value_and_grads(lambda a: loss(a, keys), anchor[:100])
@@ -192,6 +280,32 @@ def test_bad_shapes(anchor, keys, error, message):
 def test_both_directions_need_as_many_keys():
     with pytest.raises(ValueError, match=r"keys must have the shape of anchor, \[3, 2\], where"):
         clae_fast.info_nce(torch.ones(3, 2), torch.ones(4, 2), symmetric=True)
+
+
+INDEX = torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"positive": [0, 0, 0]}, TypeError, "positive must be a torch.Tensor, got list"),
+        ({"positive": INDEX.int()}, TypeError, "positive must be of dtype int64, got torch.int32"),
+        ({"positive": INDEX[:2]}, ValueError, r"positive must have shape .* N = 3 .* got \[2\]"),
+        ({"positive": INDEX.to("meta")}, ValueError, "positive must be on the device of anchor"),
+        ({"positive": INDEX + 5}, ValueError, "positive must hold columns from 0 to 4, got 5"),
+        ({"positive": INDEX - 1}, ValueError, "positive must hold columns from 0 to 4, got -1"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'mean' or 'none', got 'sum'"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        clae_fast.info_nce(torch.ones(3, 2), torch.ones(5, 2), **options)
+
+
+def test_positives_by_name_have_one_direction():
+    z = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="positive must be None where symmetric"):
+        clae_fast.info_nce(z, z, positive=INDEX, symmetric=True)
 
 
 def test_bad_flag():

@@ -23,14 +23,19 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the least that tensor cores take, so that few rows make many tiles; whole rows, and parts of them
 SMALL = Tiling(16, 16, 256, 4, 1)
-LOSSES = ["nt_xent", "tied", "info_nce", "queue", "two_way", "uel"]
+LOSSES = ["nt_xent", "tied", "info_nce", "queue", "named", "two_way", "uel"]
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
 def operands(loss, N, D, **options):
-    """Rows for a loss; the queue has more keys than anchors."""
-    x, y = projections(N + 19 if loss == "queue" else N, D, **options)
-    return x[:N], y
+    """Rows for a loss; the queue has more keys than anchors, and positives by name other ones."""
+    x, y = projections(N + 19 if loss in ("queue", "named") else N, D, **options)
+    return (x[:N], y[: N + 19 - 18 * (N % 2)]) if loss == "named" else (x[:N], y)
+
+
+def named(x, y):
+    """A positive for each row of x, of which several share one."""
+    return torch.arange(len(x)) * 5 % 7 % len(y)
 
 
 def run(loss, x, y, temperature, *, exact=False, tiles=None, grads=(True, True)):
@@ -52,7 +57,8 @@ def run(loss, x, y, temperature, *, exact=False, tiles=None, grads=(True, True))
         found = dz.split(len(x)) if any(grads) else [dz]
     else:
         options = (temperature, loss == "two_way", grads, exact, config)
-        value, *found = info_nce.info_nce(x, y, *options)
+        positive = named(x, y).to(DEVICE) if loss == "named" else None
+        value, *found = info_nce.info_nce(x, y, *options, positive=positive)
     assert value is None or value.dtype == torch.float32
     assert all(grad.dtype == torch.float32 for grad in found)
     return value if value is None else value.cpu(), [grad.cpu() for grad in found]
@@ -62,6 +68,8 @@ def expected(loss, x, y, temperature):
     if loss == "tied":
         return None, [reference.tied_nt_xent(x, temperature=temperature)]
     options = {"symmetric": True} if loss == "two_way" else {}
+    if loss == "named":
+        options = {"positive": named(x, y)}
     function = getattr(reference, loss if loss in ("nt_xent", "uel") else "info_nce")
     return value_and_grads(function, x, y, temperature=temperature, **options)
 
@@ -95,6 +103,59 @@ def test_exact_mode_against_fp64(loss, N, D, noise, temperature):
     check_exact(loss, *operands(loss, N, D, noise=noise), temperature)
 
 
+@pytest.mark.parametrize("positive", [None, "named"])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("temperature", "noise"), [(0.5, 0.1), (0.05, None), (0.01, None)])
+def test_rows_that_count_differently(positive, exact, temperature, noise):
+    x, y = projections(37, 12, noise=noise, dtype=torch.float32 if exact else torch.float16)
+    x = x[:21]
+    weight = torch.randn(21) * torch.randn(21).mul(3).exp()
+    positive = named(x, y) if positive else None
+    tiles = SMALL._replace(depth=16)
+    losses, *grads = info_nce.info_nce(
+        x.to(DEVICE),
+        y.to(DEVICE),
+        temperature,
+        False,
+        (True, True),
+        exact,
+        _softmax.Tilings(tiles, tiles),
+        positive=None if positive is None else positive.to(DEVICE),
+        weight=weight.to(DEVICE),
+        mean=False,
+    )
+
+    def rows(a, k):
+        options = {"temperature": temperature, "positive": positive, "reduction": "none"}
+        return reference.info_nce(a, k, **options)
+
+    def weighted(a, k):
+        return (weight * rows(a, k)).sum()
+
+    truth = rows(x.double(), y.double())
+    _, eager = value_and_grads(weighted, x.float(), y.float())
+    _, exact_grads = value_and_grads(weighted, x.double(), y.double())
+    if exact:
+        assert_accurate(losses.cpu(), rows(x, y), truth, temperature=temperature, what="losses")
+    else:
+        torch.testing.assert_close(losses.cpu().double(), truth, rtol=1e-4, atol=1e-6)
+    for grad, other, wanted in zip(grads, eager, exact_grads, strict=True):
+        if exact:
+            assert_accurate(grad.cpu(), other, wanted, temperature=temperature, what="gradient")
+        else:
+            assert (grad.cpu() - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def test_a_column_that_does_not_exist_makes_its_row_nan():
+    x, y = (z.to(DEVICE) for z in projections(5, 6))
+    positive = torch.tensor([0, 1, 5, -1, 4], device=DEVICE)
+    losses, danchor, _ = info_nce.info_nce(
+        x, y, 0.1, False, (True, False), positive=positive, mean=False
+    )
+    assert losses.isnan().tolist() == [False, False, True, True, False]
+    assert danchor[2:4].isnan().all()
+
+
 @every_loss
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 def test_rows_in_parts(loss, temperature):
@@ -121,7 +182,7 @@ def test_blocks_of_rows_shared_among_programs(loss, exact, monkeypatch):
     x, y = operands(loss, 24, 6, dtype=torch.float16)
     results = []
     for programs in (1, 3):
-        monkeypatch.setattr(_softmax, "_splits", lambda *_, splits=programs: splits)
+        monkeypatch.setattr(_softmax, "splits_of", lambda *_, splits=programs: splits)
         results.append(run(loss, x, y, 0.2, exact=exact, tiles=SMALL)[1])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
 
@@ -144,7 +205,7 @@ def test_blocks_of_rows_shared_among_programs(loss, exact, monkeypatch):
 def test_splits_fill_the_gpu_evenly(blocks, columns, splits, monkeypatch):
     monkeypatch.setattr(_softmax, "resident_programs", lambda device: 132)
     tiles = Tiling(64, 64, 128, 4, 3, resident=2)
-    assert _softmax._splits(blocks, columns, tiles, torch.device("cpu")) == splits
+    assert _softmax.splits_of(blocks, columns, tiles, torch.device("cpu")) == splits
 
 
 @every_loss

@@ -136,11 +136,12 @@ def test_nan_and_infinity_are_not_swallowed(case, implementation, size, data, ba
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 def test_empty_is_refused(case, implementation, shape):
     z = torch.ones(shape)
+    operands = case.operands(z, z)
     with (
         running(implementation) as impl,
         pytest.raises(ValueError, match=r"must have shape \[N, D\] with N, D >= 1, got \[\d, \d\]"),
     ):
-        getattr(clae_fast, case.op)(*case.operands(z, z), impl=impl, **case.options)
+        getattr(clae_fast, case.op)(*operands, impl=impl, **case.settings(operands))
 
 
 numbers = st.floats(width=32)

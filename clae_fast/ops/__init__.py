@@ -1,6 +1,7 @@
 """The ops: importing this registers their schemas."""
 
 from clae_fast.ops.augment import augment
+from clae_fast.ops.bank_step import bank_step
 from clae_fast.ops.h_scl import h_scl
 from clae_fast.ops.hard_nt_xent import hard_nt_xent
 from clae_fast.ops.info_nce import info_nce
@@ -14,6 +15,7 @@ from clae_fast.ops.uel import uel
 
 __all__ = [
     "augment",
+    "bank_step",
     "h_scl",
     "hard_nt_xent",
     "info_nce",

@@ -15,8 +15,8 @@ from clae_fast.reference.info_nce import info_nce as reference
 
 torch.library.define(
     "clae_fast::info_nce",
-    "(Tensor anchor, Tensor keys, float temperature, bool symmetric, bool grad_anchor,"
-    " bool grad_keys, bool exact, str impl)"
+    "(Tensor anchor, Tensor keys, Tensor? positive, Tensor? weight, float temperature,"
+    " bool symmetric, bool mean, bool grad_anchor, bool grad_keys, bool exact, str impl)"
     " -> (Tensor loss, Tensor danchor, Tensor dkeys)",
 )
 
@@ -25,31 +25,49 @@ torch.library.define(
 def _info_nce_impl(
     anchor: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    weight: Tensor | None,  # [N]
     temperature: float,
     symmetric: bool,
+    mean: bool,
     grad_anchor: bool,
     grad_keys: bool,
     exact: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A gradient that is not wanted comes back with no elements."""
+    """The mean loss and its gradients, or the rows' losses and the gradients of their sum.
+
+    Where there is a weight, each row counts in the gradients as much as that says. A gradient that
+    is not wanted comes back with no elements.
+    """
     if impl == "triton":
         from clae_fast.kernels.info_nce import info_nce
 
-        return info_nce(anchor, keys, temperature, symmetric, (grad_anchor, grad_keys), exact)
+        grads = (grad_anchor, grad_keys)
+        options = {"positive": positive, "weight": weight, "mean": mean}
+        return info_nce(anchor, keys, temperature, symmetric, grads, exact, **options)
     if impl == "native":
-        return _native.info_nce(anchor, keys, temperature, symmetric, grad_anchor, grad_keys)
-    loss, danchor, dkeys = _one_way(anchor, keys, temperature, grad_anchor, grad_keys)
+        return _native.info_nce(
+            anchor, keys, positive, weight, temperature, symmetric, mean, grad_anchor, grad_keys
+        )
     if not symmetric:
-        return loss, danchor, dkeys
-    back, dkeys_back, danchor_back = _one_way(keys, anchor, temperature, grad_keys, grad_anchor)
+        return _one_way(anchor, keys, positive, weight, temperature, mean, grad_anchor, grad_keys)
+    loss, danchor, dkeys = _one_way(
+        anchor, keys, None, None, temperature, mean, grad_anchor, grad_keys
+    )
+    back, dkeys_back, danchor_back = _one_way(
+        keys, anchor, None, None, temperature, mean, grad_keys, grad_anchor
+    )
     return (loss + back) / 2, (danchor + danchor_back) / 2, (dkeys + dkeys_back) / 2
 
 
 def _one_way(
     anchor: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    weight: Tensor | None,  # [N]
     temperature: float,
+    mean: bool,
     grad_anchor: bool,
     grad_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,50 +75,64 @@ def _one_way(
     with torch.autocast(anchor.device.type, enabled=False):
         (u, u_norm), (v, v_norm) = unit_rows(anchor), unit_rows(keys)
         N, M = len(u), len(v)
-        positive = (u * v[:N]).sum(1, keepdim=True).div_(temperature)  # [N, 1]
-        losses, p_neg = torch.empty_like(positive), torch.empty_like(positive)
+        partner = v[:N] if positive is None else v[positive]
+        s_positive = (u * partner).sum(1, keepdim=True).div_(temperature)  # [N, 1]
+        losses, p_neg = torch.empty_like(s_positive), torch.empty_like(s_positive)
         du = torch.empty_like(u) if grad_anchor else u.new_empty(0)
         dv = torch.zeros_like(v) if grad_keys else u.new_empty(0)
         for start, stop in row_blocks(N, M):
             rows = slice(start, stop)
             s = (u[rows] @ v.T).div_(temperature)
-            s.diagonal(start).fill_(-torch.inf)
+            if positive is None:
+                s.diagonal(start).fill_(-torch.inf)
+            else:
+                s.scatter_(1, positive[rows, None], -torch.inf)
             shift = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
             exp = s.sub_(shift).exp_()
             neg = exp.sum(1, keepdim=True)
-            losses[rows] = F.softplus(neg.log() + shift - positive[rows])
+            losses[rows] = F.softplus(neg.log() + shift - s_positive[rows])
             if not (grad_anchor or grad_keys):
                 continue
-            weight = (neg + (positive[rows] - shift).exp()).reciprocal_()
+            share = (neg + (s_positive[rows] - shift).exp()).reciprocal_()
+            if weight is not None:
+                share *= weight[rows, None]
             # the positive's gradient p - 1 is minus the negatives' share: nothing cancels
-            p_neg[rows] = neg * weight
-            p = exp.mul_(weight)
+            p_neg[rows] = neg * share
+            p = exp.mul_(share)
             if grad_anchor:
                 torch.mm(p, v, out=du[rows])
             if grad_keys:
                 dv.addmm_(p.T, u[rows])
+        divisor = N * temperature if mean else temperature
         if grad_anchor:
-            du.addcmul_(p_neg, v[:N], value=-1)
-            du = unit_rows_backward(du.div_(N * temperature), u, u_norm)
+            du.addcmul_(p_neg, partner, value=-1)
+            du = unit_rows_backward(du.div_(divisor), u, u_norm)
         if grad_keys:
-            dv[:N].addcmul_(p_neg, u, value=-1)
-            dv = unit_rows_backward(dv.div_(N * temperature), v, v_norm)
-        return losses.mean(), du, dv
+            if positive is None:
+                dv[:N].addcmul_(p_neg, u, value=-1)
+            else:
+                # in a fixed order, which index_add_ has not on a GPU
+                dv.index_put_((positive,), -p_neg * u, accumulate=True)
+            dv = unit_rows_backward(dv.div_(divisor), v, v_norm)
+        return losses.mean() if mean else losses[:, 0], du, dv
 
 
 @torch.library.register_fake("clae_fast::info_nce")
 def _info_nce_fake(
     anchor: Tensor,
     keys: Tensor,
+    positive: Tensor | None,
+    weight: Tensor | None,
     temperature: float,
     symmetric: bool,
+    mean: bool,
     grad_anchor: bool,
     grad_keys: bool,
     exact: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        anchor.new_empty((), dtype=torch.float32),
+        anchor.new_empty(() if mean else anchor.shape[:1], dtype=torch.float32),
         anchor.new_empty(anchor.shape if grad_anchor else (0,), dtype=torch.float32),
         anchor.new_empty(keys.shape if grad_keys else (0,), dtype=torch.float32),
     )
@@ -109,7 +141,7 @@ def _info_nce_fake(
 _info_nce = torch.ops.clae_fast.info_nce.default
 
 
-class _InfoNCE(torch.autograd.Function):
+class _MeanInfoNCE(torch.autograd.Function):
     """Computes the wanted gradients with the loss and keeps nothing else."""
 
     @staticmethod
@@ -117,14 +149,14 @@ class _InfoNCE(torch.autograd.Function):
         ctx: Any,
         anchor: Tensor,
         keys: Tensor,
+        positive: Tensor | None,
         temperature: float,
         symmetric: bool,
         exact: bool,
         impl: str,
     ) -> Tensor:
-        loss, danchor, dkeys = _info_nce(
-            anchor, keys, temperature, symmetric, *ctx.needs_input_grad[:2], exact, impl
-        )
+        options = (temperature, symmetric, True, *ctx.needs_input_grad[:2], exact, impl)
+        loss, danchor, dkeys = _info_nce(anchor, keys, positive, None, *options)
         ctx.save_for_backward(danchor, dkeys)
         ctx.dtype = anchor.dtype
         return loss
@@ -135,6 +167,65 @@ class _InfoNCE(torch.autograd.Function):
         danchor, dkeys = ctx.saved_tensors
         danchor = (danchor * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         dkeys = (dkeys * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return danchor, dkeys, None, None, None, None, None
+
+
+class _AnchorInfoNCE(torch.autograd.Function):
+    """The losses of the rows, each of which its own anchor's gradient belongs to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        keys: Tensor,
+        positive: Tensor | None,
+        temperature: float,
+        exact: bool,
+        impl: str,
+    ) -> Tensor:
+        options = (temperature, False, False, True, False, exact, impl)
+        loss, danchor, _ = _info_nce(anchor, keys, positive, None, *options)
+        ctx.save_for_backward(danchor)
+        ctx.dtype = anchor.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (danchor,) = ctx.saved_tensors
+        return (danchor * dloss[:, None]).to(ctx.dtype), None, None, None, None, None
+
+
+class _RowsInfoNCE(torch.autograd.Function):
+    """The losses of the rows, whose weights in a key's gradient are not known before backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        keys: Tensor,
+        positive: Tensor | None,
+        temperature: float,
+        exact: bool,
+        impl: str,
+    ) -> Tensor:
+        ctx.save_for_backward(anchor, keys, positive)
+        ctx.options = (temperature, exact, impl)
+        return _info_nce(
+            anchor, keys, positive, None, temperature, False, False, False, False, exact, impl
+        )[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        anchor, keys, positive = ctx.saved_tensors
+        temperature, exact, impl = ctx.options
+        wanted = ctx.needs_input_grad[:2]
+        _, danchor, dkeys = _info_nce(
+            anchor, keys, positive, dloss, temperature, False, False, *wanted, exact, impl
+        )
+        danchor = danchor.to(anchor.dtype) if wanted[0] else None
+        dkeys = dkeys.to(keys.dtype) if wanted[1] else None
         return danchor, dkeys, None, None, None, None
 
 
@@ -143,34 +234,45 @@ def info_nce(
     keys: Tensor,  # [M, D]
     *,
     temperature: float = 0.1,
+    positive: Tensor | None = None,  # [N]
+    reduction: str = "mean",
     symmetric: bool = False,
     exact: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     r"""InfoNCE of anchors against keys: the loss of CLAE's "Plain" variant, and of CLIP.
 
-    .. math:: \frac{1}{N} \sum_i \log \sum_j e^{s_{ij}} - s_{ii},
+    .. math:: \frac{1}{N} \sum_i \log \sum_j e^{s_{ij}} - s_{i\pi(i)},
         \quad s_{ij} = \frac{a_i \cdot k_j}{\|a_i\| \|k_j\| T}
 
-    over the N anchors and all M keys. Key i is the positive of anchor i; keys past the N-th are
-    further negatives. With `symmetric` it is the mean of this and of the loss in which anchors and
-    keys have changed places. Rows are normalised inside, as F.normalize with eps=1e-12 does.
-    Gradients reach both operands; only those that are wanted are computed, together with the loss.
+    over the N anchors and all M keys. The positive of anchor i is key i, and keys past the N-th are
+    further negatives; or it is the key that `positive` names, of which several anchors may share
+    one. With `symmetric` it is the mean of this and of the loss in which anchors and keys have
+    changed places. Rows are normalised inside, as F.normalize with eps=1e-12 does. Gradients reach
+    both operands; only those that are wanted are computed, together with the loss. With
+    reduction="none", keys that want one have theirs computed in the backward pass, which repeats
+    the forward's work.
 
     Args:
         anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised.
-        keys: Projections, [M, D] with M >= N.
+        keys: Projections, [M, D] with M >= N, or with any M where `positive` is given.
         temperature: T, above 0.
+        positive: int64 [N], the column of each anchor's positive; None is column i. Not with
+            `symmetric`. Only on the CPU are columns looked at: one that does not exist is an error
+            of the device or makes its row NaN on a GPU.
+        reduction: "mean" over the rows, or "none" for the loss of each.
         symmetric: Take the loss in both directions; needs M = N.
         exact: As in :func:`nt_xent`.
         impl: "auto", "reference", "native", "torch" or "triton".
 
     Returns:
-        The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for M = 1.
+        The loss, a scalar or [N], of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for
+        M = 1.
 
     Raises:
         TypeError: An argument of the wrong type, or operands of different dtypes.
         ValueError: Shapes other than [N, D] and [M, D] with M >= N >= 1, M = N where `symmetric`, a
+            `positive` of another shape, with columns that do not exist or with `symmetric`, a
             temperature that is not above 0, or sizes that `impl` does not take.
         RuntimeError: `impl` names an implementation that cannot run here.
 
@@ -183,12 +285,19 @@ def info_nce(
     _check.projections("anchor", anchor)
     _check.projections("keys", keys)
     _check.same_place("keys", keys, "anchor", anchor)
-    if keys.shape[0] < anchor.shape[0] or keys.shape[1] != anchor.shape[1]:
+    fewest = anchor.shape[0] if positive is None else 1
+    if keys.shape[0] < fewest or keys.shape[1] != anchor.shape[1]:
         raise ValueError(
             "keys must have shape [M, D] with M >= N for anchor of shape [N, D], "
             f"got {list(keys.shape)} for {list(anchor.shape)}"
         )
     _check.flag("symmetric", symmetric)
+    if positive is not None:
+        if symmetric:
+            raise ValueError("positive must be None where symmetric")
+        _check.columns("positive", positive, anchor, keys.shape[0])
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     if symmetric and keys.shape != anchor.shape:
         raise ValueError(
             f"keys must have the shape of anchor, {list(anchor.shape)}, where symmetric, "
@@ -198,7 +307,34 @@ def info_nce(
     _check.flag("exact", exact)
     impl = _impl.resolve("info_nce", impl, anchor, keys)
     if impl == "reference":
-        return reference(anchor, keys, temperature=temperature, symmetric=symmetric)
+        options = {"positive": positive, "reduction": reduction, "symmetric": symmetric}
+        return reference(anchor, keys, temperature=temperature, **options)
+    mean = reduction == "mean"
+    if symmetric and not mean:
+        there = _rows_info_nce(anchor, keys, None, temperature, exact, impl)
+        return (there + _rows_info_nce(keys, anchor, None, temperature, exact, impl)) / 2
+    if not mean:
+        return _rows_info_nce(anchor, keys, positive, temperature, exact, impl)
     if torch.is_grad_enabled() and (anchor.requires_grad or keys.requires_grad):
-        return _InfoNCE.apply(anchor, keys, temperature, symmetric, exact, impl)
-    return _info_nce(anchor, keys, temperature, symmetric, False, False, exact, impl)[0]
+        return _MeanInfoNCE.apply(anchor, keys, positive, temperature, symmetric, exact, impl)
+    return _info_nce(
+        anchor, keys, positive, None, temperature, symmetric, True, False, False, exact, impl
+    )[0]
+
+
+def _rows_info_nce(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    temperature: float,
+    exact: bool,
+    impl: str,
+) -> Tensor:
+    """The losses of the rows in one direction."""
+    if torch.is_grad_enabled() and keys.requires_grad:
+        return _RowsInfoNCE.apply(anchor, keys, positive, temperature, exact, impl)
+    if torch.is_grad_enabled() and anchor.requires_grad:
+        return _AnchorInfoNCE.apply(anchor, keys, positive, temperature, exact, impl)
+    return _info_nce(
+        anchor, keys, positive, None, temperature, False, False, False, False, exact, impl
+    )[0]

@@ -5,6 +5,7 @@ implementation is wrong.
 """
 
 from clae_fast.reference.augment import augment
+from clae_fast.reference.bank_step import bank_step
 from clae_fast.reference.h_scl import h_scl
 from clae_fast.reference.hard_nt_xent import hard_nt_xent
 from clae_fast.reference.info_nce import info_nce
@@ -18,6 +19,7 @@ from clae_fast.reference.uel import uel
 
 __all__ = [
     "augment",
+    "bank_step",
     "h_scl",
     "hard_nt_xent",
     "info_nce",

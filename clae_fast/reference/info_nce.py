@@ -12,20 +12,27 @@ def info_nce(
     keys: Tensor,  # [M, D]
     *,
     temperature: float = 0.1,
+    positive: Tensor | None = None,  # [N]
+    reduction: str = "mean",
     symmetric: bool = False,
 ) -> Tensor:
-    """Mean over the rows i of -log(exp(s_ii) / sum over all keys j of exp(s_ij)).
+    """Of each row i -log(exp(s_ip) / sum over all keys j of exp(s_ij)), p = positive_i or i.
 
-    With `symmetric` the mean of this and of the same with anchors and keys exchanged.
+    With `symmetric` the mean of this and of the same with anchors and keys exchanged. The mean over
+    the rows, or [N] where `reduction` is "none".
     """
     if symmetric:
-        there = info_nce(anchor, keys, temperature=temperature)
-        return (there + info_nce(keys, anchor, temperature=temperature)) / 2
+        options = {"temperature": temperature, "reduction": reduction}
+        return (info_nce(anchor, keys, **options) + info_nce(keys, anchor, **options)) / 2
     with torch.autocast(anchor.device.type, enabled=False):
         u, v = unit_rows(anchor), unit_rows(keys)
-        positive = (u * v[: len(u)]).sum(1) / temperature  # [N]
+        if positive is None:
+            positive = torch.arange(len(u), device=u.device)
+        s_positive = (u * v[positive]).sum(1) / temperature  # [N]
         if len(v) == 1:  # no negatives
-            return 0 * positive.sum()
-        is_positive = torch.eye(len(u), len(v), dtype=torch.bool, device=u.device)
-        lse_neg = (u @ v.T / temperature).masked_fill(is_positive, -torch.inf).logsumexp(1)
-        return -F.logsigmoid(positive - lse_neg).mean()
+            loss = 0 * s_positive
+        else:
+            is_positive = positive[:, None] == torch.arange(len(v), device=u.device)
+            lse_neg = (u @ v.T / temperature).masked_fill(is_positive, -torch.inf).logsumexp(1)
+            loss = -F.logsigmoid(s_positive - lse_neg)
+        return loss.mean() if reduction == "mean" else loss

@@ -1,0 +1,284 @@
+"""A step of a bank that learns: gradient, momentum and update in one pass over it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clae_fast import _check, _impl, _native
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.reference.bank_step import bank_step as reference
+
+torch.library.define(
+    "clae_fast::bank_step",
+    "(Tensor(a!) bank, Tensor(b!) velocity, Tensor anchor, Tensor? keys, Tensor? positive,"
+    " Tensor? weight, Tensor? losses, Tensor lr, int views, float temperature, float momentum,"
+    " float weight_decay, bool exact, str impl) -> ()",
+)
+
+
+@torch.library.impl("clae_fast::bank_step", ("cpu", "cuda"))
+def _bank_step_impl(
+    bank: Tensor,  # [K, D]
+    velocity: Tensor,  # [K, D]
+    anchor: Tensor,  # [N, D]
+    keys: Tensor | None,  # [N, D]
+    positive: Tensor | None,  # [N]
+    weight: Tensor | None,  # [N]
+    losses: Tensor | None,  # [N]
+    lr: Tensor,  # []
+    views: int,
+    temperature: float,
+    momentum: float,
+    weight_decay: float,
+    exact: bool,
+    impl: str,
+) -> None:
+    rows = (keys, positive, weight, losses, lr)
+    numbers = (views, temperature, momentum, weight_decay)
+    if impl == "triton":
+        from clae_fast.kernels.bank_step import bank_step
+
+        bank_step(bank, velocity, anchor, *rows, *numbers, exact)
+    elif impl == "native":
+        _native.bank_step(bank, velocity, anchor, *rows, *numbers)
+    else:
+        _in_blocks(bank, velocity, anchor, *rows, *numbers)
+
+
+def _in_blocks(
+    bank: Tensor,  # [K, D]
+    velocity: Tensor,  # [K, D]
+    anchor: Tensor,  # [N, D]
+    keys: Tensor | None,  # [N, D]
+    positive: Tensor | None,  # [N]
+    weight: Tensor | None,  # [N]
+    losses: Tensor | None,  # [N]
+    lr: Tensor,  # []
+    views: int,
+    temperature: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """The closed form in torch ops, a block of the bank at a time."""
+    with torch.autocast(anchor.device.type, enabled=False):
+        u, _ = unit_rows(anchor)
+        N, blocks = len(u), row_blocks(len(bank), len(u))
+        if keys is None:
+            assert positive is not None
+            partner = unit_rows(bank[positive])[0]
+        else:
+            partner, _ = unit_rows(keys)
+        s_positive = (u * partner).sum(1).div_(temperature)
+        row = torch.arange(N, device=u.device)
+
+        def similarities(start: int, stop: int, at_positive: float) -> Tensor:
+            """A block of the bank against all anchors: [stop - start, N]."""
+            s = (unit_rows(bank[start:stop])[0] @ u.T).div_(temperature)
+            if positive is None:
+                return s
+            here = (positive >= start) & (positive < stop)
+            columns = torch.where(here, positive - start, 0)
+            s[columns, row] = torch.where(here, at_positive, s[columns, row])
+            return s
+
+        if losses is None:
+            neg = torch.full_like(s_positive, -torch.inf)
+            for start, stop in blocks:
+                neg = torch.logaddexp(neg, similarities(start, stop, -torch.inf).logsumexp(0))
+            if keys is not None:
+                n = N // views
+                s = (u.view(views, n, -1) @ partner.view(views, n, -1).mT).div_(temperature)
+                s.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+                neg = torch.logaddexp(neg, s.logsumexp(2).flatten())
+            losses = F.softplus(neg - s_positive)
+        if weight is None:
+            weight = torch.full_like(losses, 1 / N)
+        lse = s_positive + losses
+        for start, stop in blocks:
+            s = similarities(start, stop, -torch.inf)
+            du = s.sub_(lse).exp_().mul_(weight) @ u
+            if positive is not None:
+                # 1 - p of a positive is the negatives' share: nothing cancels
+                here = (positive >= start) & (positive < stop)
+                share = torch.where(here, -torch.expm1(-losses) * weight, 0)
+                columns = torch.where(here, positive - start, 0)
+                du.index_put_((columns,), share[:, None] * u, accumulate=True)
+            w, norm = unit_rows(bank[start:stop])
+            ascent = unit_rows_backward(du.div_(temperature), w, norm)
+            v = velocity[start:stop].mul_(momentum).sub_(ascent)
+            v.add_(bank[start:stop], alpha=weight_decay)
+            bank[start:stop].sub_(lr * v)
+
+
+@torch.library.register_fake("clae_fast::bank_step")
+def _bank_step_fake(
+    bank: Tensor,
+    velocity: Tensor,
+    anchor: Tensor,
+    keys: Tensor | None,
+    positive: Tensor | None,
+    weight: Tensor | None,
+    losses: Tensor | None,
+    lr: Tensor,
+    views: int,
+    temperature: float,
+    momentum: float,
+    weight_decay: float,
+    exact: bool,
+    impl: str,
+) -> None:
+    return None
+
+
+_bank_step = torch.ops.clae_fast.bank_step.default
+
+
+def bank_step(
+    bank: Tensor,  # [K, D]
+    velocity: Tensor,  # [K, D]
+    anchor: Tensor,  # [N, D]
+    *,
+    lr: float | Tensor,
+    keys: Tensor | None = None,  # [N, D]
+    positive: Tensor | None = None,  # [N]
+    weight: Tensor | None = None,  # [N]
+    losses: Tensor | None = None,  # [N]
+    views: int = 1,
+    temperature: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    exact: bool = False,
+    impl: str = "auto",
+) -> None:
+    r"""A step of a bank of learnable keys against its anchors, in place: AdCo's, or CaCo's.
+
+    With :math:`w_k` the unit row of :math:`W_k`, :math:`p_{ik}` the softmax of the cosines over T
+    of anchor i, and :math:`c_i` what it counts, 1/N by default,
+
+    .. math:: r_k = \sum_i c_i \tilde p_{ik} (u_i - (u_i \cdot w_k) w_k),
+        \quad V_k \leftarrow \mu V_k - \frac{r_k}{\|W_k\| T} + \lambda W_k,
+        \quad W_k \leftarrow W_k - \eta V_k
+
+    where :math:`\tilde p` is 1 - p at a positive and p elsewhere: the gradient of the anchors'
+    cross-entropy, with the sign of every entry that is no positive flipped. Negatives ascend on the
+    loss, towards the anchors that find them hard, and positives descend. Of an entry that is one
+    anchor's positive and another's negative both hold.
+
+    - AdCo: `keys` has row i's positive in row i. The other keys of its view are negatives beside
+      the bank, in the denominator alone.
+    - CaCo: `positive` names the bank entry that is each row's positive; there are no other columns.
+
+    No N x K matrix is stored, whatever the implementation, and each row of the bank and of the
+    velocity is read and written once by whoever has it: threads do not change a bit of the result.
+    It takes 6 N K D FLOPs: 2 for the rows' denominators, 2 for the similarities, again, and 2 for
+    the gradient. Denominators that `info_nce` has come to already, as where both temperatures are
+    equal, come in as its `losses`; 4 N K D are left. With the 4 N K D of `info_nce`, which takes
+    loss and gradient of the anchors in one pass over constant keys, that is 8 in all, as many as a
+    single kernel that shares its recomputed tiles between both gradients: denominators first, 2,
+    then 2 for the tile and 2 for each gradient.
+
+    Args:
+        bank: W, [K, D] in fp32, or in fp64, contiguous; not normalised.
+        velocity: V, as the bank.
+        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. Constants, as all.
+        lr: The learning rate, as a number or as a tensor [], which a CUDA graph reads anew at every
+            replay.
+        keys: Projections of the anchors' own positives, of their shape and dtype. Either these or
+            `positive`.
+        positive: int64 [N], the bank entry that is each anchor's positive, as in :func:`info_nce`.
+        weight: [N], what each anchor counts; None is 1/N.
+        losses: [N], the losses of the rows at this temperature over the same columns, by
+            :func:`info_nce` with reduction="none", where they are known.
+        views: Of how many views the anchors are, and the keys, below one another. A row meets the
+            keys of its own view alone.
+        temperature: T, above 0, as small as needed: AdCo's is 0.02.
+        momentum: From 0 to below 1.
+        weight_decay: At least 0.
+        exact: As in :func:`nt_xent`.
+        impl: "auto", "reference", "native", "torch" or "triton".
+
+    Raises:
+        TypeError: An argument of the wrong type, or a bank that is neither fp32 nor fp64.
+        ValueError: Shapes or devices that do not fit, a bank or velocity that is not contiguous,
+            both or neither of `keys` and `positive`, columns that do not exist, or a number out of
+            its range.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Example:
+        >>> bank = torch.nn.functional.normalize(torch.randn(65536, 128))
+        >>> velocity = torch.zeros_like(bank)
+        >>> query, key = torch.randn(2, 256, 128)
+        >>> clae_fast.bank_step(bank, velocity, query, keys=key, lr=3.0, temperature=0.02)
+
+    Source: Hu et al., AdCo: Adversarial Contrast for Efficient Learning of Unsupervised
+    Representations from Self-Trained Negative Adversaries, CVPR 2021; Wang et al., CaCo: Both
+    Positive and Negative Samples are Directly Learnable via Cooperative-adversarial Contrastive
+    Learning, TPAMI 2023.
+    """
+    _check.projections("bank", bank)
+    if bank.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"bank must be of dtype fp32 or fp64, got {bank.dtype}")
+    _check.like("velocity", velocity, "bank", bank)
+    for name, rows in (("bank", bank), ("velocity", velocity)):
+        if not rows.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(rows.stride())}")
+    _check.projections("anchor", anchor)
+    _check.same_place("anchor", anchor, "bank", bank, dtype=False)
+    if anchor.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"anchor must have shape [N, {bank.shape[1]}] as bank has, got {list(anchor.shape)}"
+        )
+    if (keys is None) == (positive is None):
+        raise ValueError("one of keys and positive must be given, not both")
+    if keys is not None:
+        _check.like("keys", keys, "anchor", anchor)
+    if positive is not None:
+        _check.columns("positive", positive, anchor, bank.shape[0])
+    for name, numbers in (("weight", weight), ("losses", losses)):
+        if numbers is not None:
+            _check.tensor(name, numbers)
+            _check.same_place(name, numbers, "bank", bank, dtype=False)
+            if numbers.shape != anchor.shape[:1]:
+                raise ValueError(
+                    f"{name} must have shape [{anchor.shape[0]}], got {list(numbers.shape)}"
+                )
+    if isinstance(views, bool) or not isinstance(views, int):
+        raise TypeError(f"views must be an int, got {type(views).__name__}")
+    if views < 1 or anchor.shape[0] % views:
+        raise ValueError(f"views must divide {anchor.shape[0]} anchors, got {views}")
+    _check.temperature(temperature)
+    for name, number, end in (("momentum", momentum, 1), ("weight_decay", weight_decay, math.inf)):
+        if not 0 <= number < end:
+            raise ValueError(f"{name} must be in [0, {end}), got {number}")
+    _check.flag("exact", exact)
+    if isinstance(lr, Tensor):
+        _check.same_place("lr", lr, "bank", bank, dtype=False)
+        if lr.ndim:
+            raise ValueError(f"lr must have shape [], got {list(lr.shape)}")
+    else:
+        lr = torch.full((), lr, dtype=bank.dtype, device=bank.device)
+    impl = _impl.resolve("bank_step", impl, anchor, bank)
+    if impl == "reference":
+        options = {"keys": keys, "positive": positive, "weight": weight, "views": views}
+        options |= {"temperature": temperature, "momentum": momentum}
+        return reference(bank, velocity, anchor, lr=lr, weight_decay=weight_decay, **options)
+    numbers = (None if t is None else t.detach().float() for t in (weight, losses, lr))
+    keys = None if keys is None else keys.detach()
+    _bank_step(
+        bank.detach(),
+        velocity,
+        anchor.detach(),
+        keys,
+        positive,
+        *numbers,
+        views,
+        temperature,
+        momentum,
+        weight_decay,
+        exact,
+        impl,
+    )

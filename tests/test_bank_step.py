@@ -1,0 +1,416 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import clae_fast
+from clae_fast import reference
+from clae_fast.ops import _rows
+from clae_fast.testing import (
+    assert_accurate,
+    assert_bitwise_equal,
+    implementations,
+    projections,
+    running,
+)
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+# the interpreter's turn is in test_kernels_bank_step.py
+IMPLEMENTATIONS = [name for name in implementations("bank_step") if name != "triton"]
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+both_methods = pytest.mark.parametrize("method", ["adco", "caco"])
+
+
+def problem(method, N, K, D, *, noise=0.5, dtype=torch.float32, views=1):
+    """A bank, its velocity, anchors, and what names their positives."""
+    # other numbers than those of the bank, whose rows would be the anchors
+    anchor, key = projections(N, D, noise=noise, dtype=dtype, seed=1)
+    bank = torch.randn(K, D) * torch.rand(K, 1).mul(4).exp()
+    options = {"views": views}
+    if method == "adco":
+        options["keys"] = key
+    else:
+        options["positive"] = torch.randint(K, (N,))
+    return bank, 0.1 * torch.randn(K, D), anchor, options
+
+
+def step(bank, velocity, anchor, function=clae_fast.bank_step, **options):
+    """The bank and the velocity after a step, of copies."""
+    bank, velocity = bank.clone(), velocity.clone()
+    assert function(bank, velocity, anchor, **options) is None
+    return bank, velocity
+
+
+def in_fp64(value):
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+def assert_stepped(found, bank, velocity, anchor, *, temperature, **options):
+    """Raises unless a step's result is within the error budget.
+
+    The gradient may be off by two roundings of the at most 4 unit rows over T |W| that cancel in
+    it, times what the anchors count in all.
+    """
+    options |= {"temperature": temperature}
+    options.pop("losses", None)
+    eager = step(bank, velocity, anchor, reference.bank_step, **options)
+    exact = step(
+        bank.double(),
+        velocity.double(),
+        anchor.double(),
+        reference.bank_step,
+        **{name: in_fp64(value) for name, value in options.items()},
+    )
+    count = 1 if options.get("weight") is None else options["weight"].abs().sum()
+    norm = bank.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    cancelling = 8 * torch.finfo(torch.float32).eps * count / (temperature * norm)
+    budgets = (options["lr"] * cancelling, cancelling)
+    for name, result, other, truth, budget in zip(
+        ("bank", "velocity"), found, eager, exact, budgets, strict=True
+    ):
+        result = torch.where((result - truth).abs() <= budget, truth.float(), result)
+        assert_accurate(result, other, truth, temperature=temperature, what=name)
+
+
+def check(implementation, bank, velocity, anchor, temperature=0.1, **options):
+    options = {"lr": 0.3, "momentum": 0.9, "temperature": temperature, **options}
+    with running(implementation) as impl:
+        found = step(bank, velocity, anchor, impl=impl, **options)
+    assert_stepped(found, bank, velocity, anchor, **options)
+
+
+def gradient(*arguments, function=reference.bank_step, **options):
+    """G alone."""
+    bank, *others = arguments
+    options = {"lr": 0.0, "momentum": 0.0, **options}
+    return step(bank, torch.zeros_like(bank), *others, function, **options)[1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.08, 0.02])
+def test_cacos_gradient_is_that_of_the_cross_entropy_with_flipped_signs(temperature):
+    bank, _, anchor, options = problem("caco", 9, 23, 5, dtype=torch.float64)
+    bank, y = bank.double().requires_grad_(), options["positive"]
+    s = F.normalize(anchor) @ F.normalize(bank).T
+    logits = (s / temperature).detach().requires_grad_()
+    (ds,) = torch.autograd.grad(F.cross_entropy(logits, y), logits)
+    flipped = torch.where(F.one_hot(y, 23).bool(), ds, -ds) / temperature
+    (expected,) = torch.autograd.grad(s, bank, flipped)
+    found = gradient(bank.detach(), anchor, temperature=temperature, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12 * expected.abs().max())
+
+
+def test_cacos_gradient_by_loops():
+    bank, _, anchor, options = problem("caco", 4, 6, 3, dtype=torch.float64)
+    bank, T = bank.double(), 0.2
+    u, w = F.normalize(anchor), F.normalize(bank)
+    p = (u @ w.T / T).softmax(1)
+    found = gradient(bank, anchor, temperature=T, **options)
+    for k in range(6):
+        r = torch.zeros(3, dtype=torch.float64)
+        for i in range(4):
+            weight = 1 - p[i, k] if options["positive"][i] == k else p[i, k]
+            r += weight / 4 * (u[i] - (u[i] @ w[k]) * w[k])
+        torch.testing.assert_close(found[k], -r / (bank[k].norm() * T), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("temperature", [0.5, 0.02])
+def test_adcos_gradient_by_loops(views, temperature):
+    bank, _, anchor, options = problem("adco", 6, 5, 3, dtype=torch.float64, views=views)
+    bank, n = bank.double(), 6 // views
+    u, w, v = F.normalize(anchor), F.normalize(bank), F.normalize(options["keys"])
+    found = gradient(bank, anchor, temperature=temperature, **options)
+    expected = torch.zeros_like(bank)
+    for i in range(6):
+        own_view = v[i // n * n : (i // n + 1) * n]
+        p = (u[i] @ torch.cat([own_view, w]).T / temperature).softmax(0)[n:]
+        for k in range(5):
+            ascent = p[k] / 6 * (u[i] - (u[i] @ w[k]) * w[k])
+            expected[k] -= ascent / (bank[k].norm() * temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@both_methods
+def test_velocity_and_update(method):
+    bank, velocity, anchor, options = problem(method, 5, 7, 4, dtype=torch.float64)
+    bank, velocity = bank.double(), velocity.double()
+    G = gradient(bank, anchor, **options)
+    numbers = {"lr": 0.3, "momentum": 0.7, "weight_decay": 0.01}
+    new_bank, new_velocity = step(bank, velocity, anchor, reference.bank_step, **numbers, **options)
+    expected = 0.7 * velocity + G + 0.01 * bank
+    torch.testing.assert_close(new_velocity, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(new_bank, bank - 0.3 * expected, rtol=1e-12, atol=0)
+
+
+@both_methods
+def test_negatives_become_harder(method):
+    bank, velocity, anchor, options = problem(method, 30, 50, 8)
+    positive = options.get("positive")
+    u = F.normalize(anchor)
+    before = u @ F.normalize(bank).T
+    moved, _ = step(bank, 0 * velocity, anchor, lr=0.1, temperature=0.5, **options)
+    nearer = u @ F.normalize(moved).T - before
+    if positive is not None:
+        # as do its positives, which is what cooperates
+        assert nearer[range(30), positive].mean() > 0
+    assert nearer.mean() > 0
+
+
+@every_implementation
+@both_methods
+@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.02, 0.005])
+@pytest.mark.parametrize(("N", "K", "D"), [(1, 1, 2), (2, 3, 3), (7, 97, 5), (33, 130, 17)])
+def test_against_fp64(implementation, method, N, K, D, temperature):
+    bank, velocity, anchor, options = problem(method, N, K, D)
+    check(implementation, bank, 0 * velocity, anchor, temperature, **options)
+    check(implementation, bank, velocity, anchor, temperature, weight_decay=0.01, **options)
+
+
+@every_implementation
+@both_methods
+# several blocks of anchors, groups of them, and more tiles of the bank than chunks
+@pytest.mark.parametrize(("N", "K"), [(7, 3500), (402, 300)])
+def test_many_rows(implementation, method, N, K):
+    bank, velocity, anchor, options = problem(method, N, K, 6)
+    check(implementation, bank, velocity, anchor, 0.05, **options)
+
+
+@every_implementation
+@both_methods
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_anchors(implementation, method, dtype):
+    bank, velocity, anchor, options = problem(method, 23, 40, 12, dtype=dtype)
+    check(implementation, bank, velocity, anchor, **options)
+
+
+@every_implementation
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_rows_meet_the_keys_of_their_view(implementation, views, temperature):
+    for N in (12, 300):
+        bank, velocity, anchor, options = problem("adco", N, 61, 7, views=views)
+        check(implementation, bank, velocity, anchor, temperature, **options)
+
+
+@every_implementation
+@both_methods
+def test_rows_that_count_differently(implementation, method):
+    bank, velocity, anchor, options = problem(method, 20, 33, 7)
+    weight = torch.randn(20) * torch.randn(20).mul(2).exp()
+    check(implementation, bank, velocity, anchor, weight=weight, **options)
+    # as many as N rows count 1 / N
+    same = torch.full((20,), 1 / 20)
+    with running(implementation) as impl:
+        plain, weighted = (
+            step(bank, velocity, anchor, lr=0.3, weight=w, impl=impl, **options)
+            for w in (None, same)
+        )
+    torch.testing.assert_close(plain, weighted)
+
+
+@every_implementation
+@pytest.mark.parametrize("temperature", [0.5, 0.08, 0.02])
+def test_losses_that_are_known(implementation, temperature):
+    # two equal rows, the loss of which is next to nothing beside a bank of others
+    bank, velocity, anchor, options = problem("caco", 20, 33, 7)
+    bank[4], options["positive"][3] = anchor[3], 4
+    losses = clae_fast.info_nce(
+        anchor, bank, temperature=temperature, positive=options["positive"], reduction="none"
+    )
+    check(implementation, bank, velocity, anchor, temperature, losses=losses, **options)
+    bank, velocity, anchor, options = problem("adco", 20, 33, 7)
+    columns = torch.cat([options["keys"], bank])
+    losses = clae_fast.info_nce(anchor, columns, temperature=temperature, reduction="none")
+    check(implementation, bank, velocity, anchor, temperature, losses=losses, **options)
+
+
+@every_implementation
+def test_several_anchors_share_a_positive(implementation):
+    bank, velocity, anchor, options = problem("caco", 120, 200, 5)
+    options["positive"] = torch.arange(120) % 3 * 99
+    check(implementation, bank, velocity, anchor, **options)
+
+
+@every_implementation
+@both_methods
+def test_rows_around_the_norm_floor(implementation, method):
+    bank, velocity, anchor, options = problem(method, 9, 12, 6)
+    anchor[0], anchor[1], anchor[2] = 0, 1e-13, anchor[2] * 1e-6
+    bank[3], bank[4], bank[5] = 0, 1e-13, bank[5] * 1e-6
+    if method == "adco":
+        options["keys"][2], options["keys"][5] = 0, 1e-13
+    check(implementation, bank, velocity, anchor, **options)
+
+
+def test_blocks_of_the_bank(monkeypatch):
+    monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 4 * 13 + 1)
+    for method in ("adco", "caco"):
+        bank, velocity, anchor, options = problem(method, 13, 30, 6)
+        check("torch", bank, velocity, anchor, **options)
+
+
+@every_implementation
+@both_methods
+def test_strided_anchors(implementation, method):
+    bank, velocity, anchor, options = problem(method, 14, 20, 10)
+    with running(implementation) as impl:
+        options |= {"lr": 0.3, "impl": impl}
+        dense = step(bank, velocity, anchor, **options)
+        strided = step(bank, velocity, anchor.T.contiguous().T, **options)
+        sliced = step(bank, velocity, torch.cat([anchor, anchor], 1)[:, :10], **options)
+    torch.testing.assert_close(strided, dense)
+    torch.testing.assert_close(sliced, dense)
+
+
+@every_implementation
+def test_a_part_of_a_buffer(implementation):
+    # as where keys stand in front of the bank
+    bank, velocity, anchor, options = problem("adco", 5, 9, 4)
+    buffer = torch.cat([options["keys"], bank])
+    with running(implementation) as impl:
+        expected, _ = step(bank, velocity, anchor, lr=0.3, impl=impl, **options)
+        options["keys"] = buffer[:5]
+        clae_fast.bank_step(buffer[5:], velocity.clone(), anchor, lr=0.3, impl=impl, **options)
+    assert_bitwise_equal(buffer[5:], expected)
+    assert_bitwise_equal(buffer[:5], options["keys"])
+
+
+@every_implementation
+def test_rate_in_a_tensor(implementation):
+    bank, velocity, anchor, options = problem("caco", 5, 9, 4)
+    with running(implementation) as impl:
+        options["impl"] = impl
+        by_number = step(bank, velocity, anchor, lr=0.25, **options)
+        by_tensor = step(bank, velocity, anchor, lr=torch.tensor(0.25), **options)
+    for actual, expected in zip(by_tensor, by_number, strict=True):
+        assert_bitwise_equal(actual, expected)
+
+
+@pytest.mark.parametrize("implementation", [n for n in IMPLEMENTATIONS if n.startswith("native")])
+@both_methods
+def test_the_number_of_threads_changes_nothing(implementation, method, threads):
+    bank, velocity, anchor, options = problem(method, 210, 1000, 9)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count), running(implementation) as impl:
+            results.append(step(bank, velocity, anchor, lr=0.3, impl=impl, **options))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert_bitwise_equal(actual, expected)
+
+
+@every_implementation
+@both_methods
+def test_nan_reaches_the_bank(implementation, method):
+    bank, velocity, anchor, options = problem(method, 5, 9, 4)
+    anchor[2, 1] = math.nan
+    with running(implementation) as impl:
+        found = step(bank, velocity, anchor, lr=0.3, impl=impl, **options)
+    assert all(tensor.isnan().all() for tensor in found)
+
+
+def test_fp64_is_the_reference():
+    bank, velocity, anchor, options = problem("caco", 5, 9, 4, dtype=torch.float64)
+    arguments = (bank.double(), velocity.double(), anchor)
+    found = step(*arguments, lr=0.3, **options)
+    expected = step(*arguments, reference.bank_step, lr=0.3, **options)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_bitwise_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@both_methods
+def test_anchors_are_constants(impl, method):
+    bank, velocity, anchor, options = problem(method, 5, 9, 4)
+    expected = step(bank, velocity, anchor, lr=0.3, impl=impl, **options)
+    found = step(bank, velocity, anchor.requires_grad_(), lr=0.3, impl=impl, **options)
+    assert not any(tensor.requires_grad for tensor in found)
+    torch.testing.assert_close(found, expected)
+
+
+# auto is what people run, the reference is ordinary torch and must be traceable too
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@both_methods
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(impl, method, dynamic):
+    def move(bank, velocity, anchor, keys, positive, lr):
+        bank, velocity = bank.clone(), velocity.clone()
+        options = {"keys": keys, "positive": positive, "impl": impl}
+        clae_fast.bank_step(bank, velocity, 2 * anchor, lr=lr, **options)
+        return 2 * bank, velocity
+
+    torch.compiler.reset()
+    compiled = torch.compile(move, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for N in (6, 9):
+        bank, velocity, anchor, options = problem(method, N, 2 * N, 4)
+        arguments = (anchor, options.get("keys"), options.get("positive"), torch.tensor(0.3))
+        torch.testing.assert_close(
+            compiled(bank, velocity, *arguments), move(bank, velocity, *arguments)
+        )
+
+
+@every_implementation
+@both_methods
+@pytest.mark.parametrize("known", [False, True])
+def test_opcheck(implementation, method, known):
+    bank, velocity, anchor, options = problem(method, 5, 9, 4)
+    rows = (torch.rand(5), torch.rand(5)) if known else (None, None)
+    names, numbers = (options.get("keys"), options.get("positive")), (1, 0.1, 0.9, 0.0)
+    with running(implementation) as impl:
+        torch.library.opcheck(
+            torch.ops.clae_fast.bank_step.default,
+            (bank, velocity, anchor, *names, *rows, torch.tensor(0.3), *numbers, False, impl),
+        )
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_autocast_leaves_it_in_fp32(impl):
+    bank, velocity, anchor, options = problem("adco", 5, 9, 4)
+    expected = step(bank, velocity, anchor, lr=0.3, impl=impl, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step(bank, velocity, anchor, lr=0.3, impl=impl, **options)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_bitwise_equal(actual, wanted)
+
+
+INDEX = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"bank": torch.ones(6)}, ValueError, r"bank must have shape .* got \[6\]"),
+        ({"bank": torch.ones(6, 3).half()}, TypeError, "bank must be of dtype fp32 or fp64"),
+        ({"bank": torch.ones(3, 6).T}, ValueError, "bank must be contiguous, got strides"),
+        ({"velocity": torch.ones(5, 3)}, ValueError, r"velocity must have the shape of bank"),
+        ({"velocity": torch.ones(3, 6).T}, ValueError, "velocity must be contiguous"),
+        ({"anchor": torch.ones(4, 2)}, ValueError, r"anchor must have shape \[N, 3\] as bank has"),
+        ({"anchor": torch.ones(4, 3, device="meta")}, ValueError, "anchor must be on the device"),
+        ({"positive": None}, ValueError, "one of keys and positive must be given, not both"),
+        ({"keys": torch.ones(4, 3)}, ValueError, "one of keys and positive must be given"),
+        (
+            {"positive": None, "keys": torch.ones(5, 3)},
+            ValueError,
+            "keys must have the shape of anchor",
+        ),
+        ({"positive": INDEX + 6}, ValueError, "positive must hold columns from 0 to 5, got 6"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \[4\], got \[3\]"),
+        ({"losses": INDEX}, TypeError, "losses must be of dtype"),
+        ({"views": 3}, ValueError, "views must divide 4 anchors, got 3"),
+        ({"views": 1.0}, TypeError, "views must be an int, got float"),
+        ({"temperature": 0}, ValueError, "temperature must be positive"),
+        ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1}, ValueError, r"weight_decay must be in \[0, inf\), got -1"),
+        ({"exact": 1}, TypeError, "exact must be True or False, got int"),
+        ({"lr": torch.ones(1)}, ValueError, r"lr must have shape \[\], got \[1\]"),
+        ({"impl": "cuda"}, RuntimeError, "bank_step has no implementation 'cuda'"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {"bank": torch.ones(6, 3), "velocity": torch.ones(6, 3), "anchor": torch.ones(4, 3)}
+    arguments |= {"positive": INDEX, "lr": 0.1, **change}
+    with pytest.raises(error, match=message):
+        clae_fast.bank_step(**arguments)
