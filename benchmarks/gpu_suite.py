@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import _cli, timing
-from benchmarks.gpu import augment, checks, engine, images, losses, sweep
+from benchmarks.gpu import augment, bank, checks, engine, images, losses, sweep
 from benchmarks.gpu.results import Results, file_name
 from benchmarks.gpu.stage import Case, Suite, first_line
 
@@ -44,6 +44,7 @@ STAGES: dict[str, Callable[[Suite], Iterable[Case]]] = {
     "nt_xent": losses.nt_xent,
     "small": losses.small,
     "info_nce": losses.info_nce,
+    "bank": bank.bank,
     "linf_step": images.linf_step,
     "stem": images.stem,
     "augment": augment.augment,

@@ -49,6 +49,8 @@ class Case:
         eager: Forms of it in torch ops, by name.
         leaves: How many of the operands, from the first, have a gradient that is wanted.
         truth: What it should return for float64 operands.
+        state: How many of the operands, from the last, are in fp32 whatever the others are.
+        compiled: Whether torch can compile the forms whole.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -56,6 +58,8 @@ class Case:
     eager: dict[str, Callable[..., Any]]
     leaves: int
     truth: Callable[..., Any]
+    state: int = 0
+    compiled: bool = True
 
     def operands(self, dtype: torch.dtype) -> Operands:
         """Random rows; those of the second operand are near the first's where they are partners."""
@@ -64,7 +68,9 @@ class Case:
         if len(made) > 1:
             partners = min(len(made[0]), len(made[1]))
             made[1][:partners] = made[0][:partners] + 0.5 * made[1][:partners]
-        rows = [F.normalize(rows).to(dtype) for rows in made]
+        first = len(made) - self.state
+        dtypes = [dtype if i < first else torch.float32 for i in range(len(made))]
+        rows = [F.normalize(z).to(dtype) for z, dtype in zip(made, dtypes, strict=True)]
         return tuple(z.requires_grad_(i < self.leaves) for i, z in enumerate(rows))
 
     def call(self, function: Callable[..., Any]) -> Call:
@@ -119,6 +125,7 @@ def cases(scale: int = 1) -> dict[str, Case]:
             {"": self_attack},
             0,
             partial(reference.tied_nt_xent, temperature=0.5),
+            compiled=False,
         ),
         "uel": Case(
             ((n // 2, 128), (n // 2, 128)),
@@ -154,6 +161,7 @@ def cases(scale: int = 1) -> dict[str, Case]:
             {"max": lambda a, k: (F.normalize(a) @ F.normalize(k).T).max(1, keepdim=True)},
             0,
             partial(reference.topk_similarity, k=1),
+            compiled=False,
         ),
         "hardest": Case(
             ((N, 128), (K, 128)),
@@ -161,8 +169,42 @@ def cases(scale: int = 1) -> dict[str, Case]:
             {"topk": lambda a, k: (F.normalize(a) @ F.normalize(k).T).topk(64)},
             0,
             partial(reference.topk_similarity, k=64),
+            compiled=False,
+        ),
+        # CaCo's bank: queries, bank and velocity, which is the gradient then
+        "bank": Case(
+            ((N, 128), (K, 128), (K, 128)),
+            _bank(clae_fast.bank_step),
+            {"": _caco},
+            0,
+            _bank(reference.bank_step),
+            state=2,
         ),
     }
+
+
+def _bank(step: Callable[..., None]) -> Callable[..., Tensor]:
+    """A step that every repetition finds as it was: no momentum, and a rate of 0."""
+
+    def velocity_of(q: Tensor, bank: Tensor, velocity: Tensor, **options: object) -> Tensor:
+        options |= {"positive": torch.arange(len(q)), "temperature": 0.08, "momentum": 0.0}
+        step(bank, velocity, q, lr=0.0, **options)
+        return velocity
+
+    return velocity_of
+
+
+def _caco(q: Tensor, bank: Tensor, velocity: Tensor) -> Tensor:
+    u, norm = F.normalize(q).float(), bank.norm(dim=1, keepdim=True)
+    w = bank / norm
+    p = (u @ w.T / 0.08).softmax(1)
+    positive = torch.eye(len(q), len(w), dtype=torch.bool)
+    p = torch.where(positive, 1 - p, p)
+    r = p.T @ u / len(q)
+    r = r - (r * w).sum(1, keepdim=True) * w
+    velocity.mul_(0.0).sub_(r / (norm * 0.08))
+    bank.sub_(0.0 * velocity)
+    return velocity
 
 
 def _moco(q: Tensor, keys: Tensor) -> Tensor:
@@ -254,7 +296,7 @@ def _forms(name: str, scale: int) -> dict[str, dict[str, Callable[..., Any]]]:
     """Every implementation of a case, by its forms."""
     case = cases(scale)[name]
     forms = {OURS: {"": case.op}, "torch_eager": case.eager}
-    if case.leaves:
+    if case.compiled:
         torch.compiler.reset()
         compiled = {form: torch.compile(f, dynamic=False) for form, f in case.eager.items()}
         forms["torch_compile"] = compiled

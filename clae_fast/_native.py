@@ -213,7 +213,9 @@ def bank_step(
     """The step in place."""
     anchor = _in_rows(anchor)
     keys = anchor if keys is None else _in_rows(keys)
-    numbers = [None if t is None else t.contiguous() for t in (positive, weight, losses)]
+    positive, weight, losses = (
+        None if t is None else t.contiguous() for t in (positive, weight, losses)
+    )
     N, D = anchor.shape
     call = partial(
         _C.bank_step,
@@ -222,7 +224,9 @@ def bank_step(
         velocity.data_ptr(),
         _rows(anchor),
         _rows(keys),
-        *(0 if t is None else t.data_ptr() for t in numbers),
+        0 if positive is None else positive.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if losses is None else losses.data_ptr(),
         len(bank),
         N,
         D,

@@ -334,12 +334,89 @@ _ROBUST_METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
+# banks of learnable keys, on a folder of ImageNet; the bank's rate is constant, without the warm-up
+# that CaCo's code has
+_BANKS: dict[str, Any] = _IMAGENET | {
+    "attack": "none",
+    "dataset": "folder",
+    "data_dir": "data/imagenet",
+    "image_size": 224,
+    "crop_min_scale": 0.2,
+    "flip": True,
+    "color_jitter_prob": 0.8,
+    "grey_prob": 0.2,
+    "arch": "resnet50",
+    "hidden_dim": 2048,
+    "momentum": 0.9,
+    "schedule": "cosine",
+    "epochs": 200,
+}
+_BANK_METHODS: dict[str, dict[str, Any]] = {
+    # Hu et al., "AdCo: adversarial contrast for efficient learning of unsupervised representations
+    # from self-trained negative adversaries", CVPR 2021: one crop, not symmetric, 68.6 %
+    "adco-imagenet": _BANKS
+    | {
+        "method": "adco",
+        "temperature": 0.12,
+        "color_jitter": (0.4, 0.4, 0.4, 0.1),
+        "blur_prob": (0.5, 0.5),
+        "head_layers": 2,
+        "head_norm": "none",
+        "proj_dim": 128,
+        "optimizer": "sgd",
+        "lr": 0.03,
+        "weight_decay": 1e-4,
+        "decay_1d": True,
+        "warmup_epochs": 0,
+        "batch_size": 256,
+        "options": {
+            "bank_size": 65536,
+            "bank_lr": 3.0,
+            "bank_momentum": 0.9,
+            "bank_temperature": 0.02,
+            "bank_decay": 1e-4,
+            "key_momentum": 0.999,
+        },
+    },
+    # Wang et al., "CaCo: both positive and negative samples are directly learnable via
+    # cooperative-adversarial contrastive learning", TPAMI 2023, by the command in the README of
+    # github.com/maple-research-lab/CaCo: one crop, 71.3 %
+    "caco-imagenet": _BANKS
+    | {
+        "method": "caco",
+        "temperature": 0.08,
+        "color_jitter": (0.4, 0.4, 0.2, 0.1),
+        "blur_prob": (1.0, 0.1),
+        "solarize_prob": (0.0, 0.2),
+        "head_layers": 3,
+        "head_norm": "hidden",
+        "proj_dim": 256,
+        "optimizer": "lars",
+        # 0.3 for each 256 images
+        "lr": 1.2,
+        "weight_decay": 1.5e-6,
+        "decay_1d": False,
+        "warmup_epochs": 10,
+        "batch_size": 1024,
+        "options": {
+            "bank_size": 65536,
+            "bank_lr": 3.0,
+            "bank_momentum": 0.9,
+            "bank_temperature": 0.08,
+            "bank_decay": 0.0,
+            "key_momentum": 0.99,
+            "fill_temperature": 0.2,
+        },
+    },
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"clae-{name}": settings | {"attack": "self"} for name, settings in _SCRIPTS.items()},
     **{name: settings | {"attack": "none"} for name, settings in _SCRIPTS.items()},
     **_PAPERS,
     **_HARD_NEGATIVES,
     **_ROBUST_METHODS,
+    **_BANK_METHODS,
 }
 
 

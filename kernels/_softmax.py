@@ -492,7 +492,7 @@ def _gradient_kernel(
     mask_own = rows < size
     own_scale = tl.load(scale_ptr + base + rows, mask=mask_own, other=0.0) * scale2
     own_stat = tl.load(stat_ptr + base + rows, mask=mask_own, other=float("inf") if ONLINE else 0.0)
-    own_weight = 0.0
+    own_weight = tl.zeros([BLOCK_M], tl.float32)
     if weight_ptr is not None:
         own_weight = tl.load(weight_ptr + base + rows, mask=base + rows < N, other=1.0)
     # the columns' scale is below 2 ** (1 - FP16_BITS), and goes into the weights as well

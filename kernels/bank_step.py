@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of
+from ._launch import Tiling, blocks, on_device_of, padded
 from ._rows import (
     EPS,
     FP16_BITS,
@@ -42,7 +42,8 @@ from ._rows import (
     take_from_named,
     unit,
 )
-from ._softmax import Tilings, splits_of, tilings
+from ._softmax import Tilings, splits_of
+from ._softmax import tilings as tilings_of_losses
 
 
 @triton.jit
@@ -330,6 +331,22 @@ def _update_kernel(
     tl.store(bank_ptr + offsets, raw - tl.load(lr_ptr) * velocity, mask=stored)
 
 
+def tilings(D: int, *, exact: bool) -> Tilings:
+    """Tilings for rows of D elements: those of the losses, where these leave registers.
+
+    The update has rows of bank and velocity beside the gradient's sum.
+    """
+    sums, gradient = tilings_of_losses(D, exact=exact, online=True)
+    width = padded(D)
+    if width > 256:
+        return Tilings(sums._replace(rows=16), gradient)
+    if exact:
+        return Tilings(sums, gradient)
+    if width == 256:
+        return Tilings(sums, Tiling(32, 32, width, 8, 2))
+    return Tilings(sums, Tiling(32 if width == 128 else 64, 64, width, 4, 3, resident=2))
+
+
 def bank_step(
     bank: Tensor,  # [K, D]
     velocity: Tensor,  # [K, D]
@@ -365,7 +382,7 @@ def bank_step(
         config: Tilings other than the default.
     """
     (N, D), K = anchor.shape, len(bank)
-    tiles, own_tiles = config or tilings(D, exact=exact, online=True)
+    tiles, own_tiles = config or tilings(D, exact=exact)
     scale2 = base2_scale(temperature)
     bank_first = N if keys is None else 2 * N
     own_blocks = triton.cdiv(N, tiles.rows)

@@ -48,7 +48,7 @@ def run(tmp_path, stages, *flags):
 
 def test_rehearsal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checks, "_run_tests", lambda suite, bar: None)
-    stages = "build,correctness,nt_xent,small,info_nce,linf_step,stem,augment,memory,profile"
+    stages = "build,correctness,nt_xent,small,info_nce,bank,linf_step,stem,augment,memory,profile"
     status, path, found = run(tmp_path, stages)
     printed = capsys.readouterr().out
     assert status == 0, printed

@@ -1,7 +1,9 @@
 """Contrastive methods, one file each, behind the small protocol `Method`."""
 
 from clae_fast.methods.acl import ACL
+from clae_fast.methods.adco import AdCo
 from clae_fast.methods.base import Method, PairMethod
+from clae_fast.methods.caco import CaCo
 from clae_fast.methods.dcl import DCL
 from clae_fast.methods.deacl import DeACL
 from clae_fast.methods.h_scl import HSCL
@@ -16,7 +18,8 @@ from clae_fast.methods.supervised import SupervisedMethod
 from clae_fast.methods.uel import UEL
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (SimCLR, Plain, UEL, RoCL, ACL, DeACL, DCL, HCL, SSCL, SupCon, HSCL)
+    cls.name: cls
+    for cls in (SimCLR, Plain, UEL, RoCL, ACL, DeACL, DCL, HCL, SSCL, SupCon, HSCL, AdCo, CaCo)
 }
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "METHODS",
     "SSCL",
     "UEL",
+    "AdCo",
+    "CaCo",
     "DeACL",
     "Method",
     "PairMethod",

@@ -37,16 +37,16 @@ def _bank_step_impl(
     exact: bool,
     impl: str,
 ) -> None:
-    rows = (keys, positive, weight, losses, lr)
+    given = (bank, velocity, anchor, keys, positive, weight, losses, lr)
     numbers = (views, temperature, momentum, weight_decay)
     if impl == "triton":
         from clae_fast.kernels.bank_step import bank_step
 
-        bank_step(bank, velocity, anchor, *rows, *numbers, exact)
+        bank_step(*given, *numbers, exact)
     elif impl == "native":
-        _native.bank_step(bank, velocity, anchor, *rows, *numbers)
+        _native.bank_step(*given, *numbers)
     else:
-        _in_blocks(bank, velocity, anchor, *rows, *numbers)
+        _in_blocks(*given, *numbers)
 
 
 def _in_blocks(
@@ -263,18 +263,28 @@ def bank_step(
         lr = torch.full((), lr, dtype=bank.dtype, device=bank.device)
     impl = _impl.resolve("bank_step", impl, anchor, bank)
     if impl == "reference":
-        options = {"keys": keys, "positive": positive, "weight": weight, "views": views}
-        options |= {"temperature": temperature, "momentum": momentum}
-        return reference(bank, velocity, anchor, lr=lr, weight_decay=weight_decay, **options)
-    numbers = (None if t is None else t.detach().float() for t in (weight, losses, lr))
-    keys = None if keys is None else keys.detach()
+        return reference(
+            bank,
+            velocity,
+            anchor,
+            lr=lr,
+            keys=keys,
+            positive=positive,
+            weight=weight,
+            views=views,
+            temperature=temperature,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
     _bank_step(
         bank.detach(),
         velocity,
         anchor.detach(),
-        keys,
+        None if keys is None else keys.detach(),
         positive,
-        *numbers,
+        None if weight is None else weight.detach().float(),
+        None if losses is None else losses.detach().float(),
+        lr.detach().float(),
         views,
         temperature,
         momentum,

@@ -43,9 +43,17 @@ def _info_nce_impl(
     if impl == "triton":
         from clae_fast.kernels.info_nce import info_nce
 
-        grads = (grad_anchor, grad_keys)
-        options = {"positive": positive, "weight": weight, "mean": mean}
-        return info_nce(anchor, keys, temperature, symmetric, grads, exact, **options)
+        return info_nce(
+            anchor,
+            keys,
+            temperature,
+            symmetric,
+            (grad_anchor, grad_keys),
+            exact,
+            positive=positive,
+            weight=weight,
+            mean=mean,
+        )
     if impl == "native":
         return _native.info_nce(
             anchor, keys, positive, weight, temperature, symmetric, mean, grad_anchor, grad_keys
@@ -307,8 +315,14 @@ def info_nce(
     _check.flag("exact", exact)
     impl = _impl.resolve("info_nce", impl, anchor, keys)
     if impl == "reference":
-        options = {"positive": positive, "reduction": reduction, "symmetric": symmetric}
-        return reference(anchor, keys, temperature=temperature, **options)
+        return reference(
+            anchor,
+            keys,
+            temperature=temperature,
+            positive=positive,
+            reduction=reduction,
+            symmetric=symmetric,
+        )
     mean = reduction == "mean"
     if symmetric and not mean:
         there = _rows_info_nce(anchor, keys, None, temperature, exact, impl)

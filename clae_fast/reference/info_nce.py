@@ -22,8 +22,11 @@ def info_nce(
     the rows, or [N] where `reduction` is "none".
     """
     if symmetric:
-        options = {"temperature": temperature, "reduction": reduction}
-        return (info_nce(anchor, keys, **options) + info_nce(keys, anchor, **options)) / 2
+        there, back = (
+            info_nce(*operands, temperature=temperature, reduction=reduction)
+            for operands in ((anchor, keys), (keys, anchor))
+        )
+        return (there + back) / 2
     with torch.autocast(anchor.device.type, enabled=False):
         u, v = unit_rows(anchor), unit_rows(keys)
         if positive is None:
