@@ -1,0 +1,96 @@
+"""What the tests of methods with a bank share: inputs, units, resumed runs, runs on the digits."""
+
+import copy
+
+import pytest
+import torch
+from test_step import attack, flops, resnet, views
+
+from clae_fast.batch import Batch
+from clae_fast.nn import Encoder, ProjectionHead, build_encoder
+from clae_fast.parts import StepOptions
+from clae_fast.probes import extract_features, knn_accuracy
+from clae_fast.settings import resolve
+from clae_fast.trainer import Trainer
+
+WEIGHT = 0.7
+
+
+def batch(seed, n=6, size=8, views=2, crops=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [size] * views + [size // 2] * crops
+    return Batch(
+        tuple(
+            torch.rand(n, 3, side, side, generator=generator, dtype=torch.float64)
+            for side in shapes
+        )
+    )
+
+
+def options(kind="none", **others):
+    return StepOptions(kind=kind, attack=attack(), adv_weight=WEIGHT, **others)
+
+
+def sgd(module):
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    return torch.optim.SGD(weights, lr=0.1, momentum=0.5)
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    backbone, features = resnet(build_encoder, "resnet18", 8)
+    return Encoder(backbone, ProjectionHead(features, 512, 64)), views(2, 8, torch.float32)
+
+
+def check_units(cls, resnet18, **others):
+    encoder, x = resnet18
+    built = cls(encoder, adversarial=True, **others)
+    with torch.no_grad():
+        unit = flops(lambda: encoder(x[0]))
+    for kind, units in cls.units.items():
+        taken = flops(lambda kind=kind: built.step(Batch(x), options(kind)))
+        assert taken / unit == pytest.approx(units, rel=0.01)
+
+
+def assert_resumes(method, again, kind="pair"):
+    """What a state dictionary holds decides all further steps."""
+
+    def go_on(built, optimizer, seeds):
+        losses = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            built.before_step(seed / 6)
+            losses.append(built.step(batch(seed), options(kind)).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            built.after_step()
+        return losses
+
+    optimizer = sgd(method)
+    go_on(method, optimizer, range(3))
+    again.load_state_dict(copy.deepcopy(method.state_dict()))
+    other = sgd(again)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert go_on(method, optimizer, range(3, 6)) == go_on(again, other, range(3, 6))
+    for name, tensor in method.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def assert_learns(least, **settings):
+    """Accuracy of neighbours on the digits' test images: `least` points above before training."""
+    config = resolve({"device": "cpu", "attack": "none", "image_size": 8, "epochs": 3, **settings})
+    trainer = Trainer(config)
+
+    def accuracy():
+        encoder = trainer.method.encoder
+        splits = (trainer.labelled, trainer.test)
+        features = [extract_features(encoder, split, config, trainer.device) for split in splits]
+        trainer.method.train()
+        return knn_accuracy(*features[0], *features[1])
+
+    untrained = accuracy()
+    for given in trainer.views:
+        trainer._train_step(given)
+        trainer.step += 1
+    trained = accuracy()
+    assert trained > untrained + least, (untrained, trained)
