@@ -1,5 +1,7 @@
 """What only a GPU shows: graph capture, torch.compile and opcheck of what runs there."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -17,6 +19,15 @@ _POSITIVE = torch.arange(48, device="cuda") // 3 if torch.cuda.is_available() el
 
 def on_gpu(op):
     return _impl.available(op, "cuda") if torch.cuda.is_available() else []
+
+
+def bank_step(impl, named, z0, z1):
+    """A bank of z1's rows after a step, and its velocity."""
+    bank, velocity = 2 * z1, torch.zeros_like(z1)
+    options = {"positive": _POSITIVE} if named else {"keys": z1.roll(1, 0)}
+    lr = z0.abs().mean()
+    clae_fast.bank_step(bank, velocity, z0, lr=lr, temperature=0.02, impl=impl, **options)
+    return bank, [velocity]
 
 
 def cases():
@@ -42,6 +53,9 @@ def cases():
                 z1,
             ),
         )
+    for impl in on_gpu("bank_step"):
+        yield f"bank_step-keys-{impl}", partial(bank_step, impl, False)
+        yield f"bank_step-named-{impl}", partial(bank_step, impl, True)
     for impl in on_gpu("tied_nt_xent"):
         yield (
             f"tied_nt_xent-{impl}",

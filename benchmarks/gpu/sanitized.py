@@ -27,6 +27,11 @@ def main(device: str) -> int:
                         z0,
                         z1,
                     )
+        positive = torch.arange(75, device=device) * 7 % 75
+        for impl in _impl.available("bank_step", device):
+            for given in ({"keys": z1.detach()}, {"positive": positive}):
+                bank, velocity = z1.detach().clone(), torch.zeros_like(z1)
+                clae_fast.bank_step(bank, velocity, z0, lr=0.1, impl=impl, **given)
         for impl in _impl.available("tied_nt_xent", device):
             clae_fast.tied_nt_xent(z0.detach(), impl=impl)
     x, grad = torch.rand(5, 3, 11, 13, device=device), torch.randn(5, 3, 11, 13, device=device)
