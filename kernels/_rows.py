@@ -63,10 +63,11 @@ def unit(z, norm):
 @triton.jit
 def partners_of(rows, positive_ptr, mask, M):
     """The rows of y that are positives of rows of x, and which of them there are."""
-    if positive_ptr is None:
-        return rows, mask
-    partners = tl.load(positive_ptr + rows, mask=mask, other=-1)
-    return partners, (partners >= 0) & (partners < M)
+    partners, exist = rows, mask
+    if positive_ptr is not None:
+        partners = tl.load(positive_ptr + rows, mask=mask, other=-1)
+        exist = (partners >= 0) & (partners < M)
+    return partners, exist
 
 
 @triton.jit
@@ -240,17 +241,18 @@ def mask_logits(
         of_b = tl.load(positive_ptr + b, mask=b < N, other=-1 - N) + N
         excluded = (of_a[:, None] == b[None, :]) | (of_b[None, :] == a[:, None])
         excluded |= (a >= a_end)[:, None] | (b >= b_end)[None, :]
-        return tl.where(excluded, float("-inf"), s2)
-    apart = b_first - a_first
-    diagonal = (apart > -BLOCK_B) & (apart < BLOCK_A)
-    above = (apart > N - BLOCK_B) & (apart < N + BLOCK_A)
-    below = (apart > -N - BLOCK_B) & (apart < BLOCK_A - N)
-    cut = (a_first + BLOCK_A > a_end) | (b_first + BLOCK_B > b_end)
-    if diagonal | above | below | cut:
-        a = a_first + tl.arange(0, BLOCK_A)[:, None]
-        b = b_first + tl.arange(0, BLOCK_B)[None, :]
-        excluded = (a == b) | (a + N == b) | (a == b + N) | (a >= a_end) | (b >= b_end)
         s2 = tl.where(excluded, float("-inf"), s2)
+    else:
+        apart = b_first - a_first
+        diagonal = (apart > -BLOCK_B) & (apart < BLOCK_A)
+        above = (apart > N - BLOCK_B) & (apart < N + BLOCK_A)
+        below = (apart > -N - BLOCK_B) & (apart < BLOCK_A - N)
+        cut = (a_first + BLOCK_A > a_end) | (b_first + BLOCK_B > b_end)
+        if diagonal | above | below | cut:
+            a = a_first + tl.arange(0, BLOCK_A)[:, None]
+            b = b_first + tl.arange(0, BLOCK_B)[None, :]
+            excluded = (a == b) | (a + N == b) | (a == b + N) | (a >= a_end) | (b >= b_end)
+            s2 = tl.where(excluded, float("-inf"), s2)
     return s2
 
 
