@@ -121,11 +121,12 @@ def json_path(text: str) -> Path:
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write the result beside `path` and rename it, so that a file is whole or absent.
 
-    The command that made it is added under `command`.
+    The command that made it is added under `command`, with paths as seen from this folder.
     """
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    result = {"command": " ".join([program, *sys.argv[1:]]), **result}
+    command = " ".join([program, *sys.argv[1:]]).replace(f"{Path.cwd()}/", "")
+    result = {"command": command, **result}
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     partial = path.with_name(path.name + ".partial")
     try:

@@ -596,3 +596,11 @@ def test_json_is_whole_or_absent(tmp_path):
         _cli.write_json(tmp_path / "gone" / "result.json", {"ms": 1.0})
     _cli.write_json(path, {"ms": 1.0})
     assert json.loads(path.read_text())["ms"] == 1.0
+
+
+def test_a_result_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path)])
+    _cli.write_json(path, {})
+    assert json.loads(path.read_text())["command"].endswith(" --json result.json")
