@@ -47,6 +47,11 @@ class Tiling(NamedTuple):
     descriptors: bool = False
     resident: int = 1
 
+    @property
+    def registers(self) -> int:
+        """Registers of a thread where as many blocks as wanted share a multiprocessor's."""
+        return min(255, 65536 // (32 * self.num_warps * self.resident))
+
 
 def padded(D: int) -> int:
     """Columns of a matrix of unit rows: a power of two, and what tensor cores take."""

@@ -800,6 +800,8 @@ def softmax_loss(
             RUNNING=online or exact,
             DESCRIPTORS=own_tiles.descriptors,
             **blocks(own_tiles, D),
+            # or the compiler spills for the sake of blocks that nobody wants
+            maxnreg=own_tiles.registers,
         )
     return loss if losses is None else losses, dz
 

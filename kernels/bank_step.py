@@ -460,4 +460,6 @@ def bank_step(
             momentum,
             weight_decay,
             **blocks(own_tiles, D),
+            # or the compiler spills for the sake of blocks that nobody wants
+            maxnreg=own_tiles.registers,
         )

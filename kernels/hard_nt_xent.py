@@ -350,5 +350,7 @@ def hard_nt_xent(
             1.0 / (2 * N * temperature),
             **form,
             **blocks(tiles, D),
+            # or the compiler spills for the sake of blocks that nobody wants
+            maxnreg=tiles.registers,
         )
     return loss, dz
