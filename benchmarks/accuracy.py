@@ -22,8 +22,6 @@ import dataclasses
 import io
 import itertools
 import json
-import math
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +36,13 @@ from torch import Tensor
 from benchmarks import _cli, timing
 from clae_fast import data, train
 from clae_fast.config import Config
-from clae_fast.probes import extract_features, knn_accuracy, linear_accuracy
+from clae_fast.evaluation import (
+    extract_features,
+    knn_accuracy,
+    linear_accuracy,
+    mean_and_interval,
+    with_interval,
+)
 from clae_fast.trainer import Trainer
 
 ATTACKS = ("none", "pair", "self")
@@ -166,7 +170,8 @@ def _probe(
     trainer: Trainer, features: Callable[[Trainer, data.Split], tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     sets = (*features(trainer, trainer.labelled), *features(trainer, trainer.test))
-    return {"knn": knn_accuracy(*sets), "linear": linear_accuracy(*sets)}
+    seed = trainer.config.seed
+    return {"knn": knn_accuracy(*sets), "linear": linear_accuracy(*sets, seed=seed)}
 
 
 def _features(trainer: Trainer, split: data.Split) -> tuple[Tensor, Tensor]:
@@ -197,17 +202,6 @@ def _row(
     return row
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and half the width of its 95 % interval; None for a single value."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, None
-    from scipy import stats
-
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
-
-
 def _markdown(rows: Iterable[dict[str, Any]]) -> str:
     lines = [
         "| encoder | n | seconds | kNN, % | linear, % | kNN over none | linear over none |",
@@ -215,7 +209,7 @@ def _markdown(rows: Iterable[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = [
-            _with_interval(row.get(metric), row.get(f"{metric}_ci95"), sign)
+            with_interval(row[metric], row[f"{metric}_ci95"], f"{sign}.1f") if metric in row else ""
             for metric, sign in (
                 ("seconds", ""),
                 ("knn", ""),
@@ -226,12 +220,6 @@ def _markdown(rows: Iterable[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {row['encoder']} | {row['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _with_interval(mean: float | None, half_width: float | None, sign: str) -> str:
-    if mean is None:
-        return ""
-    return f"{mean:{sign}.1f}" + ("" if half_width is None else f" ± {half_width:.1f}")
 
 
 def _plot(rows: Iterable[dict[str, Any]], path: Path) -> None:

@@ -1,27 +1,56 @@
-"""Evaluation of a run: `python -m clae_fast.evaluate RUN`.
+"""Evaluation of runs: `python -m clae_fast.evaluate RUN [RUN ...]`.
 
 The encoder of a checkpoint, its main BatchNorm in eval mode, gives features h of the labelled
-training images and of the test set once; a weighted kNN vote and a linear probe are taken on them,
-over the whole test set. Images that were held out for validation count as neither.
+training images and of the whole test set once; the probes are taken on them. Images that were held
+out for validation count as neither. What is chosen, such as the penalty of the linear probe, is
+chosen on training images. results.json in the run's folder has
+
+"knn" "linear"       accuracies in per cent: a weighted vote, and logistic regression
+"alignment" "uniformity"  of projections of the run's own views of the test images
+"step" "checkpoint"  what they belong to
+"protocol"           "clean": how they came about, as above
+"corrupt"            images that were skipped
+"transfer"           {data set: all of these on it}
+
+A later call with the same checkpoint at the same step adds to what is there; any other replaces it.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clae_fast import _cli, data, encoders, provenance
 from clae_fast.config import Config
 from clae_fast.device import pick_device
-from clae_fast.probes import extract_features, knn_accuracy, linear_accuracy
+from clae_fast.evaluation import (
+    accuracy,
+    extract_features,
+    fit_linear,
+    knn_accuracy,
+    view_geometry,
+)
+from clae_fast.evaluation.summary import repeated_seeds, report, summarise, table
+from clae_fast.nn import Encoder
 from clae_fast.run_folder import RunFolder
 from clae_fast.trainer import hold_out
 
+__all__ = ["evaluate", "main", "report"]
+
+_FILE = "results.json"
+
 
 def evaluate(
-    folder: RunFolder, path: Path | None = None, *, splits: data.Splits | None = None
+    folder: RunFolder,
+    path: Path | None = None,
+    *,
+    splits: data.Splits | None = None,
+    transfer: tuple[str, data.Splits] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run and writes the run's results.json.
 
@@ -29,10 +58,11 @@ def evaluate(
         folder: the run.
         path: the checkpoint; by default the best in validation, or the last where none is held out.
         splits: the run's data set, if it is loaded already.
+        transfer: another data set and its name, to evaluate on; on the run's own only where
+            results.json has nothing of this checkpoint.
 
     Returns:
-        "knn" and "linear", accuracies in per cent, the optimiser "step" they belong to, the name
-        of the "checkpoint", and how many images were "corrupt" and skipped.
+        What results.json has now, as the module says.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or of another run.
@@ -42,20 +72,52 @@ def evaluate(
     path = path or folder.best_or_last
     device = pick_device(config.device)
     encoder, step = encoders.restore(folder, path, device)
-    (_, labelled, test), _ = hold_out(config, splits or _load(config))
-    sets = (
-        *extract_features(encoder, labelled, config, device),
-        *extract_features(encoder, test, config, device),
-    )
-    results = {
-        "knn": knn_accuracy(*sets),
-        "linear": linear_accuracy(*sets),
-        "step": step,
-        "checkpoint": path.name,
-        "corrupt": len(test.corrupt),
-    }
-    folder.write_json("results.json", results)
+    identity = {"step": step, "checkpoint": path.name}
+    results = _read(folder, identity)
+    if transfer is None or "knn" not in results:
+        own, _ = hold_out(config, splits or _load(config))
+        measured = _measure(encoder, own, config, device)
+        results = _merge(results, measured | identity | {"corrupt": len(own.test.corrupt)})
+    if transfer is not None:
+        name, others = transfer
+        measured = _measure(encoder, others, config, device)
+        results = _merge(results, {"transfer": {name: measured}})
+    folder.write_json(_FILE, results)
     return results
+
+
+def _measure(
+    encoder: Encoder, splits: data.Splits, config: Config, device: torch.device
+) -> dict[str, Any]:
+    train = extract_features(encoder, splits.labelled, config, device)
+    test = extract_features(encoder, splits.test, config, device)
+    probe = fit_linear(*train, seed=config.seed)
+    return {
+        "protocol": "clean",
+        "knn": knn_accuracy(*train, *test),
+        "linear": accuracy(probe, *test),
+        **view_geometry(encoder, splits.test, config, device),
+    }
+
+
+def _read(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any]:
+    """What results.json has of this checkpoint; nothing where it is of another, or damaged."""
+    try:
+        results = json.loads((folder.path / _FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    same = isinstance(results, dict) and identity.items() <= results.items()
+    return results if same else {}
+
+
+def _merge(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`before` with what is new, also inside of what both have."""
+    both = {
+        name: _merge(before[name], value)
+        for name, value in new.items()
+        if isinstance(value, dict) and isinstance(before.get(name), dict)
+    }
+    return before | new | both
 
 
 def _load(config: Config) -> data.Splits:
@@ -65,14 +127,6 @@ def _load(config: Config) -> data.Splits:
         limit=config.limit,
         on_corrupt=config.on_corrupt,
     )
-
-
-def report(results: dict[str, Any]) -> str:
-    """The accuracies, a line each."""
-    lines = [f"{probe} accuracy: {results[probe]:.1f} %" for probe in ("knn", "linear")]
-    if results["checkpoint"] != "last.pt":
-        lines.insert(0, f"checkpoint: {results['checkpoint']}, step {results['step']}")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,13 +143,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> None:
     args = _parser().parse(argv)
-    folder = RunFolder.open(args.pop("run"))
-    path = _find(folder, args.pop("checkpoint", None))
-    folder.config = dataclasses.replace(folder.config, **args)
-    splits = _load(folder.config)
-    for line in provenance.data_changes(folder, splits):
-        _cli.warn(line)
-    print(report(evaluate(folder, path, splits=splits)))
+    paths, name, as_json = args.pop("run"), args.pop("checkpoint", None), args.pop("json")
+    transfer = _other_data(args)
+    # all that are named are there before the first is evaluated
+    folders = [RunFolder.open(path) for path in paths]
+    checkpoints = [_find(folder, name) for folder in folders]
+    runs = []
+    for folder, path in zip(folders, checkpoints, strict=True):
+        folder.config = dataclasses.replace(folder.config, **args)
+        splits = None
+        if transfer is None:
+            splits = _load(folder.config)
+            for line in provenance.data_changes(folder, splits):
+                _cli.warn(line)
+        results = evaluate(folder, path, splits=splits, transfer=transfer)
+        runs.append((str(folder.path), folder.config, results))
+        if len(folders) > 1 and not as_json:
+            print(f"{folder.path}: evaluated", flush=True)
+    for first, second in repeated_seeds(runs):
+        _cli.warn(f"{first} and {second} have the same seed: they are not two samples")
+    if as_json:
+        listed = [{"run": name} | results for name, _, results in runs]
+        print(json.dumps({"runs": listed, "groups": summarise(runs)}, indent=2))
+    elif len(runs) == 1:
+        print(report(runs[0][2]))
+    else:
+        print("\n" + table(summarise(runs)))
+
+
+def _other_data(args: dict[str, Any]) -> tuple[str, data.Splits] | None:
+    """The data set that `--dataset` names, with the flags that belong to it, which are taken."""
+    if "dataset" not in args:
+        return None
+    name, folder = args.pop("dataset"), args.pop("data_dir", None)
+    splits = data.load(name, data_dir=folder, on_corrupt=args.get("on_corrupt", "fail"))
+    # of these the name says nothing
+    return (f"{name}/{Path(folder).name}" if name in ("folder", "parquet") else name), splits
 
 
 def _find(folder: RunFolder, name: str | None) -> Path:
@@ -115,17 +198,25 @@ def _parser() -> _cli.Parser:
     # suppressed defaults: what is not given is as in the run
     parser = _cli.Parser(
         prog="python -m clae_fast.evaluate",
-        description="Weighted kNN and a linear probe on a run's features.",
+        description="Weighted kNN, a linear probe, alignment and uniformity of runs, into their "
+        "results.json. Of several runs, those that differ in the seed alone are averaged.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", type=Path, nargs="+", metavar="RUN", help="run folder")
+    add(
         "--checkpoint",
         metavar="NAME",
         help="best, last, another of the run such as epoch-0010, or a file; "
         "by default the best where there is one",
     )
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="evaluate on this data set instead of the run's own; --data-dir is then its folder",
+    )
+    add("--json", action="store_true", default=False, help="print one JSON object and nothing else")
     _cli.add_settings(parser, ("data_dir", "workers", "device", "on_corrupt"))
     return parser
 

@@ -1,6 +1,5 @@
 """The training loop: epochs, log points, checkpoints and resume. It knows no method's formula."""
 
-import dataclasses
 import functools
 import math
 import time
@@ -20,12 +19,12 @@ from clae_fast.config import Config
 from clae_fast.device import pick_device
 from clae_fast.distributed import World
 from clae_fast.engine import Engine
+from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder
 from clae_fast.nn.sync_norm import convert
 from clae_fast.optimizer import lr_factor
 from clae_fast.parts import StepResult
-from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.run_folder import MetricsLog, RunFolder
 
 
@@ -179,12 +178,9 @@ class Trainer:
             ValueError: the images have to stay on the device, and do not fit.
         """
         config = self.config
-        recipe = data.Recipe(
-            **{field.name: getattr(config, field.name) for field in dataclasses.fields(data.Recipe)}
-        )
         return data.view_source(
             self.train,
-            recipe,
+            data.Recipe.of(config),
             image_size=config.image_size,
             batch_size=config.batch_size,
             epochs=config.epochs,

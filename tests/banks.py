@@ -7,9 +7,9 @@ import torch
 from test_step import attack, flops, resnet, views
 
 from clae_fast.batch import Batch
+from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.parts import StepOptions
-from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.settings import resolve
 from clae_fast.trainer import Trainer
 

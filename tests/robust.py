@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from clae_fast.attack import LinfAttack
 from clae_fast.batch import Batch
 from clae_fast.distributed import World
+from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.parts import StepOptions, StepResult
-from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.settings import resolve
 from clae_fast.trainer import Trainer
 

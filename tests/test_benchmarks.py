@@ -495,7 +495,6 @@ def test_engine_command(tmp_path, capsys):
 # accuracy
 
 
-@pytest.mark.filterwarnings("ignore")  # scikit-learn's, on fits this small
 def test_accuracy_command(tmp_path, capsys):
     out, runs = tmp_path / "result.json", tmp_path / "runs"
     flags = "--seeds 1 --limit 128 --epochs 2 --batch-size 64 --warmup-epochs 0 --equal-time"
@@ -534,14 +533,6 @@ def test_accuracy_passes_on_what_train_refuses(flags, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-
-
-def test_interval_is_students():
-    # t(0.975, 2) = 4.3027, the standard error of 1, 2, 3 is 1 / sqrt(3)
-    assert accuracy.mean_and_interval([1.0, 2.0, 3.0]) == pytest.approx(
-        (2.0, 4.3027 / 3**0.5), 1e-4
-    )
-    assert accuracy.mean_and_interval([5.0]) == (5.0, None)
 
 
 # all commands

@@ -1,10 +1,14 @@
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from clae_fast import checkpoint, data, evaluate
-from clae_fast.probes import extract_features
+from clae_fast.evaluation import extract_features, mean_and_interval
 from clae_fast.run_folder import RunFolder
 from clae_fast.settings import resolve
 from clae_fast.trainer import Trainer
@@ -37,15 +41,33 @@ def validated(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Two seeds with the attack, one without."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, settings in (
+        ("pair-0", {}), ("pair-1", {"seed": 1}), ("none-0", {"attack": "none"})
+    ):  # fmt: skip
+        config = resolve(TINY | settings)
+        Trainer(config).fit(RunFolder.create(root / name, config))
+    return [str(root / name) for name in ("pair-0", "pair-1", "none-0")]
+
+
 class TestRun:
     def test_writes_what_it_prints(self, folder, capsys):
         assert evaluate.main([str(folder.path)]) == 0
         results = json.loads((folder.path / "results.json").read_text())
-        assert capsys.readouterr().out == (
-            f"knn accuracy: {results['knn']:.1f} %\nlinear accuracy: {results['linear']:.1f} %\n"
-        )
+        assert capsys.readouterr().out.splitlines() == [
+            f"knn accuracy: {results['knn']:.1f} %",
+            f"linear accuracy: {results['linear']:.1f} %",
+            f"alignment: {results['alignment']:.3f}",
+            f"uniformity: {results['uniformity']:.3f}",
+        ]
         assert results["step"] == 4
+        assert results["protocol"] == "clean"
         assert all(0 <= results[name] <= 100 for name in ("knn", "linear"))
+        assert 0 < results["alignment"] < 4
+        assert -8 < results["uniformity"] < 0
 
     def test_features_are_those_of_the_main_branch_in_eval_mode(self, folder):
         trainer = Trainer(folder.config)
@@ -133,9 +155,135 @@ class TestRun:
         assert "RUN" in capsys.readouterr().err
 
 
+class TestResults:
+    """What becomes of a results.json that is there."""
+
+    @pytest.fixture
+    def run(self, validated, tmp_path):
+        shutil.copytree(validated.path, tmp_path / "run")
+        return RunFolder.open(tmp_path / "run")
+
+    def test_of_the_same_checkpoint_are_added_to(self, run):
+        digits = data.load("digits", limit=40)
+        plain = evaluate.evaluate(run)
+        both = evaluate.evaluate(run, transfer=("digits", digits))
+        assert both == plain | {"transfer": {"digits": both["transfer"]["digits"]}}
+        assert set(both["transfer"]["digits"]) == {
+            "protocol", "knn", "linear", "alignment", "uniformity"
+        }  # fmt: skip
+        more = evaluate.evaluate(run, transfer=("other", digits))
+        assert set(more["transfer"]) == {"digits", "other"}
+        assert evaluate.evaluate(run) == more
+        assert json.loads((run.path / "results.json").read_text()) == more
+
+    def test_of_another_checkpoint_are_replaced(self, run):
+        evaluate.evaluate(run, run.best, transfer=("digits", data.load("digits", limit=40)))
+        last = evaluate.evaluate(run, run.checkpoint)
+        assert last["checkpoint"] == "last.pt"
+        assert "transfer" not in last
+
+    def test_of_another_step_are_replaced(self, run):
+        results = evaluate.evaluate(run)
+        run.write_json("results.json", results | {"step": 1, "transfer": {}})
+        assert evaluate.evaluate(run) == results
+
+    @pytest.mark.parametrize("content", ["", "[]", '{"step": 4'])
+    def test_damaged_ones_are_replaced(self, run, content):
+        results = evaluate.evaluate(run)
+        (run.path / "results.json").write_text(content)
+        assert evaluate.evaluate(run) == results
+
+    def test_a_transfer_alone_comes_with_the_runs_own(self, run):
+        found = evaluate.evaluate(run, transfer=("digits", data.load("digits", limit=40)))
+        assert {"knn", "linear", "corrupt", "transfer"} <= found.keys()
+
+
+class TestTransfer:
+    def test_to_a_folder(self, folder, tmp_path, capsys):
+        for name in ("train", "test"):
+            for label in "ab":
+                (tmp_path / "leaves" / name / label).mkdir(parents=True)
+                for i in range(3):
+                    image = Image.new("RGB", (12, 12), (30 * i, 200 * (label == "b"), 7))
+                    image.save(tmp_path / "leaves" / name / label / f"{i}.png")
+        flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "leaves")]
+        assert evaluate.main([str(folder.path), *flags]) == 0
+        results = json.loads((folder.path / "results.json").read_text())
+        linear = results["transfer"]["folder/leaves"]["linear"]
+        assert f"transfer folder/leaves linear accuracy: {linear:.1f} %" in capsys.readouterr().out
+
+    def test_bad_data_is_one_line(self, folder, tmp_path, capsys):
+        assert evaluate.main([str(folder.path), "--dataset", "digit"]) == 2
+        assert evaluate.main([str(folder.path), "--dataset", "folder"]) == 2
+        flags = ["--dataset", "folder", "--data-dir", str(tmp_path)]
+        assert evaluate.main([str(folder.path), *flags]) == 2
+        name, missing, empty = capsys.readouterr().err.splitlines()
+        assert name.startswith("error: dataset must be one of digits, ")
+        assert missing == "error: data_dir is required for the folder data set"
+        assert str(tmp_path) in empty
+
+
+class TestSeveralRuns:
+    def test_are_one_table(self, paths, capsys):
+        assert evaluate.main(paths) == 0
+        *said, _, title, _, knn, linear, alignment, _ = capsys.readouterr().out.splitlines()
+        assert said == [f"{path}: evaluated" for path in paths]
+        assert title == "| | attack pair, n = 2 | attack none, n = 1 |"
+        assert knn.startswith("| knn accuracy, % | ")
+        assert linear.startswith("| linear accuracy, % | ")
+        results = [json.loads((Path(path) / "results.json").read_text()) for path in paths]
+        mean = sum(found["alignment"] for found in results[:2]) / 2
+        alone = results[2]["alignment"]
+        assert re.fullmatch(rf"\| alignment \| {mean:.3f} ± [\d.]+ \| {alone:.3f} \|", alignment)
+
+    def test_are_one_json_object(self, paths, capsys):
+        assert evaluate.main([*paths, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for path, run in zip(paths, found["runs"], strict=True):
+            assert run == {"run": path} | json.loads((Path(path) / "results.json").read_text())
+        pair, none = found["groups"]
+        assert pair["settings"] == {"attack": "pair"}
+        assert pair["runs"] == paths[:2]
+        mean, half = mean_and_interval([run["knn"] for run in found["runs"][:2]])
+        assert pair["metrics"]["knn"] == {"mean": mean, "ci95": half}
+        assert none["metrics"]["knn"] == {"mean": found["runs"][2]["knn"], "ci95": None}
+
+    def test_one_is_the_same_object(self, paths, capsys):
+        assert evaluate.main([paths[0], "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [run["run"] for run in found["runs"]] == paths[:1]
+        assert found["groups"][0]["settings"] == {}
+
+    def test_a_bad_one_is_found_before_any_is_evaluated(self, paths, tmp_path, capsys):
+        assert evaluate.main([paths[0], str(tmp_path)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err == f"error: {tmp_path} is no run folder: it has no config.json\n"
+
+    def test_the_same_seed_twice_is_no_second_sample(self, paths, tmp_path, capsys):
+        shutil.copytree(paths[0], tmp_path / "again")
+        assert evaluate.main([paths[0], str(tmp_path / "again")]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"warning: {paths[0]} and {tmp_path / 'again'} have the same seed: "
+            "they are not two samples"
+        )
+
+
 def test_report_has_a_line_each():
-    lines = "knn accuracy: 97.1 %\nlinear accuracy: 98.3 %"
-    results = {"knn": 97.14, "linear": 98.26, "step": 8, "checkpoint": "last.pt"}
+    results = {
+        "protocol": "clean",
+        "knn": 97.14,
+        "linear": 98.26,
+        "alignment": 0.25,
+        "transfer": {"stl10": {"knn": 50.0}},
+        "step": 8,
+        "checkpoint": "last.pt",
+    }
+    lines = (
+        "knn accuracy: 97.1 %\nlinear accuracy: 98.3 %\nalignment: 0.250\n"
+        "transfer stl10 knn accuracy: 50.0 %"
+    )
     assert evaluate.report(results) == lines
     best = evaluate.report(results | {"checkpoint": "best.pt"})
     assert best == f"checkpoint: best.pt, step 8\n{lines}"

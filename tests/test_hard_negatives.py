@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clae_fast.attack import LinfAttack
 from clae_fast.batch import Batch
+from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.methods.dcl import DCL
 from clae_fast.methods.h_scl import HSCL
 from clae_fast.methods.hcl import HCL
@@ -17,7 +18,6 @@ from clae_fast.methods.simclr import SimCLR
 from clae_fast.methods.sscl import SSCL
 from clae_fast.methods.supcon import SupCon
 from clae_fast.parts import StepOptions
-from clae_fast.probes import extract_features, knn_accuracy
 from clae_fast.settings import resolve
 from clae_fast.trainer import Trainer
 

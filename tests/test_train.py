@@ -73,7 +73,8 @@ class TestRun:
         assert out[5] == "data: on cpu, 0.0246 MB"
         assert re.fullmatch(r"knn accuracy: \d+\.\d %", out[6])
         assert re.fullmatch(r"linear accuracy: \d+\.\d %", out[7])
-        assert out[8:] == [f"run folder: {run}"]
+        assert [line.partition(":")[0] for line in out[8:10]] == ["alignment", "uniformity"]
+        assert out[10:] == [f"run folder: {run}"]
 
     def test_progress_has_rate_losses_and_time_left(self, finished):
         last = finished[2].split("\r")[-1]

@@ -6,7 +6,7 @@ from clae_fast.data.datasets import DATASETS, load, require_dataset
 from clae_fast.data.loaders import Batches, eval_transform, image_loader
 from clae_fast.data.recipes import RECIPES, Recipe
 from clae_fast.data.schedule import BatchSchedule
-from clae_fast.data.split import DataError, Split, Splits, hold_out
+from clae_fast.data.split import DataError, Split, Splits, hold_out, stratified
 from clae_fast.data.views import ViewSource, view_source
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "image_loader",
     "load",
     "require_dataset",
+    "stratified",
     "view_source",
 ]

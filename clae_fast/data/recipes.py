@@ -1,6 +1,8 @@
 """Published recipes of augmentation, by name."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ class Recipe:
     grey_prob: float
     blur_prob: tuple[float, float]
     solarize_prob: tuple[float, float]
+
+    @classmethod
+    def of(cls, settings: Any) -> "Recipe":
+        """The recipe in the settings of a run."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: getattr(settings, name) for name in names})
 
 
 # Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020:

@@ -119,15 +119,33 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     Raises:
         ValueError: `size` leaves either part empty.
     """
-    total = len(split)
+    held = stratified(split.labels, size, seed)
+    return split.select(~held), split.select(held)
+
+
+def stratified(labels: Tensor, size: int, seed: int) -> Tensor:  # [N] -> [N]
+    """Marks `size` of the images, the same share of every class to within one image.
+
+    Args:
+        labels: classes.
+        size: images to mark.
+        seed: which ones.
+
+    Returns:
+        True for these.
+
+    Raises:
+        ValueError: `size` leaves none of either kind.
+    """
+    total = len(labels)
     if not 0 < size < total:
         raise ValueError(f"size must be from 1 to {total - 1}, got {size}")
     order = np.random.default_rng(seed).permutation(total)
-    order = order[np.argsort(split.labels.numpy()[order], kind="stable")]
+    order = order[np.argsort(labels.numpy()[order], kind="stable")]
     # every (total / size)-th image of an order by class, shuffled within each
     held = np.zeros(total, dtype=bool)
     held[order[(2 * np.arange(size) + 1) * total // (2 * size)]] = True
-    return split.select(torch.from_numpy(~held)), split.select(torch.from_numpy(held))
+    return torch.from_numpy(held)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,8 @@
 import pytest
 import torch
+from clusters import clusters
 
-from clae_fast.probes import knn_accuracy, linear_accuracy
-
-
-def clusters(per_class, noise, seed):
-    """Points around four directions in eight dimensions, at lengths from 1 to 100."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(4).repeat(per_class)
-    points = torch.eye(8)[labels] + noise * torch.randn(len(labels), 8, generator=generator)
-    return points * torch.logspace(0, 2, len(labels)).unsqueeze(1), labels
+from clae_fast.evaluation import knn_accuracy
 
 
 class TestKnn:
@@ -43,17 +36,3 @@ class TestKnn:
         labels[-1] = 2  # one wrong answer, in the last chunk
         accuracy = knn_accuracy(train, train_labels, test, labels)
         assert accuracy == pytest.approx(100 * 2399 / 2400)
-
-
-class TestLinear:
-    def test_separable_features_are_all_right(self):
-        train, test = clusters(20, 0.05, seed=0), clusters(10, 0.05, seed=1)
-        unit = torch.nn.functional.normalize
-        assert linear_accuracy(unit(train[0]), train[1], unit(test[0]), test[1]) == 100
-
-    def test_scales_of_features_do_not_matter(self):
-        train, test = clusters(20, 0.2, seed=0), clusters(10, 0.2, seed=1)
-        scale = torch.logspace(-6, 6, 8)
-        plain = linear_accuracy(*train, *test)
-        scaled = linear_accuracy(train[0] * scale, train[1], test[0] * scale, test[1])
-        assert plain == pytest.approx(scaled, abs=1)

@@ -1,0 +1,23 @@
+"""How good an encoder is: probes on its features, fine-tuning, robustness, geometry.
+
+Nothing here chooses anything by the test images, but for `released`, which says so.
+"""
+
+from clae_fast.evaluation.features import extract_features
+from clae_fast.evaluation.geometry import alignment, uniformity, view_geometry
+from clae_fast.evaluation.intervals import mean_and_interval, with_interval
+from clae_fast.evaluation.knn import knn_accuracy
+from clae_fast.evaluation.linear import accuracy, fit_linear, linear_accuracy
+
+__all__ = [
+    "accuracy",
+    "alignment",
+    "extract_features",
+    "fit_linear",
+    "knn_accuracy",
+    "linear_accuracy",
+    "mean_and_interval",
+    "uniformity",
+    "view_geometry",
+    "with_interval",
+]

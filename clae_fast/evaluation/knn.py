@@ -1,0 +1,45 @@
+"""A weighted vote of the nearest training images."""
+
+import torch
+from torch import Tensor
+
+from clae_fast.ops import topk_similarity
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int | None = None,
+    sigma: float = 0.1,
+) -> float:
+    r"""Accuracy of a weighted vote among the k nearest training images.
+
+    A neighbour at cosine similarity c votes for its class with weight :math:`e^{c / \sigma}`
+    (Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", 2018).
+
+    Args:
+        train_features: voters.  # [M, F]
+        train_labels: their classes, from 0.  # [M]
+        test_features: images to classify.  # [N, F]
+        test_labels: their classes.  # [N]
+        k: neighbours that vote; 200 by default, but at most one in 50 of the training images.
+        sigma: temperature of the weights.
+
+    Returns:
+        Per cent of the test images whose class wins.
+    """
+    classes = int(train_labels.max()) + 1
+    k = min(k or max(1, min(200, len(train_labels) // 50)), len(train_labels))
+    correct = 0
+    for features, labels in zip(test_features.split(1024), test_labels.split(1024), strict=True):
+        nearest, rows = topk_similarity(features, train_features, k)  # [B, k]
+        votes = nearest.new_zeros(len(features), classes)  # [B, C]
+        # relative to the nearest one, which changes no ranking and cannot overflow
+        weights = ((nearest - nearest[:, :1]) / sigma).exp()
+        votes.scatter_add_(1, train_labels[rows], weights)
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return 100 * correct / len(test_labels)
