@@ -25,7 +25,7 @@ class ACSSL(QueueMethod):
     - the loss is one of
 
       .. math:: \frac{1}{N |H|} \sum_i \sum_{j \in H(i)}
-          \log \big(1 + e^{(s_{ij} - s_{ii} + m) / T}\big)
+          \log \bigl(1 + e^{(s_{ij} - s_{ii} + m) / T}\bigr)
       .. math:: -\frac{1}{N} \sum_i \log \frac{e^{s_{ii} / T}}
           {e^{s_{ii} / T} + \sum_{j \in H(i)} e^{s_{ij} / T}}
 

@@ -206,7 +206,7 @@ def hard_nt_xent(
     r"""NT-Xent with hard and debiased negatives, the loss of HCL and, with beta=0, of DCL.
 
     .. math:: \frac{1}{2N} \sum_i \log (e^{s_{i,\pi(i)}} + N_i) - s_{i,\pi(i)}, \quad
-        N_i = n \max \Big( \frac{M_i - \tau^+ e^{s_{i,\pi(i)}}}{1 - \tau^+}, e^{-1/T} \Big), \quad
+        N_i = n \max \Bigl( \frac{M_i - \tau^+ e^{s_{i,\pi(i)}}}{1 - \tau^+}, e^{-1/T} \Bigr), \quad
         M_i = \frac{\sum_j e^{(1 + \beta) s_{ij}}}{\sum_j e^{\beta s_{ij}}}
 
     over the 2N rows of both views, with s the cosine over the temperature T, the positive π(i) of

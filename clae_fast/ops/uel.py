@@ -128,8 +128,8 @@ def uel(
 ) -> Tensor:
     r"""Instance softmax with a spreading term: the loss of UEL and of CLAE's "UEL" variant.
 
-    .. math:: -\frac{1}{2N} \sum_i \Big[ \log p_{i,\pi(i)}
-        + \sum_{j \ne i, \pi(i)} \log (1 - p_{ij}) \Big],
+    .. math:: -\frac{1}{2N} \sum_i \Bigl[ \log p_{i,\pi(i)}
+        + \sum_{j \ne i, \pi(i)} \log (1 - p_{ij}) \Bigr],
         \quad p_{ij} = \frac{e^{s_{ij}}}{\sum_{k \ne i} e^{s_{ik}}}
 
     over the 2N rows of both views, with s the cosine over the temperature and the positive π(i) of
