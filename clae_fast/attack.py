@@ -144,7 +144,7 @@ class LinfAttack:
             x0: Centre of the ball; None takes `x`.
 
         Returns:
-            The adversarial view, with |x_adv - x0| <= eps in `x`'s dtype.
+            The adversarial view, with `|x_adv - x0| <= eps` in `x`'s dtype.
         """
         return linf_step(x, grad, alpha=self._alpha, x0=x0, **self._ball)
 
@@ -167,7 +167,7 @@ class LinfAttack:
             padding: The convolution's zero padding.
 
         Returns:
-            The adversarial view, with |x_adv - x| <= eps in `x`'s dtype.
+            The adversarial view, with `|x_adv - x| <= eps` in `x`'s dtype.
         """
         return stem_step(
             dy, weight, x, stride=stride, padding=padding, alpha=self._alpha, **self._ball

@@ -159,11 +159,11 @@ def bank_step(
     With :math:`w_k` the unit row of :math:`W_k`, :math:`p_{ik}` the softmax of the cosines over T
     of anchor i, and :math:`c_i` what it counts, 1/N by default,
 
-    .. math:: r_k = \sum_i c_i \tilde p_{ik} (u_i - (u_i \cdot w_k) w_k),
+    .. math:: r_k = \sum_i c_i p'_{ik} (u_i - (u_i \cdot w_k) w_k),
         \quad V_k \leftarrow \mu V_k - \frac{r_k}{\|W_k\| T} + \lambda W_k,
         \quad W_k \leftarrow W_k - \eta V_k
 
-    where :math:`\tilde p` is 1 - p at a positive and p elsewhere: the gradient of the anchors'
+    where :math:`p'` is 1 - p at a positive and p elsewhere: the gradient of the anchors'
     cross-entropy, with the sign of every entry that is no positive flipped. Negatives ascend on the
     loss, towards the anchors that find them hard, and positives descend. Of an entry that is one
     anchor's positive and another's negative both hold.

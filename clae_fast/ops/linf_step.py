@@ -91,7 +91,7 @@ def linf_step(
 
     The sign of NaN is 0 and that of ±inf is ±1; NaN in `x` or `x0` stays NaN. The arithmetic is
     fp32 (fp64 for fp64), with eps rounded towards 0, and the ball's bounds and the result are
-    rounded towards `x0`: |result - x0| <= eps holds exactly wherever `x0` lies in [lo, hi].
+    rounded towards `x0`: `|result - x0| <= eps` holds exactly wherever `x0` lies in [lo, hi].
 
     On a GPU it is one launch, whatever the layouts, and CUDA graphs can capture it. Bounds in
     tensors add a few small launches; numbers for each of more than four channels are copied to the

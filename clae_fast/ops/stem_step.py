@@ -68,7 +68,7 @@ def stem_step(
     With W the convolution by `weight`, of zero padding, no groups and no dilation, dy the loss's
     gradient at its output and x its input, or what the input is an increasing function of, channel
     by channel. The weight is rounded to the dtype of `dy`, as autocast does for the convolution,
-    sums are fp32 (fp64 for fp64), and the step is that of `linf_step`: |result - x| <= eps holds
+    sums are fp32 (fp64 for fp64), and the step is that of `linf_step`: `|result - x| <= eps` holds
     exactly wherever `x` lies in [lo, hi], the sign of NaN is 0.
 
     The kernel of `impl="cuda"` takes fp16 or bf16 `dy` with 64, 128 or 192 channels and fewer than
