@@ -1,25 +1,44 @@
 """What the documents say holds: examples run, commands and versions agree, links exist."""
 
+import ast
+import dataclasses
+import doctest
+import functools
+import importlib
 import re
+import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torchvision import models
 
 import clae_fast
+from clae_fast import ops
+from clae_fast.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install "
 MAIN_JOB = SET_UP + ". && .venv/bin/python -m clae_fast.train"
 TESTS = SET_UP + "'.[test]' && .venv/bin/python -m pytest"
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.*") if page.suffix != ".py")
+COMMANDS = ("train", "evaluate")
+# of torchrun, pip, docker, tensorboard and sphinx-build
+OTHERS_FLAGS = {
+    "--keep-going", "--logdir", "--nnodes", "--no-build-isolation", "--no-deps", "--no-index",
+    "--nproc-per-node", "--only-binary", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",
+    "--shm-size",
+}  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks in `language`, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks in `language`, in order; the README's by default."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
 def test_readme_examples_run() -> None:
@@ -56,7 +75,116 @@ def test_readme_commands_are_those_that_ci_runs() -> None:
         assert command.replace(".venv", ".venv-ci") in ci
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_of_the_site_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # weights are not fetched
+    monkeypatch.setattr(
+        "torchvision.models.get_model", lambda name, weights: getattr(models, name)()
+    )
+    names = {"torch": torch}
+    for block in blocks("python", read(page)):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("name", [*ops.__all__, "augment_params"])
+def test_examples_of_contracts_run(name: str) -> None:
+    examples = doctest.DocTestParser().get_examples(getattr(clae_fast, name).__doc__)
+    assert examples
+    names = {"torch": torch, "clae_fast": clae_fast, "dataclasses": dataclasses}
+    importlib.import_module("clae_fast.data")
+    for example in examples:
+        exec(example.source, names)
+
+
+@functools.cache
+def parser(command: str) -> object:
+    return importlib.import_module(f"clae_fast.{command}")._parser()
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The commands of the package in shell blocks: name and arguments."""
+    for block in blocks("sh", text):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for at, word in enumerate(words):
+                if word.startswith("clae_fast.") and words[at - 1] == "-m":
+                    arguments = words[at + 1 :]
+                    end = arguments.index(">") if ">" in arguments else len(arguments)
+                    yield word.removeprefix("clae_fast."), arguments[:end]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS + PAGES)
+def test_commands_are_accepted(page: str) -> None:
+    for command, arguments in commands(read(page)):
+        if "--help" in arguments:
+            continue
+        settings = parser(command).parse(arguments)
+        if command == "train":
+            layers = {name: settings.pop(name) for name in ("preset", "recipe")}
+            others = ("out", "resume", "config", "print_config", "allow_changed_data")
+            for name in others:
+                settings.pop(name)
+            resolve(settings, **layers)
+
+
+@functools.cache
+def known_flags() -> set[str]:
+    actions = [action for name in COMMANDS for action in parser(name)._actions]
+    flags = {flag for action in actions for flag in action.option_strings}
+    for file in (*(ROOT / "benchmarks").rglob("*.py"), ROOT / "tests" / "conftest.py"):
+        flags |= set(re.findall(r'"(--[a-z-]+)"', file.read_text()))
+    return flags | OTHERS_FLAGS
+
+
+@pytest.mark.parametrize("page", DOCUMENTS + PAGES)
+def test_flags_exist(page: str) -> None:
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", read(page)))
+    assert sorted(said - known_flags()) == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS + PAGES)
+def test_names_exist(page: str) -> None:
+    for name in set(re.findall(r"\bclae_fast(?:\.[A-Za-z]\w*)+", read(page))):
+        place = clae_fast
+        for part in name.split(".")[1:]:
+            if not hasattr(place, part):
+                importlib.import_module(f"{place.__name__}.{part}")
+            place = getattr(place, part)
+
+
+def test_every_op_is_named() -> None:
+    for name in ops.__all__:
+        assert f"`{name}`" in README or f"clae_fast.{name}" in README, name
+
+
+def test_errors_in_the_faq_are_raised() -> None:
+    files = [ROOT / "setup.py", *(ROOT / "clae_fast").rglob("*.py")]
+    templates = [
+        node.value
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    said = [
+        message
+        for terms in re.findall(r"^(`.*)\n: ", read("docs/faq.md"), re.M)
+        for message in re.findall(r"`([^`]*)`", terms)
+        if not message.startswith("--")
+    ]
+    assert len(said) > 30
+    lost = [
+        message
+        for message in said
+        if not any(
+            (len(piece.strip()) >= 10 and piece.strip() in message)
+            or max(message.split("..."), key=len).strip() in piece
+            for piece in templates
+        )
+    ]
+    assert not lost, lost
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text())
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

@@ -1,0 +1,179 @@
+"""What the package knows by name, written out from the package itself, by directives.
+
+`methods` and `ops` stand for a section for each of them, `presets` for a table, `command NAME` for
+what `python -m clae_fast.NAME --help` says.
+"""
+
+import argparse
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import nested_parse_with_titles
+
+import clae_fast
+from clae_fast import methods, ops
+from clae_fast.config import Config
+from clae_fast.methods import METHODS, Method
+from clae_fast.presets import PRESETS
+
+_KINDS = {"none": "plain", "pair": "pair attack", "self": "self attack", "released": "as released"}
+
+
+class _Written(SphinxDirective):
+    """A directive that stands for lines of reStructuredText."""
+
+    def run(self) -> list[nodes.Node]:
+        lines = StringList(list(self.lines()), source=self.get_source_info()[0])
+        parent = nodes.container()
+        parent.document = self.state.document
+        nested_parse_with_titles(self.state, lines, parent)
+        return parent.children
+
+    def lines(self) -> Iterable[str]:
+        raise NotImplementedError
+
+
+class _Methods(_Written):
+    def lines(self) -> Iterable[str]:
+        for name, method in METHODS.items():
+            yield from _section(method.__name__, f"method-{name}")
+            yield from _facts(_method_facts(name, method))
+            yield from ("", ".. code-block:: sh", "", f"   {_command(name, method)}", "")
+            yield from (f".. autoclass:: {_path(method)}", "")
+            yield from _loss_of_op(method)
+
+
+class _Ops(_Written):
+    def lines(self) -> Iterable[str]:
+        for name in ops.__all__:
+            yield from _section(name, f"op-{name}")
+            yield from (f".. autofunction:: clae_fast.{name}", "")
+
+
+class _Presets(_Written):
+    columns: ClassVar[dict[str, str]] = {
+        "method": "method",
+        "attack": "attack",
+        "dataset": "data set",
+        "arch": "encoder",
+        "optimizer": "optimiser",
+        "lr": "rate",
+        "batch_size": "batch",
+        "epochs": "epochs",
+        "temperature": "T",
+    }
+
+    def lines(self) -> Iterable[str]:
+        defaults = {name: getattr(Config(), name) for name in self.columns}
+        yield from _row(("preset", *self.columns.values()), first=True)
+        for name, settings in PRESETS.items():
+            values = ({**defaults, **settings}[column] for column in self.columns)
+            yield from _row((f"`{name}`", *map(_value, values)))
+
+
+class _Command(_Written):
+    required_arguments = 1
+
+    def lines(self) -> Iterable[str]:
+        (name,) = self.arguments
+        parser = importlib.import_module(f"clae_fast.{name}")._parser()
+        parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=96)
+        yield from _section(parser.prog, f"command-{name}")
+        yield from (_help(parser.description or ""), "", "::", "")
+        required = [action.metavar or action.dest for action in parser._get_positional_actions()]
+        yield from ("   " + " ".join((parser.prog, *required, "[--flag ...]")), "")
+        formatter = parser._get_formatter()
+        for group in parser._action_groups:
+            if group._group_actions:
+                yield from (f".. rubric:: {group.title}", "")
+            for action in group._group_actions:
+                text = formatter._expand_help(action) if action.help else ""
+                yield f"``{formatter._format_action_invocation(action)}``"
+                yield from (f"   {_help(text)}", "")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Adds the directives."""
+    app.add_directive("methods", _Methods)
+    app.add_directive("ops", _Ops)
+    app.add_directive("presets", _Presets)
+    app.add_directive("command", _Command)
+    return {"parallel_read_safe": True}
+
+
+def _section(title: str, target: str) -> tuple[str, ...]:
+    return (f".. _{target}:", "", title, "-" * len(title), "")
+
+
+def _facts(facts: Mapping[str, str]) -> Iterable[str]:
+    return (f":{name}: {text}" for name, text in facts.items() if text)
+
+
+def _row(cells: Iterable[str], *, first: bool = False) -> Iterable[str]:
+    """A row of a list-table; the first one begins it."""
+    if first:
+        yield from (".. list-table::", "   :header-rows: 1", "   :class: wide", "")
+    for column, cell in enumerate(cells):
+        yield f"   {'  -' if column else '* -'} {cell}"
+
+
+def _method_facts(name: str, method: type[Method]) -> dict[str, str]:
+    kinds = ", ".join(f"{_KINDS[kind]} {units}" for kind, units in method.units.items())
+    own = method.own_options()
+    needs = ["labels of the training images"] * method.needs_labels
+    needs += ["a frozen teacher, ``--teacher``"] * method.needs_teacher
+    presets = [preset for preset, settings in PRESETS.items() if _method_of(settings) == name]
+    return {
+        "Units of a step": kinds,
+        "Needs": ", ".join(needs),
+        "Takes": "small crops, ``--small-crops``" * method.small_crops,
+        "Settings of its own": ", ".join(
+            f"``{option}={_value(default)}``" for option, (_, default) in own.items()
+        ),
+        "Presets": ", ".join(f"``{preset}``" for preset in presets),
+    }
+
+
+def _method_of(settings: Mapping[str, Any]) -> str:
+    return settings.get("method", Config.method)
+
+
+def _loss_of_op(method: type[Method]) -> Iterable[str]:
+    """The formula of the op that is a method's loss, where its own docstring has none."""
+    called = re.search(r"`clae_fast\.(\w+)`", inspect.getdoc(getattr(method, "loss", None)) or "")
+    if called is None or ".. math::" in (method.__doc__ or ""):
+        return
+    contract = inspect.getdoc(getattr(clae_fast, called[1])) or ""
+    formula = re.search(r"^\.\. math::.*(\n +.*)*", contract, re.M)
+    assert formula is not None
+    yield from (f"   The loss is :func:`clae_fast.{called[1]}`,", "")
+    yield from (f"   {line}" for line in formula[0].splitlines())
+    yield from ("", "   in the notation explained there.", "")
+
+
+def _command(name: str, method: type[Method]) -> str:
+    teacher = " --teacher RUN" * method.needs_teacher
+    return f"python -m clae_fast.train --method {name}{teacher}"
+
+
+def _help(text: str) -> str:
+    """The help of a flag, with other flags as code and nothing else as markup."""
+    escaped = re.sub(r"([\\*`|_])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<!\w)--[a-z][a-z-]*", lambda found: f"``{found[0]}``", escaped)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _path(method: type[Method]) -> str:
+    """Where it is imported from."""
+    public = hasattr(methods, method.__name__)
+    return f"{'clae_fast.methods' if public else method.__module__}.{method.__name__}"

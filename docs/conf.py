@@ -1,0 +1,59 @@
+"""How Sphinx builds this site: `sphinx-build -W --keep-going -b html docs docs/_build`.
+
+Nothing is fetched, neither by the build nor by a reader: formulas are MathML, figures SVG.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# the checkout's own Python; the compiled module is that of the installed package
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+
+import clae_fast  # noqa: E402
+
+project = "clae_fast"
+author = "the authors of clae_fast"
+release = version = clae_fast.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "benchmark_tables",
+    "code_role",
+    "mathml",
+    "catalogue",
+    "schedule_figure",
+]
+exclude_patterns = ["_build"]
+templates_path: list[str] = []
+
+html_theme = "furo"
+html_title = f"clae_fast {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_copyright = False
+html_math_renderer = "mathml"
+
+# a single pair of backticks is code, as in Markdown; names of the package become links
+default_role = "code"
+# dashes, but no quotes: in contracts these are of code
+smartquotes_action = "D"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+toc_object_entries = False
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# "fp32 or fp64" is no type
+napoleon_preprocess_types = False
+
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+
+nitpicky = True
+# no inventory of another project is fetched
+nitpick_ignore_regex = [("py:.*", r"(?!clae_fast).*")]
