@@ -214,7 +214,7 @@ def _method_step(
     if kind_of.needs_teacher:
         more["teacher"] = copy.deepcopy(encoder.backbone).eval().requires_grad_(False)
         encoder.head = torch.nn.Identity()
-    method = kind_of(encoder, temperature=TEMPERATURE, adversarial=kind != "none", **more)
+    method = kind_of(encoder, adversarial=kind != "none", **more)
     method.to(views[0].device)
     labels = torch.arange(len(views[0]), device=views[0].device) % CLASSES
     batch = Batch(views[: kind_of.views], labels if kind_of.needs_labels else None)

@@ -84,7 +84,9 @@ class Config:
         "frozen encoder, for a method that learns from one: a run folder, torchvision/NAME "
         "or timm/NAME",
     )
-    temperature: float = _option(0.5, "temperature of the softmax")
+    temperature: float | None = _option(
+        None, "temperature of the softmax; the method's own by default"
+    )
     attack: str = _option("pair", "who is attacked", choices=("none", "pair", "self"))
     adv_weight: float = _option(1.0, "weight of the adversarial loss")
     adv_every: int = _option(1, "steps of which one is adversarial, the others are plain")
@@ -219,6 +221,8 @@ class Config:
             for name, (kind, default) in own.items()
         }
         object.__setattr__(self, "options", options)
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", method.own_temperature())
         if self.attack not in method.units:
             kinds = [kind for kind in method.units if kind != "released"]
             raise ValueError(

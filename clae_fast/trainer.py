@@ -41,15 +41,10 @@ def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
         RuntimeError: it needs a package that is not installed.
     """
     encoder = encoders.build(config, device)
-    given: dict[str, Any] = dict(config.options)
+    given: dict[str, Any] = {"temperature": config.temperature, **config.options}
     if config.teacher is not None:
         given["teacher"] = _teacher(config.teacher, config, encoder, device)
-    return METHODS[config.method](
-        encoder,
-        temperature=config.temperature,
-        adversarial=config.attack != "none",
-        **given,
-    )
+    return METHODS[config.method](encoder, adversarial=config.attack != "none", **given)
 
 
 def _teacher(

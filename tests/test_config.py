@@ -18,6 +18,12 @@ def test_values_take_the_type_of_their_setting():
         assert type(value) is float
 
 
+def test_the_temperature_is_the_methods_own_by_default():
+    for method, temperature in (("simclr", 0.5), ("plain", 0.1), ("moco", 0.2)):
+        assert Config(method=method).temperature == temperature
+    assert Config(method="moco", temperature=0.3).temperature == 0.3
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

@@ -139,7 +139,7 @@ class Queue(SimCLR):
 
     name = "queue"
 
-    def __init__(self, encoder, *, temperature, adversarial):
+    def __init__(self, encoder, *, temperature=0.5, adversarial=False):
         super().__init__(encoder, temperature=temperature, adversarial=adversarial)
         self.register_buffer("rows", torch.randn(24, 8))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))

@@ -69,6 +69,12 @@ class Method(nn.Module, ABC):
             if name not in ("temperature", "adversarial") and kinds[name] in (int, float, bool, str)
         }
 
+    @classmethod
+    def own_temperature(cls) -> float:
+        """The temperature where a run sets none."""
+        default: float = inspect.signature(cls).parameters["temperature"].default
+        return default
+
     def step(self, batch: Batch, options: StepOptions) -> StepResult:
         """Losses and gradients of one step, added to `.grad` as `backward()` does.
 
