@@ -334,6 +334,97 @@ _ROBUST_METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
+# He et al., "Momentum contrast for unsupervised visual representation learning", CVPR 2020, as Chen
+# et al., "Improved baselines with momentum contrastive learning", 2020, train its second version:
+# the command in the README of github.com/facebookresearch/moco, 67.5 % after 200 epochs
+_MOCO: dict[str, Any] = _IMAGENET | {
+    "attack": "none",
+    "dataset": "folder",
+    "data_dir": "data/imagenet",
+    "image_size": 224,
+    "crop_min_scale": 0.2,
+    "flip": True,
+    "color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "color_jitter_prob": 0.8,
+    "grey_prob": 0.2,
+    "blur_prob": (0.5, 0.5),
+    "temperature": 0.2,
+    "arch": "resnet50",
+    "head_layers": 2,
+    "head_norm": "none",
+    "hidden_dim": 2048,
+    "proj_dim": 128,
+    "optimizer": "sgd",
+    "lr": 0.03,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "decay_1d": True,
+    "schedule": "cosine",
+    "warmup_epochs": 0,
+    "epochs": 200,
+    "batch_size": 256,
+}
+# on one device BatchNorm sees 8 parts of a batch, as on the papers' 8 GPUs; torchrun, which
+# synchronises it, wants `--options norm_splits=1`
+_QUEUE: dict[str, Any] = {
+    "queue_size": 65536,
+    "momentum": 0.999,
+    "symmetric": False,
+    "norm_splits": 8,
+}
+_QUEUE_METHODS: dict[str, dict[str, Any]] = {
+    "moco-imagenet": _MOCO | {"method": "moco", "options": _QUEUE},
+    # that repository's demo, 82.6 % by kNN after 200 epochs
+    "moco-cifar10": _MOCO
+    | {
+        "method": "moco",
+        "dataset": "cifar10",
+        "data_dir": None,
+        "image_size": 32,
+        "crop_min_scale": 0.08,
+        "blur_prob": (0.0, 0.0),
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": _CIFAR10_STD,
+        "temperature": 0.1,
+        "arch": "resnet18",
+        "head_layers": 1,
+        "lr": 0.06,
+        "weight_decay": 5e-4,
+        "batch_size": 512,
+        "options": _QUEUE | {"queue_size": 4096, "momentum": 0.99},
+    },
+    # Kalantidis et al., "Hard negative mixing for contrastive learning", NeurIPS 2020, trains as
+    # MoCo v2; its numbers of hard and of synthetic negatives were not available, these are those of
+    # github.com/davidsvy/hard-negative-mixing
+    "mochi-imagenet": _MOCO
+    | {
+        "method": "mochi",
+        "options": _QUEUE | {"hard": 32, "pairs": 16, "with_query": 16},
+    },
+    # Giakoumoglou and Stathaki, "SynCo: synthetic hard negatives for contrastive visual
+    # representation learning", 2024, by the command in the README of github.com/giakoumoglou/synco:
+    # 68.1 %
+    "synco-imagenet": _MOCO
+    | {
+        "method": "synco",
+        "options": _QUEUE
+        | {
+            "hard": 1024,
+            "interpolated": 256,
+            "extrapolated": 256,
+            "pairs": 256,
+            "noised": 64,
+            "moved": 64,
+            "signed": 64,
+            "sigma": 0.01,
+            "delta": 0.01,
+            "eta": 0.01,
+            # 10 epochs
+            "warmup": 0.05,
+        },
+    },
+}
+
 # banks of learnable keys, on a folder of ImageNet; the bank's rate is constant, without the warm-up
 # that CaCo's code has
 _BANKS: dict[str, Any] = _IMAGENET | {
@@ -416,6 +507,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **_PAPERS,
     **_HARD_NEGATIVES,
     **_ROBUST_METHODS,
+    **_QUEUE_METHODS,
     **_BANK_METHODS,
 }
 

@@ -1,14 +1,12 @@
-"""What the tests of methods with a bank share: inputs, units, resumed runs, runs on the digits."""
+"""What the tests of methods of queries share: inputs, resumed runs, presets, runs on the digits."""
 
 import copy
 
-import pytest
 import torch
-from test_step import attack, flops, resnet, views
+from test_step import attack
 
 from clae_fast.batch import Batch
 from clae_fast.evaluation import extract_features, knn_accuracy
-from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.parts import StepOptions
 from clae_fast.settings import resolve
 from clae_fast.trainer import Trainer
@@ -34,22 +32,6 @@ def options(kind="none", **others):
 def sgd(module):
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     return torch.optim.SGD(weights, lr=0.1, momentum=0.5)
-
-
-@pytest.fixture(scope="module")
-def resnet18():
-    backbone, features = resnet(build_encoder, "resnet18", 8)
-    return Encoder(backbone, ProjectionHead(features, 512, 64)), views(2, 8, torch.float32)
-
-
-def check_units(cls, resnet18, **others):
-    encoder, x = resnet18
-    built = cls(encoder, adversarial=True, **others)
-    with torch.no_grad():
-        unit = flops(lambda: encoder(x[0]))
-    for kind, units in cls.units.items():
-        taken = flops(lambda kind=kind: built.step(Batch(x), options(kind)))
-        assert taken / unit == pytest.approx(units, rel=0.01)
 
 
 def assert_resumes(method, again, kind="pair"):
@@ -94,3 +76,10 @@ def assert_learns(least, **settings):
         trainer.step += 1
     trained = accuracy()
     assert trained > untrained + least, (untrained, trained)
+
+
+def assert_preset(name, expected, own):
+    """A preset's settings, and those that the method alone has."""
+    settings = resolve({}, name).to_dict()
+    assert {key: settings[key] for key in expected} == expected
+    assert settings["options"] == own

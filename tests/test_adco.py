@@ -4,15 +4,13 @@ import copy
 
 import pytest
 import torch
-from banks import WEIGHT, assert_learns, assert_resumes, check_units, options, sgd
-from banks import batch as made
-from banks import resnet18 as resnet18
+from queries import WEIGHT, assert_learns, assert_preset, assert_resumes, options, sgd
+from queries import batch as made
 from test_step import attack, encoders
 from torch import nn
 from torch.nn import functional as F
 
 from clae_fast.methods.adco import AdCo
-from clae_fast.settings import resolve
 
 BANK = {"bank_size": 18, "bank_lr": 0.4, "bank_momentum": 0.8, "bank_temperature": 0.02}
 BANK |= {"bank_decay": 0.01, "key_momentum": 0.9}
@@ -177,20 +175,6 @@ def test_a_full_bank_sets_the_key_encoder():
         torch.testing.assert_close(slow, fast, rtol=1e-14, atol=1e-14)
 
 
-def test_bank_sees_clean_views_only():
-    method = build()
-    fill(method)
-    clean = copy.deepcopy(method)
-    method.step(made(0), options("pair"))
-    clean.step(made(0), options("none"))
-    assert torch.equal(method.bank, clean.bank)
-
-
-def test_units(resnet18):
-    assert AdCo.units == {"none": 4, "pair": 7}
-    check_units(AdCo, resnet18)
-
-
 @pytest.mark.parametrize("full", [False, True])
 def test_resume(full):
     torch.manual_seed(1)
@@ -227,9 +211,7 @@ def test_learns():
 
 
 def test_preset():
-    settings = resolve({}, "adco-imagenet").to_dict()
-    assert settings["method"] == "adco"
-    assert (settings["temperature"], settings["lr"], settings["batch_size"]) == (0.12, 0.03, 256)
+    expected = {"method": "adco", "temperature": 0.12, "lr": 0.03, "batch_size": 256}
     own = {"bank_size": 65536, "bank_lr": 3.0, "bank_momentum": 0.9, "bank_temperature": 0.02}
     own |= {"bank_decay": 1e-4, "key_momentum": 0.999, "symmetric": False}
-    assert {name: settings["options"][name] for name in own} == own
+    assert_preset("adco-imagenet", expected, own)

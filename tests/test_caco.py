@@ -4,16 +4,14 @@ import copy
 
 import pytest
 import torch
-from banks import WEIGHT, assert_learns, assert_resumes, check_units, options
-from banks import batch as made
-from banks import resnet18 as resnet18
+from queries import WEIGHT, assert_learns, assert_preset, assert_resumes, options
+from queries import batch as made
 from test_adco import BANK, assert_steps_equal, build, fill, tangent
 from test_adco import Plain as PlainAdCo
 from test_step import attack
 from torch.nn import functional as F
 
 from clae_fast.methods.caco import CaCo
-from clae_fast.settings import resolve
 
 
 def caco_loss(z, labels, bank, temperature):
@@ -102,22 +100,6 @@ def test_the_key_encoders_momentum_grows_to_one():
     assert BANK["key_momentum"] == 0.9
 
 
-def test_units(resnet18):
-    assert CaCo.units == {"none": 8, "pair": 11}
-    check_units(CaCo, resnet18)
-
-
-def test_units_of_a_full_bank(resnet18):
-    full = type("Full", (CaCo,), {"phase": "", "_full": True})
-    full.__init__ = _built_full
-    check_units(full, resnet18)
-
-
-def _built_full(self, *arguments, **others):
-    CaCo.__init__(self, *arguments, **others)
-    self._full = True
-
-
 @pytest.mark.parametrize("full", [False, True])
 def test_resume(full):
     torch.manual_seed(1)
@@ -138,10 +120,8 @@ def test_learns():
 
 
 def test_preset():
-    settings = resolve({}, "caco-imagenet").to_dict()
-    assert settings["method"] == "caco"
-    assert (settings["temperature"], settings["optimizer"]) == (0.08, "lars")
-    assert (settings["lr"], settings["batch_size"], settings["weight_decay"]) == (1.2, 1024, 1.5e-6)
+    expected = {"method": "caco", "temperature": 0.08, "optimizer": "lars"}
+    expected |= {"lr": 0.3 * 1024 / 256, "batch_size": 1024, "weight_decay": 1.5e-6}
     own = {"bank_size": 65536, "bank_lr": 3.0, "bank_momentum": 0.9, "bank_temperature": 0.08}
     own |= {"bank_decay": 0.0, "key_momentum": 0.99, "fill_temperature": 0.2}
-    assert {name: settings["options"][name] for name in own} == own
+    assert_preset("caco-imagenet", expected, own)

@@ -1,6 +1,7 @@
 """Contrastive methods, one file each, behind the small protocol `Method`."""
 
 from clae_fast.methods.acl import ACL
+from clae_fast.methods.acssl import ACSSL
 from clae_fast.methods.adco import AdCo
 from clae_fast.methods.base import Method, PairMethod
 from clae_fast.methods.caco import CaCo
@@ -8,6 +9,8 @@ from clae_fast.methods.dcl import DCL
 from clae_fast.methods.deacl import DeACL
 from clae_fast.methods.h_scl import HSCL
 from clae_fast.methods.hcl import HCL
+from clae_fast.methods.mochi import MoCHi
+from clae_fast.methods.moco import MoCo
 from clae_fast.methods.plain import Plain
 from clae_fast.methods.query import QueryMethod
 from clae_fast.methods.rocl import RoCL
@@ -15,15 +18,35 @@ from clae_fast.methods.simclr import SimCLR
 from clae_fast.methods.sscl import SSCL
 from clae_fast.methods.supcon import SupCon
 from clae_fast.methods.supervised import SupervisedMethod
+from clae_fast.methods.synco import SynCo
 from clae_fast.methods.uel import UEL
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
-    for cls in (SimCLR, Plain, UEL, RoCL, ACL, DeACL, DCL, HCL, SSCL, SupCon, HSCL, AdCo, CaCo)
+    for cls in (
+        SimCLR,
+        Plain,
+        UEL,
+        MoCo,
+        AdCo,
+        CaCo,
+        ACSSL,
+        DCL,
+        HCL,
+        SSCL,
+        MoCHi,
+        SynCo,
+        SupCon,
+        HSCL,
+        RoCL,
+        ACL,
+        DeACL,
+    )
 }
 
 __all__ = [
     "ACL",
+    "ACSSL",
     "DCL",
     "HCL",
     "HSCL",
@@ -34,6 +57,8 @@ __all__ = [
     "CaCo",
     "DeACL",
     "Method",
+    "MoCHi",
+    "MoCo",
     "PairMethod",
     "Plain",
     "QueryMethod",
@@ -41,4 +66,5 @@ __all__ = [
     "SimCLR",
     "SupCon",
     "SupervisedMethod",
+    "SynCo",
 ]

@@ -81,6 +81,8 @@ class ACSSL(QueueMethod):
         if len(self.queue):
             hard, _ = nearest(u, self.queue, self.hard)
         else:
+            if self.hard >= len(u):
+                raise ValueError(f"hard must be below the {len(u)} rows of a step, got {self.hard}")
             own = torch.arange(len(u), device=u.device)[:, None]
             hard, _ = nearest(u, target.rows, self.hard, exclude=own)
         if self.form == "triplet":

@@ -18,9 +18,9 @@ class MoCHi(SyntheticMethod):
     .. math:: \alpha n_i + (1 - \alpha) n_j, \quad \alpha \sim U(0, 1)
     .. math:: \beta q + (1 - \beta) n_j, \quad \beta \sim U(0, 0.5)
 
-    and join the queue in the softmax of MoCo as constants. Pairs are drawn with replacement. How
-    many of each and how long a warm-up the paper's runs have was not available: a reconstruction
-    of the text's formulas.
+    and join the queue in the softmax of MoCo as constants. A reconstruction in two points: pairs
+    are drawn with replacement, as an implementation by others does, whose numbers of each kind are
+    the defaults; the paper's, and the length of its warm-up, were not available.
 
     Args:
         encoder: f, from views to raw projections.

@@ -23,7 +23,8 @@ class MoCo(QueueMethod):
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: K.
         momentum: Of the key encoder, from 0 to 1.
-        symmetric: Whether both views are queries and keys: 8 units, 11 with the pair attack.
+        symmetric: Whether both views are queries and keys: 8 units, 11 with the pair attack. The
+            loss is the mean of both, where the authors' demo on CIFAR-10 adds them.
         norm_splits: Batches that BatchNorm sees a batch as; 8 on one device stand for MoCo's 8.
     """
 

@@ -24,8 +24,8 @@ class SynCo(SyntheticMethod):
     signed       :math:`n + \eta\, \mathrm{sign}\, q`  along its sign
     ============ ================================= =================================
 
-    each of unit length, joining the queue in the softmax of MoCo. The authors' code estimates the
-    gradient of the last two by finite differences; it is q.
+    each of unit length, joining the queue in the softmax of MoCo. The authors' code has autograd
+    find the gradient of the last two, which is q.
 
     Args:
         encoder: f, from views to raw projections.
