@@ -206,33 +206,6 @@ def resnet18():
     return encoder, views(2, 8, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "units"),
-    [
-        ("simclr", "pair", 9),
-        ("simclr", "self", 11),
-        ("simclr", "released", 15),
-        ("plain", "self", 11),
-        ("plain", "released", 18),
-        ("uel", "pair", 9),
-    ],
-)
-def test_units(resnet18, name, kind, units):
-    encoder, x = resnet18
-    built = METHODS[name](encoder, adversarial=True)
-    plain = flops(lambda: built.step(Batch(x), StepOptions()))
-    ratio = flops(lambda: built.step(Batch(x), StepOptions(kind=kind, attack=attack()))) / plain
-    assert ratio == pytest.approx(units / built.units["none"], rel=0.01)
-
-
-def test_plain_takes_six_units(resnet18):
-    encoder, x = resnet18
-    built = SimCLR(encoder)
-    with torch.no_grad():
-        unit = flops(lambda: encoder(x[0]))
-    assert flops(lambda: built.step(Batch(x), StepOptions())) == pytest.approx(6 * unit, rel=0.01)
-
-
 def recipe(encoder, adv_encoder, x_p, x_q, loss):
     """The documented loop around linf_twin."""
     z_p = encoder(x_p)
