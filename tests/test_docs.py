@@ -18,6 +18,7 @@ from torchvision import models
 
 import clae_fast
 from clae_fast import ops
+from clae_fast.config import hints
 from clae_fast.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,9 @@ MAIN_JOB = SET_UP + ". && .venv/bin/python -m clae_fast.train"
 TESTS = SET_UP + "'.[test]' && .venv/bin/python -m pytest"
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.*") if page.suffix != ".py")
-COMMANDS = ("train", "evaluate")
+COMMANDS = sorted(
+    file.stem for file in (ROOT / "clae_fast").glob("*.py") if "\ndef _parser(" in file.read_text()
+)
 # of torchrun, pip, docker, tensorboard and sphinx-build
 OTHERS_FLAGS = {
     "--keep-going", "--logdir", "--nnodes", "--no-build-isolation", "--no-deps", "--no-index",
@@ -120,11 +123,8 @@ def test_commands_are_accepted(page: str) -> None:
             continue
         settings = parser(command).parse(arguments)
         if command == "train":
-            layers = {name: settings.pop(name) for name in ("preset", "recipe")}
-            others = ("out", "resume", "config", "print_config", "allow_changed_data")
-            for name in others:
-                settings.pop(name)
-            resolve(settings, **layers)
+            layers = {name: settings[name] for name in ("preset", "recipe")}
+            resolve({name: settings[name] for name in hints() if name in settings}, **layers)
 
 
 @functools.cache
@@ -150,6 +150,10 @@ def test_names_exist(page: str) -> None:
             if not hasattr(place, part):
                 importlib.import_module(f"{place.__name__}.{part}")
             place = getattr(place, part)
+
+
+def test_every_command_has_its_flags_listed() -> None:
+    assert sorted(re.findall(r"^\.\. command:: (\w+)$", read("docs/cli.rst"), re.M)) == COMMANDS
 
 
 def test_every_op_is_named() -> None:

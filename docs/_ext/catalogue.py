@@ -87,9 +87,12 @@ class _Command(_Written):
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=96)
         yield from _section(parser.prog, f"command-{name}")
         yield from (_help(parser.description or ""), "", "::", "")
-        required = [action.metavar or action.dest for action in parser._get_positional_actions()]
-        yield from ("   " + " ".join((parser.prog, *required, "[--flag ...]")), "")
         formatter = parser._get_formatter()
+        required = [
+            formatter._format_args(action, action.dest)
+            for action in parser._get_positional_actions()
+        ]
+        yield from ("   " + " ".join((parser.prog, *required, "[--flag ...]")), "")
         for group in parser._action_groups:
             if group._group_actions:
                 yield from (f".. rubric:: {group.title}", "")
@@ -97,6 +100,8 @@ class _Command(_Written):
                 text = formatter._expand_help(action) if action.help else ""
                 yield f"``{formatter._format_action_invocation(action)}``"
                 yield from (f"   {_help(text)}", "")
+        if parser.epilog:
+            yield from ("::", "", *(f"   {line}" for line in parser.epilog.splitlines()), "")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
