@@ -35,11 +35,11 @@ class ACSSL(QueueMethod):
 
     Args:
         encoder: f, the student, from views to raw projections; the teacher starts as its copy.
-        temperature: T.
+        temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Rows of past steps to mine from; 0 mines in the batch.
         momentum: Of the teacher, from 0 to 1.
-        hard: Hard negatives of a row, |H|.
+        hard: Hard negatives of a row, `|H|`.
         form: "triplet" or "softmax".
         margin: m of the triplets.
     """

@@ -24,7 +24,7 @@ class AdCo(BankMethod):
 
     Args:
         encoder: f, from views to raw projections.
-        temperature: T.
+        temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         bank_size: Entries of the bank, K.
         bank_lr: Its learning rate.

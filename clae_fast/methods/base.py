@@ -37,7 +37,7 @@ class Method(nn.Module, ABC):
         needs_teacher: Whether it takes `teacher`, a frozen encoder [N, C, H, W] -> [N, F].
         has_twin: Whether attacks need an adversarial twin of the encoder.
         fractions: Whether it has the approximations `adv_fraction` and `adv_replace`.
-        encoder: f.
+        encoder: f, from views to raw projections.
         adv_encoder: f_adv, None where there is none.
     """
 

@@ -24,7 +24,7 @@ class MoCHi(SyntheticMethod):
 
     Args:
         encoder: f, from views to raw projections.
-        temperature: T.
+        temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Keys in the queue, K.
         momentum: Of the key encoder, from 0 to 1.

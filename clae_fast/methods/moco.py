@@ -19,9 +19,9 @@ class MoCo(QueueMethod):
 
     Args:
         encoder: f, from views to raw projections.
-        temperature: T.
+        temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
-        queue_size: K.
+        queue_size: Keys in the queue, K.
         momentum: Of the key encoder, from 0 to 1.
         symmetric: Whether both views are queries and keys: 8 units, 11 with the pair attack. The
             loss is the mean of both, where the authors' demo on CIFAR-10 adds them.

@@ -15,21 +15,21 @@ class SynCo(SyntheticMethod):
 
     Of the hardest keys n of a query q, for that query alone, as constants:
 
-    ============ ================================= =================================
-    interpolated :math:`a q + (1 - a) n`           :math:`a \sim U(0, 0.5)`
-    extrapolated :math:`q + b (n - q)`             :math:`b \sim U(1, 1.5)`
-    pairs        :math:`c n_i + (1 - c) n_j`       :math:`c \sim U(0, 1)`
-    noised       :math:`n + \epsilon`              :math:`\epsilon \sim N(0, \sigma^2 I)`
-    moved        :math:`n + \delta q`              along the similarity's gradient
-    signed       :math:`n + \eta\, \mathrm{sign}\, q`  along its sign
-    ============ ================================= =================================
+    ============ ==================================== ======================================
+    interpolated :math:`a q + (1 - a) n`              :math:`a \sim U(0, 0.5)`
+    extrapolated :math:`q + b (n - q)`                :math:`b \sim U(1, 1.5)`
+    pairs        :math:`c n_i + (1 - c) n_j`          :math:`c \sim U(0, 1)`
+    noised       :math:`n + \epsilon`                 :math:`\epsilon \sim N(0, \sigma^2 I)`
+    moved        :math:`n + \delta q`                 along the similarity's gradient
+    signed       :math:`n + \eta\, \mathrm{sign}\, q` along its sign
+    ============ ==================================== ======================================
 
     each of unit length, joining the queue in the softmax of MoCo. The authors' code has autograd
     find the gradient of the last two, which is q.
 
     Args:
         encoder: f, from views to raw projections.
-        temperature: T.
+        temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Keys in the queue, K.
         momentum: Of the key encoder, from 0 to 1.
