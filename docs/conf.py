@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "benchmark_tables",
     "code_role",
+    "init_types",
     "mathml",
     "catalogue",
     "schedule_figure",
