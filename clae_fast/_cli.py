@@ -5,14 +5,15 @@ import contextlib
 import dataclasses
 import signal
 import sys
+import textwrap
 import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from clae_fast import distributed
 from clae_fast.checkpoint import CheckpointError
-from clae_fast.config import Config, hints, nearest
+from clae_fast.config import groups, hints, nearest
 from clae_fast.data import DataError
 from clae_fast.run_folder import RunFolderError
 from clae_fast.settings import scalar
@@ -23,9 +24,36 @@ FAILED = 1
 INTERRUPTED = 130
 TERMINATED = 143
 
+# of a line of help, and of a name that has others beside it
+_WIDTH, _LONGEST = 98, 66
+# a command that takes more settings has them in groups; more choices than that are no metavar
+_FEW = 6
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ValueError instead of printing its usage."""
+    """An argument parser that raises ValueError instead of printing its usage.
+
+    Args:
+        examples: commands, and what each does, that `--help` begins with.
+        description: what the command does; a paragraph.
+        options: other arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self, examples: Mapping[str, str] | None = None, *, description: str = "", **options: Any
+    ) -> None:
+        parts = [textwrap.fill(description, _WIDTH)]
+        if examples:
+            parts.append("examples:\n" + columns(examples))
+        # what is not given is no argument: the layers below decide it
+        options.setdefault("argument_default", argparse.SUPPRESS)
+        super().__init__(
+            description="\n\n".join(parts),
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
 
     def parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The arguments by name.
@@ -48,15 +76,57 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Gives `parser` a flag for each of these settings of a run."""
-    for field in dataclasses.fields(Config):
-        if field.name in names:
-            known = field.default is not dataclasses.MISSING
-            parser.add_argument(
-                flag(field.name),
-                help=field.metadata["help"] + f" (digits: {field.default})" * known,
-                **_argument(hints()[field.name], field.metadata["choices"]),
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves descriptions as they are, and lines short enough to be read."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 28, "width": _WIDTH} | options)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+def columns(lines: Mapping[str, str]) -> str:
+    """Names and what they are, in two columns; a name that is too long has a line of its own."""
+    longest = max((len(name) for name in lines if len(name) <= _LONGEST), default=0)
+    found = []
+    for name, text in lines.items():
+        start = f"  {name:<{longest}}  "
+        if len(name) > longest:
+            found.append(f"  {name}")
+            start = " " * (longest + 4)
+        rest = " " * (longest + 4)
+        found.append(
+            textwrap.fill(
+                text,
+                _WIDTH,
+                initial_indent=start,
+                subsequent_indent=rest,
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        )
+    return "\n".join(found)
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Gives `parser` a flag for each of these settings of a run.
+
+    Where they are many, they stand in groups and with their defaults; where they are few, what is
+    not given is as it is in a run.
+    """
+    many = len(names) > _FEW
+    for title, fields in groups().items():
+        fields = [field for field in fields if field.name in names]
+        group = parser.add_argument_group(title) if many else parser
+        for field in fields:
+            choices, text = field.metadata["choices"], field.metadata["help"]
+            if choices and len(choices) > _FEW:
+                text += f": {', '.join(choices)}"
+            if many and (default := shown(field.default)):
+                text += f" [{default}]"
+            group.add_argument(
+                flag(field.name), help=text, **_argument(hints()[field.name], choices)
             )
 
 
@@ -69,9 +139,23 @@ def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
     inner = [t for t in typing.get_args(hint) if t not in (type(None), ...)]
     if typing.get_origin(hint) is tuple:
         count = "*" if ... in typing.get_args(hint) else len(inner)
-        return {"type": inner[0], "nargs": count, "metavar": "X"}
+        return {"type": inner[0], "nargs": count, "metavar": _METAVARS[inner[0]]}
     kind = inner[0] if inner else hint
-    return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+    few = choices is not None and len(choices) <= _FEW
+    return {"type": kind, "choices": choices, "metavar": None if few else _METAVARS[kind]}
+
+
+def shown(value: Any) -> str:
+    """A setting's value as one would give it to its flag; nothing where there is none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value))
+    if isinstance(value, dict):
+        return " ".join(f"{name}={shown(own)}" for name, own in value.items())
+    return "" if value in (None, dataclasses.MISSING) else str(value)
 
 
 class _Pairs(argparse.Action):
@@ -144,8 +228,7 @@ def _terminable() -> Iterator[list[int]]:
 
     def terminate(number: int, _: object) -> None:
         signals.append(number)
-        # loader processes that die of the same signal are no error to report
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _let_loaders_die()
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -160,6 +243,44 @@ def _terminable() -> Iterator[list[int]]:
         # without a SIGTERM it is torch's by now, which stays
         if signals:
             signal.signal(signal.SIGCHLD, before[signal.SIGCHLD])
+
+
+def _let_loaders_die() -> None:
+    """Loader processes that die of the same signal are no error to report."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def stopped_gently() -> Iterator[Callable[[], bool]]:
+    """Makes a first Ctrl-C or SIGTERM a wish to stop, which the body asks for and heeds.
+
+    The signal has its effect at the end of the body; a second one has it at once.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    # others are ignored, as nohup has it, or end the process
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+
+    def wish(number: int, frame: Any) -> None:
+        came.append(number)
+        if number == signal.SIGTERM:
+            _let_loaders_die()
+        if len(came) > 1:
+            before[number](number, frame)
+
+    for number in before:
+        signal.signal(number, wish)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        before[came[0]](came[0], None)
 
 
 def _fail(message: object, code: int) -> int:

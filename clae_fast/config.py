@@ -17,12 +17,6 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
-def _own_options() -> str:
-    """The settings of each method that has some of its own."""
-    lines = ((name, method.own_options()) for name, method in METHODS.items())
-    return "; ".join(f"{name}: {', '.join(own)}" for name, own in lines if own) or "none has any"
-
-
 @dataclass(frozen=True)
 class Config:
     """Settings of a training run; each field is a flag of `python -m clae_fast.train`.
@@ -36,6 +30,18 @@ class Config:
     data_dir: str | None = _option(None, "folder of the data set")
     download: bool = _option(False, "fetch a published data set that is not in the data folder")
     limit: int | None = _option(None, "use N images of each split")
+    on_corrupt: str = _option(
+        "fail",
+        "what an unreadable image does: end the run, or be left out and counted",
+        choices=("fail", "skip"),
+    )
+    workers: int = _option(0, "loader processes, at most one a core; 0 loads in the main process")
+    resident: str = _option(
+        "auto",
+        "keep the decoded training images on the device; auto: where they fit comfortably",
+        choices=("auto", "yes", "no"),
+    )
+
     image_size: int = _option(16, "side of a view in pixels")
     crop_min_scale: float = _option(0.4, "smallest part of the image a crop takes")
     interpolation: str = _option(
@@ -62,22 +68,11 @@ class Config:
         (0.5, 0.5, 0.5), "mean that the encoder subtracts from pixels in 0..1"
     )
     std: tuple[float, float, float] = _option((0.5, 0.5, 0.5), "and what it then divides by")
-    on_corrupt: str = _option(
-        "fail",
-        "what an unreadable image does: end the run, or be left out and counted",
-        choices=("fail", "skip"),
-    )
-    workers: int = _option(0, "loader processes, at most one a core; 0 loads in the main process")
-    resident: str = _option(
-        "auto",
-        "keep the decoded training images on the device; auto: where they fit comfortably",
-        choices=("auto", "yes", "no"),
-    )
 
     method: str = _option("simclr", "contrastive method", choices=tuple(METHODS))
     options: dict[str, int | float | bool | str] = dataclasses.field(
         default_factory=dict,
-        metadata={"help": f"settings of the method's own: {_own_options()}", "choices": None},
+        metadata={"help": "settings of the method's own, listed below", "choices": None},
     )
     teacher: str | None = _option(
         None,
@@ -87,6 +82,7 @@ class Config:
     temperature: float | None = _option(
         None, "temperature of the softmax; the method's own by default"
     )
+
     attack: str = _option("pair", "who is attacked", choices=("none", "pair", "self"))
     adv_weight: float = _option(1.0, "weight of the adversarial loss")
     adv_every: int = _option(1, "steps of which one is adversarial, the others are plain")
@@ -136,14 +132,13 @@ class Config:
     factors: tuple[float, ...] = _option((), "the rate from each milestone on, relative to lr")
     epochs: int = _option(30, "passes over the training set")
     batch_size: int = _option(128, "images in a batch, of all processes together")
+
     micro_batch: int | None = _option(
         None, "images encoded at once, where a batch is too large for memory"
     )
     batch_views: bool = _option(
         False, "encode both views of a plain step at once, each with statistics of its own"
     )
-
-    seed: int = _option(0, "seed of weights, order and augmentation")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
     precision: str = _option(
         "auto",
@@ -159,6 +154,8 @@ class Config:
         choices=("auto", "yes", "no"),
     )
     sync_norm: bool = _option(True, "synchronise BatchNorm over processes")
+
+    seed: int = _option(0, "seed of weights, order and augmentation")
     log_every: int = _option(10, "steps between log points")
     checkpoint_every: int | None = _option(None, "steps between checkpoints within an epoch")
     keep_every: int | None = _option(None, "epochs between checkpoints that stay")
@@ -305,6 +302,18 @@ _NOT_NEGATIVE = (
     "warmup_epochs", "milestones", "factors", "seed", "val_size",
 )  # fmt: skip
 
+# the first setting of each group of settings, as the command line's help has them
+_GROUPS = {
+    "dataset": "data",
+    "image_size": "views",
+    "method": "method",
+    "attack": "attack",
+    "arch": "encoder",
+    "optimizer": "optimiser",
+    "micro_batch": "engine",
+    "seed": "run",
+}
+
 _WANTED = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 _SEVERAL = {int: "whole numbers", float: "numbers"}
 
@@ -313,6 +322,16 @@ _SEVERAL = {int: "whole numbers", float: "numbers"}
 def hints() -> dict[str, Any]:
     """The type of each setting, by name."""
     return typing.get_type_hints(Config)
+
+
+def groups() -> dict[str, list[dataclasses.Field]]:
+    """The settings in the order of `Config`, by the group that each belongs to."""
+    found: dict[str, list[dataclasses.Field]] = {}
+    for field in dataclasses.fields(Config):
+        if field.name in _GROUPS:
+            found[_GROUPS[field.name]] = members = []
+        members.append(field)
+    return found
 
 
 def require_known(name: str) -> None:

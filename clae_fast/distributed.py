@@ -256,7 +256,7 @@ def init(device_name: str = "auto") -> World:
             process of this machine.
         LostWorkerError: The others cannot be reached.
     """
-    if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
+    if not started_by_torchrun():
         return World.single(pick_device(device_name))
     rank, size, local_rank = (_number(name) for name in _VARIABLES[:3])
     if not 0 <= rank < size:
@@ -281,6 +281,11 @@ def init(device_name: str = "auto") -> World:
     global _failures
     _failures = store
     return World(rank, size, local_rank, device)
+
+
+def started_by_torchrun() -> bool:
+    """Whether somebody started this process as one of several."""
+    return "RANK" in os.environ or "LOCAL_RANK" in os.environ
 
 
 def reports_first() -> bool:

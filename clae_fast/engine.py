@@ -110,15 +110,15 @@ class Engine:
         which = f"{kind} {self._method.phase}"
         self._taken[which] += 1
         if self._stream is None:
-            return self._eager(kind, batch)
+            return self.eager(kind, batch)
         if self._taken[which] <= _WARM_UP:
             return self._warm_up(self._stream, kind, batch)
         if which not in self._graphs:
             try:
-                self._graphs[which] = _Graph(partial(self._eager, kind), batch)
+                self._graphs[which] = _Graph(partial(self.eager, kind), batch)
             except RuntimeError as error:
                 self._do_without_graphs(error)
-                return self._eager(kind, batch)
+                return self.eager(kind, batch)
         return self._graphs[which](batch)
 
     def _warm_up(self, stream: torch.cuda.Stream, kind: str, batch: Batch) -> StepResult:
@@ -126,7 +126,7 @@ class Engine:
         current = torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            result = self._eager(kind, batch)
+            result = self.eager(kind, batch)
         current.wait_stream(stream)
         return result
 
@@ -143,7 +143,8 @@ class Engine:
         scaler.load_state_dict(self._scaler.state_dict())
         self._scaler = scaler
 
-    def _eager(self, kind: str, batch: Batch) -> StepResult:
+    def eager(self, kind: str, batch: Batch) -> StepResult:
+        """Takes a step of this kind of attack, operation by operation, at the rate as it is."""
         config = self._config
         self._reducer.zero_grad()
         options = StepOptions(

@@ -15,7 +15,6 @@ chosen on training images. results.json in the run's folder has
 A later call with the same checkpoint at the same step adds to what is there; any other replaces it.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -200,8 +199,6 @@ def _parser() -> _cli.Parser:
         prog="python -m clae_fast.evaluate",
         description="Weighted kNN, a linear probe, alignment and uniformity of runs, into their "
         "results.json. Of several runs, those that differ in the seed alone are averaged.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("run", type=Path, nargs="+", metavar="RUN", help="run folder")

@@ -46,6 +46,27 @@ class StepOptions:
     world: World = field(default_factory=World.single)
 
 
+class StepCost(NamedTuple):
+    """What a step costs, as the views of its batch that go through an encoder and how far back.
+
+    Attributes:
+        trained: Views that are taken back to the weights, 3 units each.
+        constant: Views that are not taken back, 1 unit each.
+        attacked: Views that are taken back to themselves, counted once for each step of an attack
+            that is not part of a trained pass, 2 units each.
+    """
+
+    trained: float
+    constant: float = 0.0
+    attacked: float = 0.0
+
+    def units(self, *, chunks: bool = False) -> float:
+        """Units of the step, of a view's forward pass; with `micro_batch`, `chunks`."""
+        # a chunk that is taken back is encoded once more
+        once_more = (self.trained + self.attacked) * chunks
+        return 3 * self.trained + self.constant + 2 * self.attacked + once_more
+
+
 class StepResult(NamedTuple):
     """What a step leaves behind besides gradients; constants, still on the device.
 

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,9 +120,17 @@ class MetricsLog:
         folder: the run.
         step: steps already done.
         size: bytes of metrics.jsonl that belong to them; what follows is dropped.
+        also: takes the step and what TensorBoard has of each log point, too.
     """
 
-    def __init__(self, folder: RunFolder, *, step: int, size: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        step: int,
+        size: int,
+        also: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         path = str(folder.path / "metrics.jsonl")
@@ -129,6 +138,7 @@ class MetricsLog:
         # never longer, which would fill it with zeros
         self._file.truncate(min(size, self._file.tell()))
         self._events = SummaryWriter(str(folder.path), purge_step=step)
+        self._also = also
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -155,8 +165,11 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from error
-        for name, value in (values | {"images_per_second": images_per_second}).items():
+        values = values | {"images_per_second": images_per_second}
+        for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._also is not None:
+            self._also(step, values)
 
     def sync(self) -> int:
         """Makes the lines so far durable and returns their size in bytes."""

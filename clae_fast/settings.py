@@ -44,23 +44,42 @@ def resolve(
         TypeError: a setting of the wrong type.
         ValueError: an unknown name, a value out of range, or a file that cannot be used.
     """
+    chosen: dict[str, Any] = {}
+    # of the method's own settings each layer has some
+    options: dict[str, Any] = {}
+    for layer in layers(settings, preset, recipe=recipe, file=file).values():
+        options |= convert("options", layer.get("options", {}))
+        chosen |= layer
+    return Config.from_dict(chosen | {"options": options})
+
+
+def layers(
+    settings: Mapping[str, Any],
+    preset: str | None = None,
+    *,
+    recipe: str | None = None,
+    file: Path | None = None,
+) -> dict[str, Mapping[str, Any]]:
+    """Where settings come from: what each layer says, by its name, the later winning.
+
+    Arguments and errors are those of `resolve`.
+    """
     given = read(file) if file else {}
     # taken out of the file's settings in any case
     in_file = {name: given.pop(name, None) for name in _LAYERS}
     preset, recipe = preset or in_file["preset"], recipe or in_file["recipe"]
-    chosen: dict[str, Any] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     if preset is not None:
-        chosen |= PRESETS[_known("preset", preset, PRESETS)]
+        found[f"preset {preset}"] = PRESETS[_known("preset", preset, PRESETS)]
     if recipe is not None:
-        chosen |= dataclasses.asdict(RECIPES[_known("recipe", recipe, RECIPES)])
-    # of the method's own settings each layer has some
-    options = {
-        name: value
-        for layer in (chosen, given, settings)
-        for name, value in convert("options", layer.get("options", {})).items()
-    }
-    chosen |= given | dict(settings) | {"options": options}
-    return Config.from_dict(dataset_defaults(chosen.get("dataset", "digits")) | chosen)
+        known = RECIPES[_known("recipe", recipe, RECIPES)]
+        found[f"recipe {recipe}"] = dataclasses.asdict(known)
+    if file is not None:
+        found[str(file)] = given
+    found["flags"] = settings
+    datasets = [layer["dataset"] for layer in found.values() if "dataset" in layer]
+    dataset = datasets[-1] if datasets else "digits"
+    return {f"data set {dataset}": dataset_defaults(dataset), **found}
 
 
 def _known(what: str, name: str, names: Mapping[str, Any]) -> str:

@@ -4,23 +4,25 @@ Without arguments it trains SimCLR with the pair attack on scikit-learn's digits
 minutes on two CPU cores, and evaluates it.
 """
 
-import argparse
+import contextlib
+import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clae_fast import _cli, _impl, distributed, provenance
+from clae_fast import _cli, _impl, distributed, dry_run, provenance
 from clae_fast.config import MAY_CHANGE, Config, hints
-from clae_fast.data import RECIPES
+from clae_fast.data import RECIPES, Recipe
 from clae_fast.distributed import LostWorkerError, World
 from clae_fast.evaluate import evaluate, report
+from clae_fast.methods import METHODS
 from clae_fast.presets import PRESETS
 from clae_fast.run_folder import RunFolder, require_free
-from clae_fast.settings import resolve
+from clae_fast.settings import layers, resolve
 from clae_fast.trainer import Trainer
 
 
@@ -39,35 +41,72 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> None:
     settings = _parser().parse(argv)
     options = {name: settings.pop(name) for name in _OPTIONS}
+    if options["wandb"] and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs a package that is not installed: pip install wandb")
     if options["resume"] is not None:
         folder, trainer = _resume(settings, options)
     else:
-        config = resolve(
-            settings, options["preset"], recipe=options["recipe"], file=options["config"]
-        )
+        given = {"preset": options["preset"], "recipe": options["recipe"]}
+        config = resolve(settings, file=options["config"], **given)
         if options["print_config"]:
             print(json.dumps(config.to_dict(), indent=2))
             return
-        folder, trainer = _start(config, options["out"] or _default_out(config))
+        if options["dry_run"]:
+            plan = dry_run.plan(config, layers(settings, file=options["config"], **given))
+            print(json.dumps(plan, indent=2) if options["json"] else dry_run.text(plan))
+            return
+        folder, trainer = _start(config, options)
     try:
         if trainer.world.leads:
-            print(f"data: {trainer.views.where}", flush=True)
-        trainer.fit(folder)
+            _printer(options)(f"data: {trainer.views.where}")
+        _fit(trainer, folder, options)
         trainer.world.shutdown()
         if not trainer.world.leads:
             return
         results = evaluate(folder, splits=trainer.splits)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with --resume {folder.path}") from None
+        saved = () if trainer.saved is None else (f"step {trainer.saved} is saved",)
+        raise KeyboardInterrupt(*saved, f"continue with --resume {folder.path}") from None
     except LostWorkerError as error:
         raise LostWorkerError(f"{error}; continue with --resume {folder.path}") from error
+    if options["json"]:
+        print(json.dumps({"run": str(folder.path), **results}))
+        return
     print(report(results))
     print(f"run folder: {folder.path}")
 
 
-def _build(config: Config, world: World) -> Trainer:
+def _printer(options: dict[str, Any]) -> Callable[[str], None]:
+    """Prints what is no result."""
+    if options["quiet"]:
+        return lambda line: None
+    return partial(print, file=sys.stderr if options["json"] else sys.stdout, flush=True)
+
+
+def _fit(trainer: Trainer, folder: RunFolder, options: dict[str, Any]) -> None:
+    with contextlib.ExitStack() as around:
+        log = None
+        if options["wandb"] and trainer.world.leads:
+            log = around.enter_context(_wandb(folder))
+        # several processes would have to agree on where they stop
+        alone = trainer.world.size == 1
+        stopped = around.enter_context(_cli.stopped_gently()) if alone else lambda: False
+        trainer.fit(folder, stopped=stopped, log=log)
+
+
+@contextlib.contextmanager
+def _wandb(folder: RunFolder) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A run of Weights & Biases by the name of the folder."""
+    import wandb
+
+    settings = folder.config.to_dict()
+    with wandb.init(name=folder.path.name, dir=str(folder.path), config=settings) as run:
+        yield lambda step, values: run.log(values, step=step)
+
+
+def _build(config: Config, world: World, options: dict[str, Any]) -> Trainer:
     try:
-        trainer = Trainer(config, world)
+        trainer = Trainer(config, world, progress=not options["quiet"])
         ops = _impl.describe(trainer.device)
     except LostWorkerError:
         raise
@@ -76,25 +115,25 @@ def _build(config: Config, world: World) -> Trainer:
         raise ValueError(error) from error
     if not world.leads:
         return trainer
-    encoder = trainer.method.encoder
+    say, encoder = _printer(options), trainer.method.encoder
     parameters = sum(p.numel() for p in encoder.parameters())
-    print(f"ops: {ops}")
-    print(f"device: {trainer.device}" + f", {world.size} processes" * (world.size > 1))
-    print(
+    say(f"ops: {ops}")
+    say(f"device: {trainer.device}" + f", {world.size} processes" * (world.size > 1))
+    say(
         f"dataset: {config.dataset}, {len(trainer.train)} training and {len(trainer.test)} test "
         f"images, views of {config.image_size}x{config.image_size}"
     )
-    print(f"encoder: {config.arch}, {parameters:,} parameters")
-    print(f"method: {config.method}, attack {config.attack}; steps: {trainer.engine}", flush=True)
+    say(f"encoder: {config.arch}, {parameters:,} parameters")
+    say(f"method: {config.method}, attack {config.attack}; steps: {trainer.engine}")
     return trainer
 
 
-def _start(config: Config, path: Path) -> tuple[RunFolder, Trainer]:
+def _start(config: Config, options: dict[str, Any]) -> tuple[RunFolder, Trainer]:
     world = distributed.init(config.device)
-    path = world.broadcast(path)
+    path = world.broadcast(options["out"] or _default_out(config))
     if world.leads:
         require_free(path)
-    trainer = _build(config, world)
+    trainer = _build(config, world, options)
     if not world.leads:
         return RunFolder(path, config), trainer
     now = provenance.describe(trainer.device, trainer.splits)
@@ -111,7 +150,7 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
     folder = RunFolder.open(options["resume"])
     config = folder.config.resumed(settings)
     world = distributed.init(config.device)
-    trainer = _build(config, world)
+    trainer = _build(config, world, options)
     trainer.restore(folder)
     if not world.leads:
         return folder, trainer
@@ -134,49 +173,88 @@ def _default_out(config: Config) -> Path:
 
 
 # flags that are no setting of a run: what starts one, what resumes one
-_STARTS = ("out", "preset", "recipe", "config", "print_config")
-_OPTIONS = (*_STARTS, "resume", "allow_changed_data")
+_STARTS = ("out", "preset", "recipe", "config", "print_config", "dry_run")
+_OPTIONS = (*_STARTS, "resume", "allow_changed_data", "quiet", "json", "wandb")
 
 
 def _parser() -> _cli.Parser:
     # suppressed defaults: only what was given overrides the layers below
     parser = _cli.Parser(
+        _EXAMPLES,
         prog="python -m clae_fast.train",
-        description="Contrastive training with adversarial views. Settings come from the defaults "
-        "of the data set, --preset, --recipe, --config and the flags, the later winning.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+        usage="%(prog)s [--preset NAME] [--dataset NAME] [--SETTING VALUE ...]",
+        description="Contrastive training with adversarial views, then its kNN and linear "
+        "accuracy. Settings come from the defaults of the data set, --preset, --recipe, --config "
+        "and the flags, the later winning. In [brackets]: the default on digits; --dry-run shows "
+        "what counts elsewhere.",
+        epilog=_epilog(),
     )
-    add = partial(parser.add_argument, default=None)
-    add("--out", type=Path, metavar="RUN", help="run folder to make")
-    add(
-        "--resume",
-        type=Path,
-        metavar="RUN",
-        help=f"run folder to continue; only {', '.join(map(_cli.flag, MAY_CHANGE))} may differ",
-    )
-    parser.add_argument(
-        "--allow-changed-data",
-        action="store_true",
-        default=False,
-        help="continue although images or labels are no longer those of the run",
-    )
-    add("--preset", metavar="NAME", help=f"settings to start from: {', '.join(PRESETS)}")
-    add("--recipe", metavar="NAME", help=f"augmentation of a paper: {', '.join(RECIPES)}")
+    run = parser.add_argument_group("a run, new or resumed")
+    add = partial(run.add_argument, default=None)
+    add("--out", type=Path, metavar="RUN", help="run folder to make [runs/TIME-METHOD-...]")
+    add("--preset", metavar="NAME", help="settings to start from, listed below")
+    add("--recipe", metavar="NAME", help="augmentation of a paper, listed below")
     add(
         "--config",
         type=Path,
         metavar="FILE",
         help="settings in YAML or JSON by their names here, with _ for -; also preset and recipe",
     )
-    parser.add_argument(
-        "--print-config",
-        action="store_true",
-        default=False,
-        help="print the settings, in the form that --config takes, and stop",
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help=f"run folder to continue; only {', '.join(map(_cli.flag, MAY_CHANGE))} may differ",
     )
+    switch = partial(run.add_argument, action="store_true", default=False)
+    switch(
+        "--allow-changed-data",
+        help="continue although images or labels are no longer those of the run",
+    )
+    out = parser.add_argument_group("what it prints")
+    switch = partial(out.add_argument, action="store_true", default=False)
+    switch("--print-config", help="print the settings, in the form that --config takes, and stop")
+    switch("--dry-run", help="print settings, units per step and an estimate of memory, and stop")
+    switch("--quiet", help="print results and warnings alone")
+    switch("--json", help="print the results as one JSON object, and all else on stderr")
+    switch("--wandb", help="log the metrics to Weights & Biases as well; needs wandb")
     _cli.add_settings(parser, hints())
     return parser
+
+
+_EXAMPLES = {
+    "python -m clae_fast.train": "SimCLR with the pair attack on digits",
+    "python -m clae_fast.train --preset clae-simclr-cifar10 --download": "a paper's settings",
+    "python -m clae_fast.train --resume runs/cifar10": "go on after an interruption",
+}
+
+
+def _epilog() -> str:
+    """What names there are to choose from."""
+    presets = {name: _summary(resolve({}, name)) for name in PRESETS}
+    recipes = {name: _views(recipe) for name, recipe in RECIPES.items()}
+    own = {
+        name: " ".join(f"{option}={_cli.shown(default)}" for option, (_, default) in known.items())
+        for name, known in ((name, method.own_options()) for name, method in METHODS.items())
+        if known
+    }
+    tables = {"presets": presets, "recipes": recipes, "settings of a method's own, --options": own}
+    return "\n\n".join(f"{title}:\n{_cli.columns(lines)}" for title, lines in tables.items())
+
+
+def _summary(config: Config) -> str:
+    attack = "no attack" if config.attack == "none" else f"{config.attack} attack"
+    return f"{attack}, {config.arch}, {config.epochs} epochs of batch {config.batch_size}"
+
+
+def _views(recipe: Recipe) -> str:
+    parts = [f"crops from {recipe.crop_min_scale:g}, {recipe.interpolation}"]
+    parts.append(f"jitter {_cli.shown(recipe.color_jitter)}")
+    for name in ("blur", "solarize"):
+        chances = getattr(recipe, f"{name}_prob")
+        if any(chances):
+            parts.append(f"{name} {_cli.shown(chances)}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,6 +117,7 @@ class Trainer:
     Args:
         config: the settings.
         world: the processes that train together; one alone by default.
+        progress: whether bars on stderr show how far it is.
 
     Attributes:
         world: those processes.
@@ -128,14 +130,18 @@ class Trainer:
         method: encoders and loss.
         engine: takes the steps.
         step: optimiser steps done.
+        saved: those that a checkpoint has, None before the first.
 
     Raises:
         DataError: the data set cannot be used.
         ValueError: settings that do not fit the data or this machine.
     """
 
-    def __init__(self, config: Config, world: World | None = None) -> None:
+    def __init__(
+        self, config: Config, world: World | None = None, *, progress: bool = True
+    ) -> None:
         self.config = config
+        self._progress = progress
         self.world = world or World.single(pick_device(config.device))
         self.world.local_batch(config.batch_size)
         self.device = self.world.device
@@ -156,11 +162,13 @@ class Trainer:
             convert(self.method, self.world)
         self.engine = Engine(config, self.method, build_attack(config), self.device, self.world)
         self.step = 0
+        self.saved: int | None = None
         self._steps_per_epoch = data.BatchSchedule(
             len(self.train), config.batch_size, epochs=config.epochs, seed=config.seed
         ).steps_per_epoch
         self._lr_factor = lr_factor(config, self._steps_per_epoch)
         self._metrics_size = 0
+        self._window = _Window()
         # the step and the validation accuracy of the best checkpoint
         self._best: dict[str, float] | None = None
 
@@ -191,6 +199,7 @@ class Trainer:
             small_crop_scale=config.small_crop_scale,
             rank=self.world.rank,
             world=self.world.size,
+            progress=self._progress,
         )
 
     def restore(self, folder: RunFolder) -> None:
@@ -218,16 +227,31 @@ class Trainer:
     def _take(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
         self.engine.load_state_dict(state)
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
         self._metrics_size = state["metrics_size"]
         # version 0.1 had no validation
         self._best = state.get("best")
+        # nor did it stop between log points
+        if "window" in state:
+            self._window.load_state_dict(state["window"], self.device)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
-    def fit(self, folder: RunFolder) -> None:
+    def fit(
+        self,
+        folder: RunFolder,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+        log: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
         """Trains to the last epoch; the process that leads writes into `folder`.
+
+        Args:
+            folder: the run.
+            stopped: whether to end before that, with a checkpoint after the step under way; asked
+                after every step, and heeded by a process that is alone.
+            log: takes log points as well, as `MetricsLog.write` does.
 
         Raises:
             LostWorkerError: another process is gone.
@@ -242,22 +266,44 @@ class Trainer:
             return
         done, size = self.step * config.batch_size, len(self.views) * config.batch_size
         with (
-            MetricsLog(folder, step=self.step, size=self._metrics_size) as log,
-            tqdm(total=done + size, initial=done, unit="img", dynamic_ncols=True) as bar,
+            MetricsLog(folder, step=self.step, size=self._metrics_size, also=log) as metrics,
+            tqdm(
+                total=done + size,
+                initial=done,
+                unit="img",
+                dynamic_ncols=True,
+                disable=not self._progress,
+            ) as bar,
         ):
             if self.step == 0:
-                self._save(folder, log)
-            window = _Window()
-            for batch in self.views:
-                window.add(self._train_step(batch))
+                self._save(folder, metrics)
+            for batch in self._batches(stopped):
+                self._window.add(self._train_step(batch))
                 self.step += 1
                 bar.update(config.batch_size)
                 save = self._saves_at(self.step)
                 if save or self.step % config.log_every == 0:
-                    self._log(folder, log, window, bar)
-                    if save:
-                        self._save(folder, log)
-                    window = _Window()
+                    self._log(folder, metrics, bar)
+                    self._window = _Window()
+                if save:
+                    self._save(folder, metrics)
+            if self.saved != self.step:
+                self._save(folder, metrics)
+
+    def _batches(self, stopped: Callable[[], bool]) -> Iterator[Batch]:
+        """The batches to come, until somebody wishes to stop."""
+        batches = iter(self.views)
+        while not (stopped() and self.world.size == 1):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError:
+                # loader processes may have had the same signal
+                if not stopped():
+                    raise
+                return
+            yield batch
 
     def _follow(self) -> None:
         """Trains on this process's rows, while another one logs, validates and saves."""
@@ -303,14 +349,14 @@ class Trainer:
             self._best = {"step": self.step, "val_knn": accuracy}
         return accuracy
 
-    def _log(self, folder: RunFolder, log: MetricsLog, window: "_Window", bar: tqdm) -> None:
-        losses = window.means()
+    def _log(self, folder: RunFolder, log: MetricsLog, bar: tqdm) -> None:
+        losses = self._window.means()
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise self._diverged(f"{name} is {value}", folder)
         bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
         epoch = self.step / self._steps_per_epoch
-        rate = window.steps * self.config.batch_size / window.seconds()
+        rate = self._window.rate() * self.config.batch_size
         values = {"epoch": epoch, **losses, "lr": self._lr(self.step - 1)}
         if self.held is not None and self._ends_epoch(self.config.val_every):
             values["val_knn"] = self._validate()
@@ -330,10 +376,12 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "metrics_size": log.sync(),
             "best": self._best,
+            "window": self._window.state_dict(),
         }
         # the last one last: what a process killed in between lacks, it writes when it goes on
         for path in (*self._stays(folder), folder.checkpoint):
             checkpoint.save(path, state)
+        self.saved = self.step
 
     def _stays(self, folder: RunFolder) -> list[Path]:
         """Where this step's checkpoint outlives the next."""
@@ -355,14 +403,13 @@ class _Window:
     """Losses since the last log point, summed on the device so that no step waits for it."""
 
     def __init__(self) -> None:
-        self.steps = 0
         self._sums: dict[str, Tensor] = {}
         # a plain step between adversarial ones has one loss
         self._counts: Counter[str] = Counter()
-        self._start = time.perf_counter()
+        self._steps, self._start = 0, time.perf_counter()
 
     def add(self, result: StepResult) -> None:
-        self.steps += 1
+        self._steps += 1
         for name, value in (("loss", result.loss), ("adv_loss", result.adv_loss)):
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0) + value
@@ -371,5 +418,13 @@ class _Window:
     def means(self) -> dict[str, float]:
         return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
+    def rate(self) -> float:
+        """Steps in a second, of those that this process took."""
+        return self._steps / (time.perf_counter() - self._start)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self._counts = Counter(state["counts"])

@@ -85,6 +85,7 @@ def assert_units(build: Callable[..., nn.Module], a_step: int) -> None:
         step = StepOptions(kind=kind, attack=options)
         found = flops(lambda step=step: method.step(batch, step)) / unit
         assert found == pytest.approx(units, rel=0.01), kind
+        assert method.cost(step).units() == units
 
 
 def assert_options(method, kind: str, steps: LinfAttack, reset: Callable[[], None]) -> None:

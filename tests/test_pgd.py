@@ -191,6 +191,8 @@ def test_units(resnet18, kind, attack, options, units):
     options = StepOptions(kind=kind, attack=attack, **options)
     ratio = flops(lambda: built.step(Batch(x), options)) / plain
     assert 6 * ratio == pytest.approx(units, rel=0.01)
+    cost = SimCLR.cost(options)
+    assert cost.units(chunks=options.micro_batch is not None) == pytest.approx(units)
 
 
 @both_attacks

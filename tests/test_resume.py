@@ -2,7 +2,11 @@
 
 import itertools
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -227,13 +231,84 @@ def test_signals_at_bad_moments(whole, tmp_path, monkeypatch, capsys, number, mo
         patch.setattr(os, "replace", strike(os.replace, lambda _, target: target.name))
         patch.setattr(Trainer, "_validate", strike(Trainer._validate, lambda _: "val_knn"))
         assert train.main([*FLAGS, "--limit", "24", "--out", str(run)]) == code
-    assert capsys.readouterr().err.splitlines()[-1] == f"{said}; continue with --resume {run}"
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.fullmatch(rf"{said}; step \d is saved; continue with --resume {run}", line)
     assert not list(run.rglob("*.tmp"))
     assert not (run / "results.json").exists()
     assert train.main(["--resume", str(run)]) == 0
     assert_same_run(whole, RunFolder.open(run))
     results = [(path / "results.json").read_bytes() for path in (whole.path, run)]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 4), (signal.SIGTERM, 5), (signal.SIGINT, 6)],
+)
+def test_a_signal_ends_the_run_after_the_step_under_way(
+    whole, tmp_path, monkeypatch, capsys, number, step
+):
+    original, run = Trainer._train_step, tmp_path / "run"
+
+    def train_step(self, batch):
+        if self.step == step - 1:
+            os.kill(os.getpid(), number)
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", train_step)
+        code = train.main([*FLAGS, "--limit", "24", "--out", str(run)])
+    said = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+    assert code == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"{said}; step {step} is saved; continue with --resume {run}"
+    )
+    assert checkpoint.load(run / "checkpoints" / "last.pt")["step"] == step
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train.main(["--resume", str(run)]) == 0
+    assert_same_run(whole, RunFolder.open(run))
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch, capsys):
+    def train_step(self, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the step goes on")
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    assert train.main([*FLAGS, "--limit", "24", "--out", str(run)]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"interrupted; step 0 is saved; continue with --resume {run}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_loader_processes_too(tmp_path, number):
+    """As a terminal sends Ctrl-C, and a job scheduler SIGTERM."""
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--limit", "24", "--epochs", "9999", "--log-every", "1"]
+    flags += ["--resident", "no", "--workers", "2", "--out", str(run)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clae_fast.train", *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    lines = [line for line in re.split(r"[\r\n]+", err) if line and "img/s" not in line]
+    step = checkpoint.load(run / "checkpoints" / "last.pt")["step"]
+    said = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+    assert lines == [f"{said}; step {step} is saved; continue with --resume {run}"]
 
 
 def _open_file(descriptor):

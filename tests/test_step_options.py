@@ -290,11 +290,11 @@ def resnet18():
 def test_units(resnet18, kind, options, units):
     encoder, x, plain = resnet18
     built = SimCLR(encoder, adversarial=True)
-    ratio = (
-        flops(lambda: built.step(Batch(x), StepOptions(kind=kind, attack=attack(), **options)))
-        / plain
-    )
+    options = StepOptions(kind=kind, attack=attack(), **options)
+    ratio = flops(lambda: built.step(Batch(x), options)) / plain
     assert 6 * ratio == pytest.approx(units, rel=0.01)
+    cost = SimCLR.cost(options)
+    assert cost.units(chunks=options.micro_batch is not None) == pytest.approx(units)
 
 
 def test_peak_of_saved_activations():

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import io
 import json
@@ -6,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pytest
@@ -14,7 +17,11 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from clae_fast import _impl, checkpoint, run_folder, train
+from clae_fast import _cli, _impl, checkpoint, run_folder, train
+from clae_fast.config import Config
+from clae_fast.data import RECIPES
+from clae_fast.methods import METHODS
+from clae_fast.presets import PRESETS
 from clae_fast.trainer import Trainer
 
 # two epochs of four steps on 32 digits of 8x8
@@ -93,7 +100,7 @@ class TestRun:
 
     def test_default_folder_names_the_run(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(Trainer, "fit", lambda *_: None)
+        monkeypatch.setattr(Trainer, "fit", lambda *_, **__: None)
         results = {"knn": 1.0, "linear": 2.0, "step": 1, "checkpoint": "last.pt"}
         monkeypatch.setattr(train, "evaluate", lambda *_, **__: results)
         assert train.main(["--method", "uel", "--attack", "self"]) == 0
@@ -109,6 +116,136 @@ class TestRun:
         assert (settings["method"], settings["milestones"]) == ("uel", [5, 9, 11])
         assert (settings["download"], settings["color_jitter"]) == (True, [0.0, 0.0, 0.0, 0.0])
         assert list(tmp_path.iterdir()) == []
+
+
+class TestOutput:
+    def test_quiet_prints_results_alone(self, finished, tmp_path, capsys):
+        run = tmp_path / "run"
+        assert train.main([*TINY, "--quiet", "--out", str(run)]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines() == [*finished[1][6:8], f"run folder: {run}"]
+        assert err == ""
+
+    @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+    def test_json_is_all_of_stdout(self, finished, tmp_path, capsys, quiet):
+        run = tmp_path / "run"
+        assert train.main([*TINY, "--json", *quiet, "--out", str(run)]) == 0
+        out, err = capsys.readouterr()
+        results = json.loads((finished[0] / "results.json").read_text())
+        assert json.loads(out) == {"run": str(run), **results}
+        assert err.startswith("" if quiet else finished[1][0])
+        assert bool(err) != bool(quiet)
+
+    def test_weights_and_biases(self, finished, tmp_path, monkeypatch):
+        logged, ended = [], []
+
+        class Run:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                ended.append(error[0])
+
+            def log(self, values, step):
+                logged.append({"step": step} | values)
+
+        def init(**settings):
+            assert settings["name"] == "run"
+            assert settings["config"]["limit"] == 32
+            return Run()
+
+        wandb = ModuleType("wandb")
+        wandb.__spec__ = ModuleSpec("wandb", None)
+        wandb.init = init
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        run = tmp_path / "run"
+        assert train.main([*TINY, "--wandb", "--out", str(run)]) == 0
+        assert ended == [None]
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        assert all(point.pop("images_per_second") > 0 for point in logged)
+        assert logged == [json.loads(line) for line in lines]
+
+    def test_without_weights_and_biases(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        line = fails(capsys, [*TINY, "--wandb", "--out", tmp_path / "run"])
+        assert line == "error: --wandb needs a package that is not installed: pip install wandb"
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestDryRun:
+    def plan(self, capsys, *flags):
+        assert train.main(["--dry-run", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def test_writes_nothing_and_says_what_would_be(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert train.main(["--dry-run", "--adv-every", "2"]) == 0
+        out = capsys.readouterr().out
+        for fact in (
+            r"adv_every +2 +\(flags\)",
+            r"training images +1,437\n",
+            r"steps an epoch +11\n",
+            r"units a step +7\.5, 1\.25 times .*: 9 in one of 2, 6 in the others\n",
+            r"activations kept for backward passes +\d",
+            r"training images, decoded +1\.1 MB\n",
+        ):
+            assert re.search(fact, out), fact
+        assert list(tmp_path.iterdir()) == []
+
+    def test_where_settings_come_from(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        file = tmp_path / "run.yaml"
+        file.write_text("preset: clae-uel-cifar10\nlr: 0.5\ntemperature: 0.2")
+        plan = self.plan(
+            capsys, "--config", "run.yaml", "--lr", "0.25", "--download", "--recipe", "byol"
+        )
+        found = {
+            name: plan["sources"][name]
+            for name in ("lr", "temperature", "arch", "crop_min_scale", "download")
+        }
+        assert found == {
+            "lr": "flags",
+            "temperature": "run.yaml",
+            "arch": "preset clae-uel-cifar10",
+            "crop_min_scale": "recipe byol",
+            "download": "flags",
+        }
+        assert "epochs" in plan["sources"]
+        assert "optimizer" in plan["sources"]
+        assert "adv_weight" not in plan["sources"]
+        # and nothing is fetched
+        assert plan["steps_per_epoch"] is None
+        assert list(tmp_path.iterdir()) == [file]
+
+    def test_it_is_the_run(self, finished, capsys):
+        plan = self.plan(capsys, *TINY)
+        assert plan["config"] == json.loads((finished[0] / "config.json").read_text())
+        assert f"{plan['encoder']:,} parameters" in finished[1][3]
+        assert plan["steps_per_epoch"] == 4
+        memory = plan["memory"]
+        assert memory.pop("total") == sum(memory.values())
+
+    def test_own_settings_of_a_method(self, capsys):
+        plan = self.plan(capsys, "--method", "adco", "--options", "symmetric=true")
+        assert plan["units"]["mean"] == 11
+        assert plan["sources"] == {"method": "flags", "options": "flags"}
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--dataset cifar10 --data-dir EMPTY", "or add --download"),
+            ("--batch-size 2000", "batch_size must be at most the 1437 images, got 2000"),
+            ("--resume EMPTY", "--resume goes on with the run's own settings: drop --dry-run"),
+        ],
+    )
+    def test_says_what_the_run_would_say(self, tmp_path, capsys, flags, message):
+        flags = flags.replace("EMPTY", str(tmp_path)).split()
+        assert message in fails(capsys, ["--dry-run", *flags])
+
+    def test_several_processes(self, monkeypatch, capsys):
+        monkeypatch.setenv("RANK", "0")
+        line = fails(capsys, ["--dry-run"])
+        assert line == "error: --dry-run describes one process: start it without torchrun"
 
 
 # the process kills itself at the n-th write of a checkpoint, in its middle or after it
@@ -179,7 +316,7 @@ class TestInterruption:
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "_train_step", train_step)
             line = fails(capsys, [*TINY, "--out", run], code=130)
-        assert line == f"interrupted; continue with --resume {run}"
+        assert line == f"interrupted; step 4 is saved; continue with --resume {run}"
         assert train.main(["--resume", str(run)]) == 0
         assert_same_run(finished[0], run)
 
@@ -303,13 +440,40 @@ class TestBadInput:
         assert line == "error: impl='cuda' needs CUDA C++ kernels"
 
 
-def test_help_documents_every_setting(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.main(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for flag in ("--adv-weight", "--eps-space", "--no-decay-1d", "--resume", "--preset"):
-        assert flag in text
+class TestHelp:
+    @pytest.fixture
+    def text(self, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(["--help"])
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    def test_documents_every_setting_in_a_group(self, text):
+        titles = re.findall(r"^(\w+):$", text, re.M)
+        groups = ["data", "views", "method", "attack", "encoder", "optimiser", "engine", "run"]
+        assert [title for title in titles if title in groups] == groups
+        for field in dataclasses.fields(Config):
+            assert re.search(rf"^  {_cli.flag(field.name)}\b", text, re.M), field.name
+
+    def test_has_defaults_and_choices(self, text):
+        words = " ".join(text.split())
+        assert "--eps X radius of the attack [0.06]" in words
+        assert "--attack {none,pair,self} who is attacked [pair]" in words
+        assert "--color-jitter X X X X strengths of brightness, contrast, saturation, hue" in words
+
+    def test_begins_with_examples_that_are_commands(self, text):
+        assert len(text.partition("\n\n")[0].splitlines()) == 1
+        for command in train._EXAMPLES:
+            assert command in text.partition("\n  --out RUN")[0]
+            train._parser().parse(command.split()[3:])
+
+    def test_lists_what_there_is_to_choose_from(self, text):
+        for name in (*PRESETS, *RECIPES, *METHODS):
+            assert re.search(rf"\b{name}\b", text), name
+        assert "bank_size=512" in text
+
+    def test_fits_a_terminal(self, text):
+        assert max(map(len, text.splitlines())) <= 100
 
 
 def test_flags_are_paths_where_they_should_be():

@@ -7,7 +7,7 @@ from clae_fast.data.loaders import Batches, eval_transform, image_loader
 from clae_fast.data.recipes import RECIPES, Recipe
 from clae_fast.data.schedule import BatchSchedule
 from clae_fast.data.split import DataError, Split, Splits, hold_out, stratified
-from clae_fast.data.views import ViewSource, view_source
+from clae_fast.data.views import ViewSource, resident_bytes, view_source
 
 __all__ = [
     "DATASETS",
@@ -26,6 +26,7 @@ __all__ = [
     "image_loader",
     "load",
     "require_dataset",
+    "resident_bytes",
     "stratified",
     "view_source",
 ]

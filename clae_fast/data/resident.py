@@ -35,6 +35,7 @@ class Resident:
         device: where the images stay.
         workers: processes that decode them, at most one a core.
         labels: whether batches have them.
+        bar: whether to show on stderr how far decoding is, where that takes longer.
 
     Raises:
         DataError: an image cannot be read, or where such are skipped, none can.
@@ -49,10 +50,11 @@ class Resident:
         device: torch.device,
         workers: int,
         labels: bool,
+        bar: bool,
     ) -> None:
         self._schedule = schedule
         self._draw = draw
-        pixels, sizes = _decode(split, device, workers=workers, bar=schedule.rank == 0)
+        pixels, sizes = _decode(split, device, workers=workers, bar=bar)
         decoded = sizes[:, 0] > 0  # [S]
         images = unpack(pixels, sizes[decoded])
         self._images = images.to(device)

@@ -88,6 +88,7 @@ def view_source(
     small_crop_scale: tuple[float, float] = (0.05, 0.14),
     rank: int = 0,
     world: int = 1,
+    progress: bool = True,
 ) -> ViewSource:
     """Makes the views of a run from the images on the device, or from a loader.
 
@@ -115,6 +116,7 @@ def view_source(
         small_crop_scale: smallest and largest part of the image's area that they take.
         rank: whose part of each batch is made.
         world: processes that share a batch.
+        progress: whether the first process shows how far decoding is, where that takes longer.
 
     Raises:
         DataError: an image cannot be read, or where such are skipped, none can.
@@ -139,16 +141,39 @@ def view_source(
     for pair in range(1, 1 + small_crops // VIEWS):
         pairs.append({**settings, **scale, "first_view": VIEWS * pair})
     draw = partial(_tables, [partial(augment_params, seed=seed, **pair) for pair in pairs])
-    stays = resident != "no" and _fits(split, device, world, must=resident == "yes")
-    kind = Resident if stays else Streamed
+    stays = resident_bytes(split, resident, device=device, world=world) is not None
+    source = partial(Resident, bar=progress and rank == 0) if stays else Streamed
     return ViewSource(
-        kind(split, schedule, draw, device=device, workers=workers, labels=labels),
+        source(split, schedule, draw, device=device, workers=workers, labels=labels),
         schedule,
         image_size=image_size,
         small_crop_size=small_crop_size,
         interpolation=interpolation,
         dtype=dtype,
     )
+
+
+def resident_bytes(
+    split: Split, resident: str, *, device: torch.device, world: int = 1
+) -> int | None:
+    """About how many bytes the decoded images take where they stay on the device.
+
+    Args:
+        split: the training images.
+        resident: as of `view_source`.
+        device: where they would stay.
+        world: processes that each have them.
+
+    Returns:
+        None where they do not stay.
+
+    Raises:
+        ValueError: they do not fit and have to.
+    """
+    if resident == "no":
+        return None
+    need = decoded_bytes(split)
+    return need if _fits(need, device, world, must=resident == "yes") else None
 
 
 def _tables(
@@ -158,9 +183,8 @@ def _tables(
     return torch.cat([draw(ids, **images) for draw in draws])
 
 
-def _fits(split: Split, device: torch.device, world: int, *, must: bool) -> bool:
+def _fits(need: int, device: torch.device, world: int, *, must: bool) -> bool:
     """Whether the decoded images fit comfortably; raises where they `must`, and do not at all."""
-    need = decoded_bytes(split)
     # each process of a run has all images, and on one machine all take from the same memory
     main = "main memory", free_bytes(torch.device("cpu")) // world
     # a place, what is free there, and what part of that is comfortable to take

@@ -1,7 +1,7 @@
 """ACL: clean and adversarial views in two streams, each with BatchNorm of its own."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,15 @@ from clae_fast.batch import Batch
 from clae_fast.methods.base import Method
 from clae_fast.nn.dual_norm import adversarial_twin
 from clae_fast.ops.nt_xent import nt_xent
-from clae_fast.parts import Parts, StepOptions, StepResult, check_attack, check_pair, gradient
+from clae_fast.parts import (
+    Parts,
+    StepCost,
+    StepOptions,
+    StepResult,
+    check_attack,
+    check_pair,
+    gradient,
+)
 from clae_fast.passes import Pass
 
 
@@ -40,6 +48,13 @@ class ACL(Method):
         super().__init__(encoder, temperature=temperature, adversarial=False)
         # an attack in eval mode needs statistics that keep up with the encoder's
         self.adv_encoder = adversarial_twin(encoder, momentum=0.1) if adversarial else None
+
+    @classmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """Of two views, clean and, each attacked, adversarial."""
+        if options.attack is None or options.kind == "none":
+            return StepCost(trained=2)
+        return StepCost(trained=4, attacked=2 * options.attack.steps)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         check_pair(*batch.views)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clae_fast import _check
 from clae_fast.batch import Batch
 from clae_fast.nn.dual_norm import adversarial_twin
-from clae_fast.parts import Loss, StepOptions, StepResult
+from clae_fast.parts import Loss, StepCost, StepOptions, StepResult
 from clae_fast.step import pair_step, plain_step, released_step, self_step
 
 
@@ -108,6 +108,17 @@ class Method(nn.Module, ABC):
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         """`step`, of what has been checked."""
 
+    @classmethod
+    @abstractmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """What a step costs with these options: `units`, where they are the defaults.
+
+        Args:
+            options: How the step is taken.
+            small_crops: Small crops of an image, in large views of as many pixels.
+            own: Settings of the method's own.
+        """
+
     @property
     def phase(self) -> str:
         """Names what steps do, where it changes during a run."""
@@ -159,6 +170,11 @@ class PairMethod(Method):
             The gradient at the projections, [N, D].
         """
         return tied_gradient(self.loss, z)
+
+    @classmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """As `pair_cost`."""
+        return pair_cost(cls, options)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         world = options.world
@@ -229,6 +245,20 @@ def pair_schedule(
     if kind == "pair":
         return pair_step(*given, **both)
     return self_step(*given, attack_grad=attack_grad, **both)
+
+
+def pair_cost(method: type[Method], options: StepOptions) -> StepCost:
+    """What a step by `pair_schedule` costs."""
+    kind, attack, part = options.kind, options.attack, options.adv_fraction
+    if attack is None or kind in ("none", "released"):
+        return StepCost(trained=method.units[kind] / 3)
+    # view q's pass is the first step where it is trained on all the same
+    free = kind == "pair" and attack.begins_in_training and not options.adv_replace
+    return StepCost(
+        trained=2 if options.adv_replace else 2 + part,
+        constant=part if kind == "self" and attack.start != "view" else 0,
+        attacked=part * (attack.steps - free),
+    )
 
 
 NO_APPROXIMATION = {"adv_fraction": 1.0, "adv_replace": False}

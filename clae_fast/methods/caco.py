@@ -1,7 +1,7 @@
 """CaCo: queries find an entry of a bank that learns, their positive there named by a key."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from clae_fast.nn.momentum import cosine_momentum
 from clae_fast.ops.bank_step import bank_step
 from clae_fast.ops.info_nce import info_nce
 from clae_fast.ops.topk_similarity import topk_similarity
-from clae_fast.parts import StepOptions
+from clae_fast.parts import StepCost, StepOptions
 
 
 class CaCo(BankMethod):
@@ -73,6 +73,11 @@ class CaCo(BankMethod):
             raise ValueError(f"fill_temperature must be above 0, got {fill_temperature}")
         self.fill_temperature = fill_temperature
         self._first_momentum = key_momentum
+
+    @classmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """Of two queries and two keys, and small crops."""
+        return super().cost(options, small_crops=small_crops, symmetric=True)
 
     def before_step(self, progress: float) -> None:
         """Ends the phase that fills the bank, and sets the key encoder's momentum."""

@@ -1,7 +1,7 @@
 """DeACL: a student learns a frozen teacher's features, and to keep its own under attack."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from clae_fast import _check
 from clae_fast.batch import Batch
 from clae_fast.methods.base import Method
-from clae_fast.parts import Parts, StepOptions, StepResult, check_attack, gradient
+from clae_fast.parts import Parts, StepCost, StepOptions, StepResult, check_attack, gradient
 from clae_fast.passes import Pass
 
 
@@ -56,6 +56,13 @@ class DeACL(Method):
         _check.in_range("gamma", gamma, 0)
         self.teacher = teacher
         self.gamma = gamma
+
+    @classmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """Of one view and the teacher's, and its attack and adversarial view."""
+        if options.attack is None or options.kind == "none":
+            return StepCost(trained=1, constant=1)
+        return StepCost(trained=2, constant=1, attacked=options.attack.steps)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         (x,) = batch.views

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clae_fast.batch import Batch
 from clae_fast.methods.base import Method
-from clae_fast.parts import StepOptions, StepResult
+from clae_fast.parts import StepCost, StepOptions, StepResult
 from clae_fast.step import query_step
 
 
@@ -56,6 +56,16 @@ class QueryMethod(Method):
                 the optimiser's move.
             targets: What `targets` gave.
         """
+
+    @classmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """Of a query and a key, or where `own` has "symmetric" two each, and small crops."""
+        large = 1 + bool(own.get("symmetric"))
+        clean, attack = large + small_crops, options.attack
+        if attack is None or options.kind == "none":
+            return StepCost(clean, constant=large)
+        steps = attack.steps - attack.begins_in_training
+        return StepCost(clean + 1, constant=large, attacked=steps)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         queries = self.queries(batch)

@@ -1,7 +1,7 @@
 """RoCL: an adversarial view is one more view of its image."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,15 @@ from clae_fast.batch import Batch
 from clae_fast.distributed import World
 from clae_fast.methods.base import Method
 from clae_fast.ops.sup_con import sup_con
-from clae_fast.parts import Parts, StepOptions, StepResult, check_attack, check_pair, gradient
+from clae_fast.parts import (
+    Parts,
+    StepCost,
+    StepOptions,
+    StepResult,
+    check_attack,
+    check_pair,
+    gradient,
+)
 from clae_fast.passes import Pass
 
 
@@ -52,6 +60,13 @@ class RoCL(Method):
         super().__init__(encoder, temperature=temperature, adversarial=adversarial)
         _check.in_range("reg_weight", reg_weight, 0)
         self.reg_weight = reg_weight
+
+    @classmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """Of two views, or of three, f(x_q) in the attack, and its steps."""
+        if options.attack is None or options.kind == "none":
+            return StepCost(trained=2)
+        return StepCost(trained=3, constant=1, attacked=options.attack.steps)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         x_p, x_q = batch.views

@@ -3,14 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from clae_fast.batch import Batch
 from clae_fast.distributed import World
-from clae_fast.methods.base import Method, pair_schedule, tied_gradient
-from clae_fast.parts import Loss, StepOptions, StepResult
+from clae_fast.methods.base import Method, pair_cost, pair_schedule, tied_gradient
+from clae_fast.parts import Loss, StepCost, StepOptions, StepResult
 
 
 class SupervisedMethod(Method):
@@ -32,6 +32,11 @@ class SupervisedMethod(Method):
         Returns:
             A scalar, differentiable in both.
         """
+
+    @classmethod
+    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
+        """As `pair_cost`."""
+        return pair_cost(cls, options)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         assert batch.labels is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows
@@ -151,8 +152,10 @@ def _check_exclude(exclude: Tensor, anchor: Tensor, M: int) -> None:
         raise ValueError(
             f"exclude must be on the device of anchor, {anchor.device}, got {exclude.device}"
         )
-    # not where it would wait for a GPU, whose own check follows, or break a compiled graph
-    if exclude.device.type == "cpu" and exclude.numel() and not torch.compiler.is_compiling():
+    # not where it would wait for a GPU, whose own check follows, or break a compiled graph, and not
+    # in a dry run, whose tensors have no values
+    values = not (torch.compiler.is_compiling() or isinstance(exclude, FakeTensor))
+    if exclude.device.type == "cpu" and exclude.numel() and values:
         low, high = (int(bound) for bound in exclude.aminmax())
         if low < 0 or high >= M:
             wrong = low if low < 0 else high

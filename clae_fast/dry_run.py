@@ -1,0 +1,134 @@
+"""What a run would be: its settings, its steps and what they cost. Writes nothing."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from clae_fast import cost, data, distributed
+from clae_fast._cli import columns, shown
+from clae_fast.config import Config
+from clae_fast.data.memory import readable
+from clae_fast.device import pick_device
+from clae_fast.trainer import build_method, hold_out
+
+
+def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What would be trained, in plain values.
+
+    Args:
+        config: settings of the run.
+        layers: where they come from, as `clae_fast.settings.layers` has it.
+
+    Returns:
+        "config"; "sources" of the settings that are not the defaults; "images" and
+        "steps_per_epoch", None where the data is not there yet; "units" of a step; "parameters"
+        that are trained, and those of the "encoder" alone; and estimates of "memory" in bytes.
+
+    Raises:
+        DataError: the data set cannot be used.
+        ValueError: settings that do not fit the data or this machine, or several processes.
+    """
+    if distributed.started_by_torchrun():
+        raise ValueError("--dry-run describes one process: start it without torchrun")
+    device = pick_device(config.device)
+    method = build_method(config, device)
+    images = steps = resident = None
+    split = _training_images(config)
+    if split is not None:
+        images = len(split)
+        steps = data.BatchSchedule(
+            images, config.batch_size, epochs=config.epochs, seed=config.seed
+        ).steps_per_epoch
+        resident = data.resident_bytes(split, config.resident, device=device)
+    memory = cost.step_memory(config, method, device)
+    if resident is not None:
+        memory["images"] = resident
+    return {
+        "config": config.to_dict(),
+        "sources": _sources(config, layers),
+        "device": str(device),
+        "images": images,
+        "steps_per_epoch": steps,
+        "units": cost.step_units(config),
+        "parameters": cost.parameters(method),
+        "encoder": cost.parameters(method.encoder),
+        "memory": memory | {"total": sum(memory.values())},
+    }
+
+
+def _training_images(config: Config) -> data.Split | None:
+    """The training images, None where they would have to be fetched first."""
+    if config.dataset.startswith("hf/"):
+        return None
+    try:
+        splits = data.load(
+            config.dataset,
+            data_dir=config.data_dir,
+            limit=config.limit,
+            on_corrupt=config.on_corrupt,
+        )
+    except data.DataError:
+        if config.download:
+            return None
+        raise
+    return hold_out(config, splits)[0].train
+
+
+def _sources(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The last layer that has each setting, of those that differ from the defaults."""
+    named = {name: layer for layer, values in layers.items() for name in values}
+    changed = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING and getattr(config, field.name) != field.default
+    ]
+    return {name: named[name] for name in (*changed, *["options"] * ("options" in named))}
+
+
+def text(plan: Mapping[str, Any]) -> str:
+    """A plan, to read."""
+    config, units = plan["config"], plan["units"]
+    changed = {
+        f"{name:<18} {shown(config[name])}": f"({source})"
+        for name, source in plan["sources"].items()
+    }
+    facts = {
+        "training images": _number(plan["images"]),
+        "steps an epoch": _number(plan["steps_per_epoch"]),
+        "epochs": f"{config['epochs']:,}",
+        "units a step": _units(config, units),
+        "parameters": f"{plan['parameters']:,}, {plan['encoder']:,} of them the encoder's",
+    }
+    sizes = {_MEMORY[name]: readable(size) for name, size in plan["memory"].items()}
+    tables = {
+        "settings that differ from the defaults": changed,
+        "training": facts,
+        f"memory on {plan['device']}, estimated": sizes,
+    }
+    return "\n\n".join(f"{title}:\n{columns(lines)}" for title, lines in tables.items() if lines)
+
+
+_MEMORY = {
+    "weights": "weights and buffers",
+    "gradients": "gradients",
+    "optimizer": "state of the optimiser",
+    "views": "views of a batch",
+    "activations": "activations kept for backward passes",
+    "images": "training images, decoded",
+    "total": "together, and what libraries need besides",
+}
+
+
+def _number(count: int | None) -> str:
+    return "not known before they are fetched" if count is None else f"{count:,}"
+
+
+def _units(config: Mapping[str, Any], units: Mapping[str, float]) -> str:
+    mean, plain = units["mean"], units["plain"]
+    if config["attack"] == "none":
+        return f"{plain:g}"
+    ratio = f"{mean:.4g}, {mean / plain:.2f} times those of plain training"
+    if config["adv_every"] == 1:
+        return ratio
+    every = config["adv_every"]
+    return f"{ratio}: {units['attacked']:.4g} in one of {every}, {plain:g} in the others"
