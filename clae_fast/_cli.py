@@ -47,11 +47,10 @@ class Parser(argparse.ArgumentParser):
         if examples:
             parts.append("examples:\n" + columns(examples))
         # what is not given is no argument: the layers below decide it
-        options.setdefault("argument_default", argparse.SUPPRESS)
+        options = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False, **options}
         super().__init__(
             description="\n\n".join(parts),
             formatter_class=_HelpFormatter,
-            allow_abbrev=False,
             **options,
         )
 

@@ -363,11 +363,13 @@ class TestPlace:
         free = {"cuda": gpu * need, "cpu": main * need}
         monkeypatch.setattr(views, "free_bytes", lambda device: free[device.type])
         device = torch.device("cuda", 1)
-        assert views._fits(dense, device, 1, must=False) == auto
-        assert views._fits(dense, device, 1, must=True)
+        found = data.resident_bytes(dense, "auto", device=device)
+        assert found == (need if auto else None)
+        assert data.resident_bytes(dense, "yes", device=device) == need
+        assert data.resident_bytes(dense, "no", device=device) is None
         free["cuda"] = need - 1
         with pytest.raises(ValueError, match=r"0\.0101 MB and cuda:1 has 0\.0101 MB free"):
-            views._fits(dense, device, 1, must=True)
+            data.resident_bytes(dense, "yes", device=device)
 
     def test_yes_takes_what_there_is(self, dense, monkeypatch):
         need = memory.decoded_bytes(dense)

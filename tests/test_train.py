@@ -123,7 +123,7 @@ class TestOutput:
         run = tmp_path / "run"
         assert train.main([*TINY, "--quiet", "--out", str(run)]) == 0
         out, err = capsys.readouterr()
-        assert out.splitlines() == [*finished[1][6:8], f"run folder: {run}"]
+        assert out.splitlines() == [*finished[1][6:-1], f"run folder: {run}"]
         assert err == ""
 
     @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
