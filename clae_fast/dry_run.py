@@ -82,7 +82,9 @@ def _sources(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[st
         for field in dataclasses.fields(config)
         if field.default is not dataclasses.MISSING and getattr(config, field.name) != field.default
     ]
-    return {name: named[name] for name in (*changed, *["options"] * ("options" in named))}
+    changed += ["options"] * ("options" in named)
+    # what no layer says, the method does
+    return {name: named.get(name, f"method {config.method}") for name in changed}
 
 
 def text(plan: Mapping[str, Any]) -> str:

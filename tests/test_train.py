@@ -228,7 +228,11 @@ class TestDryRun:
     def test_own_settings_of_a_method(self, capsys):
         plan = self.plan(capsys, "--method", "adco", "--options", "symmetric=true")
         assert plan["units"]["mean"] == 11
-        assert plan["sources"] == {"method": "flags", "options": "flags"}
+        assert plan["sources"] == {
+            "method": "flags",
+            "options": "flags",
+            "temperature": "method adco",
+        }
 
     @pytest.mark.parametrize(
         ("flags", "message"),
