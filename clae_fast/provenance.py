@@ -94,13 +94,22 @@ def record(
     return [_line(name, before[name], now[name]) for name in changed] + other_data
 
 
+def current(folder: RunFolder) -> dict[str, Any]:
+    """What the run last went on with; empty where it has recorded nothing.
+
+    Raises:
+        RunFolderError: the record is damaged.
+    """
+    return _current(_read(folder))
+
+
 def data_changes(folder: RunFolder, splits: data.Splits) -> list[str]:
     """A line for each split that is no longer what the run last read.
 
     Raises:
         RunFolderError: the record is damaged.
     """
-    return _data_changes(_current(_read(folder)), fingerprints(splits))
+    return _data_changes(current(folder), fingerprints(splits))
 
 
 def _data_changes(before: dict[str, Any], now: dict[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ checkpoints/last.pt   state after the last epoch, or after the last --checkpoint
 checkpoints/best.pt   state after the epoch that did best on the --val-size images
 checkpoints/epoch-0010.pt  states that --keep-every leaves
 results.json          accuracies of the finished run
+report.html           all of it as a page, `clae_fast.report`
 
 Every checkpoint is whole; each replaces the one of its name, and nothing else is deleted.
 """

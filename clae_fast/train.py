@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clae_fast import _cli, _impl, distributed, dry_run, provenance
+from clae_fast import _cli, _impl, checkpoint, data, distributed, dry_run, provenance
 from clae_fast.config import MAY_CHANGE, Config, hints
 from clae_fast.data import RECIPES, Recipe
 from clae_fast.distributed import LostWorkerError, World
@@ -64,6 +64,7 @@ def _main(argv: Sequence[str] | None) -> None:
         if not trainer.world.leads:
             return
         results = evaluate(folder, splits=trainer.splits)
+        _write_page(folder, trainer.splits)
     except KeyboardInterrupt:
         saved = () if trainer.saved is None else (f"step {trainer.saved} is saved",)
         raise KeyboardInterrupt(*saved, f"continue with --resume {folder.path}") from None
@@ -126,6 +127,18 @@ def _build(config: Config, world: World, options: dict[str, Any]) -> Trainer:
     say(f"encoder: {config.arch}, {parameters:,} parameters")
     say(f"method: {config.method}, attack {config.attack}; steps: {trainer.engine}")
     return trainer
+
+
+def _write_page(folder: RunFolder, splits: data.Splits) -> None:
+    """Leaves the run's report in its folder; a run does not fail because of it."""
+    from clae_fast.report import write
+    from clae_fast.reporting.runs import read
+
+    path = folder.path / "report.html"
+    try:
+        write(path, read([folder.path]), splits=splits)
+    except Exception as error:
+        _cli.warn(f"no {path}: {checkpoint.reason(error)}")
 
 
 def _start(config: Config, options: dict[str, Any]) -> tuple[RunFolder, Trainer]:

@@ -20,13 +20,16 @@ from clae_fast.config import Config
 from clae_fast.device import pick_device
 from clae_fast.distributed import World
 from clae_fast.engine import Engine
-from clae_fast.evaluation import extract_features, knn_accuracy
+from clae_fast.evaluation import extract_features, knn_accuracy, leave_one_out_knn
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder
 from clae_fast.nn.sync_norm import convert
 from clae_fast.optimizer import lr_factor
 from clae_fast.parts import StepResult
 from clae_fast.run_folder import MetricsLog, RunFolder
+
+# labelled images that show how training goes, where none are held out
+_WATCHED = 512
 
 
 class NonFiniteError(Exception):
@@ -349,6 +352,14 @@ class Trainer:
             self._best = {"step": self.step, "val_knn": accuracy}
         return accuracy
 
+    def _watch(self) -> float:
+        """Accuracy in per cent of a few training images, voted for by each other: for the curve."""
+        encoder = cast(Encoder, self.method.encoder)
+        few = self.labelled.evenly(_WATCHED)
+        features = extract_features(encoder, few, self.config, self.device)
+        self.method.train()
+        return leave_one_out_knn(*features)
+
     def _log(self, folder: RunFolder, log: MetricsLog, bar: tqdm) -> None:
         losses = self._window.means()
         for name, value in losses.items():
@@ -358,8 +369,11 @@ class Trainer:
         epoch = self.step / self._steps_per_epoch
         rate = self._window.rate() * self.config.batch_size
         values = {"epoch": epoch, **losses, "lr": self._lr(self.step - 1)}
-        if self.held is not None and self._ends_epoch(self.config.val_every):
-            values["val_knn"] = self._validate()
+        if self._ends_epoch(self.config.val_every):
+            if self.held is not None:
+                values["val_knn"] = self._validate()
+            else:
+                values["train_knn"] = self._watch()
         log.write(self.step, values, rate)
 
     def _save(self, folder: RunFolder, log: MetricsLog) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from clusters import clusters
 
-from clae_fast.evaluation import knn_accuracy
+from clae_fast.evaluation import knn_accuracy, leave_one_out_knn
 
 
 class TestKnn:
@@ -36,3 +36,13 @@ class TestKnn:
         labels[-1] = 2  # one wrong answer, in the last chunk
         accuracy = knn_accuracy(train, train_labels, test, labels)
         assert accuracy == pytest.approx(100 * 2399 / 2400)
+
+
+def test_leave_one_out_is_a_vote_of_the_others():
+    features, labels = torch.randn(60, 5), torch.arange(60) % 3
+    right = [
+        knn_accuracy(features[rest], labels[rest], features[[i]], labels[[i]], k=1)
+        for i in range(60)
+        for rest in [torch.arange(60) != i]
+    ]
+    assert leave_one_out_knn(features, labels) == pytest.approx(sum(right) / 60)

@@ -286,6 +286,20 @@ class TestKeptCheckpoints:
         found = {line["step"]: line["val_knn"] for line in metrics(folder) if "val_knn" in line}
         assert found == {2: 50.0, 4: 70.0, 6: 60.0, 8: 70.0}
 
+    def test_without_validation_training_images_are_watched(self, tmp_path):
+        folders = [
+            fit(tmp_path / str(every), tiny(epochs=4, limit=16, val_every=every))
+            for every in (2, 8)
+        ]
+        found = [[line["step"] for line in metrics(f) if "train_knn" in line] for f in folders]
+        assert found == [[4, 8], []]
+        # it chooses and moves nothing
+        assert kept(folders[0]) == ["last.pt"]
+        states = [checkpoint.load(folder.checkpoint) for folder in folders]
+        for state in states:
+            del state["metrics_size"]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
     def test_a_full_disk_keeps_the_old_ones(self, tmp_path, monkeypatch):
         original = checkpoint.write_atomically
 

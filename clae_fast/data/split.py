@@ -77,6 +77,11 @@ class Split:
         """The part at `indices`, which index a tensor."""
         return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
+    def evenly(self, count: int) -> "Split":
+        """At most `count` of the images, as far apart as they can be."""
+        count = min(count, len(self))
+        return self.select(torch.arange(count) * len(self) // count)
+
     def nothing_readable(self, errors: Sequence[str] = ()) -> DataError:
         """The error that no image can be read, with the first of the reasons."""
         return DataError("; ".join([f"none of the {len(self)} images can be read", *errors[:1]]))

@@ -32,14 +32,41 @@ def knn_accuracy(
     Returns:
         Per cent of the test images whose class wins.
     """
-    classes = int(train_labels.max()) + 1
-    k = min(k or max(1, min(200, len(train_labels) // 50)), len(train_labels))
+    k = min(k or _voters(len(train_labels)), len(train_labels))
     correct = 0
     for features, labels in zip(test_features.split(1024), test_labels.split(1024), strict=True):
         nearest, rows = topk_similarity(features, train_features, k)  # [B, k]
-        votes = nearest.new_zeros(len(features), classes)  # [B, C]
-        # relative to the nearest one, which changes no ranking and cannot overflow
-        weights = ((nearest - nearest[:, :1]) / sigma).exp()
-        votes.scatter_add_(1, train_labels[rows], weights)
-        correct += int((votes.argmax(dim=1) == labels).sum())
+        correct += _correct(nearest, train_labels[rows], labels, sigma)
     return 100 * correct / len(test_labels)
+
+
+@torch.no_grad()
+def leave_one_out_knn(
+    features: Tensor,  # [N, F]
+    labels: Tensor,  # [N]
+    *,
+    sigma: float = 0.1,
+) -> float:
+    """`knn_accuracy` of images that are each voted for by the others, two at least."""
+    own = torch.arange(len(labels), device=features.device)[:, None]
+    nearest, rows = topk_similarity(features, features, _voters(len(labels)), exclude=own)
+    return 100 * _correct(nearest, labels[rows], labels, sigma) / len(labels)
+
+
+def _voters(images: int) -> int:
+    return max(1, min(200, images // 50))
+
+
+def _correct(
+    nearest: Tensor,  # [B, k]
+    votes_for: Tensor,  # [B, k]
+    labels: Tensor,  # [B]
+    sigma: float,
+) -> int:
+    """How many win the vote of their neighbours at these cosines."""
+    classes = int(votes_for.max()) + 1
+    votes = nearest.new_zeros(len(nearest), classes)  # [B, C]
+    # relative to the nearest one, which changes no ranking and cannot overflow
+    weights = ((nearest - nearest[:, :1]) / sigma).exp()
+    votes.scatter_add_(1, votes_for, weights)
+    return int((votes.argmax(dim=1) == labels).sum())
