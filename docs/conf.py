@@ -22,7 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "benchmark_tables",
     "code_role",
-    "init_types",
+    "signatures",
     "mathml",
     "catalogue",
     "schedule_figure",
@@ -46,7 +46,6 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 toc_object_entries = False
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # "fp32 or fp64" is no type

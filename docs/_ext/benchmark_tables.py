@@ -4,7 +4,7 @@
     ```
 
 stands for all files `losses-MACHINE-DATE.json`, the newest first; without a name, for those that no
-other directive of the site names.
+directive above it on the page has named.
 """
 
 import json
@@ -40,7 +40,7 @@ _HEADINGS = {
 }
 # shown in the cell of another column
 _INTERVALS = {"ms": ("p20_ms", "p80_ms"), "us": ("p20_us", "p80_us")}
-_HIDDEN = {"samples", "n_samples", *(name for pair in _INTERVALS.values() for name in pair)}
+_HIDDEN = {"samples", "stage", "commit", *(name for pair in _INTERVALS.values() for name in pair)}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -50,14 +50,18 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 class _Benchmark(SphinxDirective):
-    required_arguments = 1
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        name = self.arguments[0]
-        files = sorted(RESULTS.glob(f"{name}-*.json"), key=_date, reverse=True)
-        if not files:
-            raise self.error(f"there is no {name}-*.json in benchmarks/results")
+        shown = self.env.temp_data.setdefault("clae_fast_results", set())
+        pattern = f"{self.arguments[0]}-*.json" if self.arguments else "*.json"
+        files = sorted({*RESULTS.glob(pattern)} - shown, key=_date, reverse=True)
+        if self.arguments and not files:
+            raise self.error(f"there is no {pattern} in benchmarks/results")
+        shown.update(files)
         found: list[nodes.Node] = []
+        if not files:
+            return [nodes.paragraph("", "None yet.")]
         for file in files:
             self.env.note_dependency(str(file))
             found += _measurement(file)
@@ -78,17 +82,21 @@ def _measurement(file: Path) -> Iterator[nodes.Node]:
         yield nodes.literal_block("", command, language="sh")
     machine = ", ".join(f"{key} {value}" for key, value in result.get("machine", {}).items())
     yield nodes.paragraph("", machine, classes=["machine"])
-    if rows := result["rows"]:
+    # a day's measurements on a GPU are of several stages
+    stages: dict[str, list[dict[str, Any]]] = {}
+    bars = dict(result.get("bars", {}))
+    for row in result["rows"]:
+        if "bar" in row:
+            bars[row["bar"]] = f"{row['verdict']} ({_text(row['value'])})"
+        else:
+            stages.setdefault(row.get("stage", ""), []).append(row)
+    for stage, rows in stages.items():
+        if stage:
+            yield nodes.paragraph("", "", nodes.strong("", stage))
         yield _table(rows)
-    if bars := result.get("bars"):
-        yield nodes.bullet_list(
-            "",
-            *(
-                nodes.list_item("", nodes.paragraph("", f"{bar}: {verdict}"))
-                for bar, verdict in bars.items()
-                if verdict != "not measured"
-            ),
-        )
+    said = [f"{bar}: {verdict}" for bar, verdict in bars.items() if verdict != "not measured"]
+    if said:
+        yield nodes.bullet_list("", *(nodes.list_item("", nodes.paragraph("", s)) for s in said))
 
 
 def _table(rows: list[dict[str, Any]]) -> nodes.table:

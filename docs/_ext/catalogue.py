@@ -22,6 +22,7 @@ from clae_fast import methods, ops
 from clae_fast.config import Config
 from clae_fast.methods import METHODS, Method
 from clae_fast.presets import PRESETS
+from clae_fast.settings import resolve
 
 _KINDS = {"none": "plain", "pair": "pair attack", "self": "self attack", "released": "as released"}
 
@@ -71,11 +72,11 @@ class _Presets(_Written):
     }
 
     def lines(self) -> Iterable[str]:
-        defaults = {name: getattr(Config(), name) for name in self.columns}
         yield from _row(("preset", *self.columns.values()), first=True)
-        for name, settings in PRESETS.items():
-            values = ({**defaults, **settings}[column] for column in self.columns)
-            yield from _row((f"`{name}`", *map(_value, values)))
+        for name in PRESETS:
+            config = resolve({}, name)
+            values = (_value(getattr(config, column)) for column in self.columns)
+            yield from _row((f"`{name}`", *values))
 
 
 class _Command(_Written):

@@ -1,6 +1,12 @@
-"""The types of a class's arguments, where autodoc takes those of attributes of the same names."""
+"""Signatures as their authors wrote them.
+
+autodoc takes the types of a class's arguments for those of attributes of the same names, and writes
+defaults as Python does: a class as <class ...>. Its option to write them as in the source replaces
+them in the running package, which then reads its own defaults as text.
+"""
 
 import importlib
+import re
 from typing import Any, get_type_hints
 
 from docutils import nodes
@@ -9,9 +15,20 @@ from sphinx.util.typing import stringify_annotation
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Comes before autodoc writes what it has recorded."""
+    """Corrects both."""
+    app.connect("autodoc-process-signature", _shorten)
+    # before autodoc writes what it has recorded
     app.connect("object-description-transform", _correct, priority=100)
     return {"parallel_read_safe": True}
+
+
+def _shorten(
+    app: Sphinx, kind: str, name: str, of: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    if not signature:
+        return None
+    found = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
+    return found.replace("=<factory>", "=..."), returns
 
 
 def _correct(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
