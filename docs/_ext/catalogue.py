@@ -87,13 +87,16 @@ class _Command(_Written):
         parser = importlib.import_module(f"clae_fast.{name}")._parser()
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=96)
         yield from _section(parser.prog, f"command-{name}")
-        yield from (_help(parser.description or ""), "", "::", "")
+        about, *examples = (parser.description or "").split("\n\n")
+        yield from (_help(about), "")
         formatter = parser._get_formatter()
         required = [
             formatter._format_args(action, action.dest)
             for action in parser._get_positional_actions()
         ]
-        yield from ("   " + " ".join((parser.prog, *required, "[--flag ...]")), "")
+        yield from _block(" ".join((parser.prog, *required, "[--flag ...]")))
+        for text in examples:
+            yield from _block(text)
         for group in parser._action_groups:
             if group._group_actions:
                 yield from (f".. rubric:: {group.title}", "")
@@ -102,7 +105,7 @@ class _Command(_Written):
                 yield f"``{formatter._format_action_invocation(action)}``"
                 yield from (f"   {_help(text)}", "")
         if parser.epilog:
-            yield from ("::", "", *(f"   {line}" for line in parser.epilog.splitlines()), "")
+            yield from _block(parser.epilog)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -167,6 +170,11 @@ def _loss_of_op(method: type[Method]) -> Iterable[str]:
 def _command(name: str, method: type[Method]) -> str:
     teacher = " --teacher RUN" * method.needs_teacher
     return f"python -m clae_fast.train --method {name}{teacher}"
+
+
+def _block(text: str) -> Iterable[str]:
+    """Lines as they are."""
+    return (".. code-block:: text", "", *(f"   {line}" for line in text.splitlines()), "")
 
 
 def _help(text: str) -> str:
