@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy                                    # digits, 3 seeds, minutes
     python -m benchmarks.accuracy --seeds 5 --dataset parquet --data-dir DIR --epochs 20
+    python -m benchmarks.accuracy --approximations
     python -m benchmarks.accuracy --equal-time --plot accuracy.png
 
 Flags other than the ones below go to `python -m clae_fast.train`, which trains and evaluates every
@@ -14,6 +15,9 @@ An attack costs time, in which a run without one could have trained on: `--equal
 `none for pair's time`, as many epochs without an attack as take as long as the run with the pair
 attack did, the learning rate's schedule stretched over them. Seconds are those of training steps,
 from the rates that the run has logged; evaluation and checkpoints do not count.
+
+`--approximations` adds the pair attack on a part of the batch or of the steps, which costs less:
+beside each gain in time stands what it does to accuracy.
 """
 
 from __future__ import annotations
@@ -46,6 +50,14 @@ from clae_fast.evaluation import (
 from clae_fast.trainer import Trainer
 
 ATTACKS = ("none", "pair", "self")
+APPROXIMATIONS = {
+    f"pair {' '.join(flags)}": ("pair", flags)
+    for flags in (
+        ("--adv-fraction", "0.2"),
+        ("--adv-fraction", "0.2", "--adv-replace"),
+        ("--adv-every", "5"),
+    )
+}
 OURS = ("--attack", "--seed", "--out", "--resume", "--print-config")
 LONGER = "none for pair's time"
 METRICS = ("knn", "linear")
@@ -100,6 +112,11 @@ def _parse(argv: list[str] | None) -> tuple[Any, list[str]]:
         help="also train without an attack for as long as the pair attack takes",
     )
     parser.add_argument(
+        "--approximations",
+        action="store_true",
+        help="also attack a fifth of the batch, added or in its place, and every fifth step",
+    )
+    parser.add_argument(
         "--plot", type=_cli.json_path, metavar="FILE", help="draw accuracy over time, .png or .svg"
     )
     parser.add_argument(
@@ -120,17 +137,21 @@ def _parse(argv: list[str] | None) -> tuple[Any, list[str]]:
 
 def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[dict[str, float]]]:
     """Of every row's runs {"knn", "linear"} and, where trained, "seconds"; a dict a seed."""
-    trained = (*ATTACKS, LONGER) if args.equal_time else ATTACKS
+    # the attack and the flags of each row
+    trained: dict[str, tuple[str, Sequence[str]]] = {attack: (attack, ()) for attack in ATTACKS}
+    if args.approximations:
+        trained |= APPROXIMATIONS
+    if args.equal_time:
+        trained[LONGER] = ("none", ())
     scores: dict[str, list[dict[str, float]]] = {"raw pixels": [], "untrained": []}
     scores |= {name: [] for name in trained}
     with tempfile.TemporaryDirectory() as temporary:
         runs = args.runs or Path(temporary)
         for seed in range(args.seeds):
-            for name in trained:
-                attack, more = name, []
+            for name, (attack, more) in trained.items():
                 if name == LONGER:
                     longer = scores["pair"][-1]["seconds"] / scores["none"][-1]["seconds"]
-                    attack, more = "none", ["--epochs", str(round(config.epochs * longer))]
+                    more = ("--epochs", str(round(config.epochs * longer)))
                 out = runs / f"{name.replace(' ', '-')}-{seed}"
                 ours = ["--attack", attack, "--seed", str(seed), "--out", str(out)]
                 _train([*flags, *more, *ours])
