@@ -1,10 +1,15 @@
-"""Applies to every test: the interpreter for Triton where there is no GPU, and a fixed seed."""
+"""Applies to every test: the interpreter for Triton where there is no GPU, threads, a fixed seed."""
 
 import contextlib
 import os
 from types import SimpleNamespace
 
 import pytest
+
+# the workers of pytest-xdist share the cores; read when torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # read by Triton when a kernel is defined, so before anything imports one

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install "
 MAIN_JOB = SET_UP + ". && .venv/bin/python -m clae_fast.train"
-TESTS = SET_UP + "'.[test]' && .venv/bin/python -m pytest"
+TESTS = SET_UP + "'.[test]' && .venv/bin/python -m pytest -n auto --dist loadfile"
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.*") if page.suffix != ".py")
 COMMANDS = sorted(
@@ -33,7 +33,7 @@ COMMANDS = sorted(
 )
 # of torchrun, pip, docker, tensorboard and sphinx-build
 OTHERS_FLAGS = {
-    "--keep-going", "--logdir", "--nnodes", "--no-build-isolation", "--no-deps", "--no-index",
+    "--dist", "--keep-going", "--logdir", "--nnodes", "--no-build-isolation", "--no-deps", "--no-index",
     "--nproc-per-node", "--only-binary", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",
     "--shm-size",
 }  # fmt: skip
