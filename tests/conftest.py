@@ -1,4 +1,4 @@
-"""Applies to every test: the interpreter for Triton where there is no GPU, threads, a fixed seed."""
+"""For every test: the interpreter for Triton where there is no GPU, threads and a fixed seed."""
 
 import contextlib
 import os

@@ -34,8 +34,8 @@ COMMANDS = sorted(
 # of torchrun, pip, docker, tensorboard and sphinx-build
 OTHERS_FLAGS = {
     "--dist", "--keep-going", "--logdir", "--nnodes", "--no-build-isolation", "--no-deps",
-    "--no-index", "--nproc-per-node", "--only-binary", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",
-    "--shm-size",
+    "--no-index", "--nproc-per-node", "--only-binary", "--rdzv-backend", "--rdzv-endpoint",
+    "--rdzv-id", "--shm-size",
 }  # fmt: skip
 
 
