@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     engine,
     losses,
     memory,
+    methods,
     nt_xent,
     overhead,
     peers,
@@ -538,6 +539,31 @@ def test_accuracy_passes_on_what_train_refuses(flags, capsys):
     assert error.count("\n") == 1
 
 
+# methods
+
+
+def test_methods_command(tmp_path, capsys, one_thread):
+    out = tmp_path / "result.json"
+    flags = "--methods moco,deacl --seeds 2 --epochs 1 --image-size 8"
+    assert run(methods, f"{flags} --json {out}") == 0
+    result = json.loads(out.read_text())
+    rows = {(row["method"], row["attack"]): row for row in result["rows"]}
+    units = {kind: row["units"] for kind, row in rows.items()}
+    assert units == {
+        ("untrained", "none"): None,
+        ("moco", "none"): 4,
+        ("moco", "pair"): 7,
+        ("deacl", "none"): 4,
+        ("deacl", "pair"): 9,
+    }
+    for row in rows.values():
+        assert row["knn"] == pytest.approx(sum(row["knn_by_seed"]) / 2)
+        assert 0 < row["knn"] <= 100
+    # seeds and attacks are different runs
+    assert len({knn for row in rows.values() for knn in row["knn_by_seed"]}) > 3
+    assert f"| moco | 4, 7 | {rows['moco', 'none']['knn']:.1f}, " in capsys.readouterr().out
+
+
 # all commands
 
 
@@ -562,6 +588,8 @@ def test_accuracy_passes_on_what_train_refuses(flags, capsys):
         (overhead, "--device abacus", "abacus"),
         (overhead, "--json .", "argument --json"),
         (accuracy, "--seeds 0", "argument --seeds"),
+        (methods, "--methods simclr,clae", "unknown 'clae', choose from simclr"),
+        (methods, "--epochs 0", "argument --epochs"),
         (accuracy, "--attack pair", "argument --attack"),
         (accuracy, "--seed=3", "argument --seed=3"),
         (accuracy, "--plot accuracy.doc", "argument --plot"),
