@@ -13,8 +13,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 pythons=(3.10 3.11 3.12 3.13)
 torches=(2.11.0 2.13.0 newest)
-tests=(nt_xent tied_nt_xent info_nce uel topk_similarity linf_step stem_step reference impl check
-  imports compile losses properties threads isas dual_norm attack step stem methods)
+# of those that need no more than torch; test_isas.py, which has augment too, needs torchvision
+tests=(nt_xent tied_nt_xent info_nce uel hard_nt_xent sup_con h_scl bank_step topk_similarity linf_step
+  stem_step reference impl check imports compile losses negatives properties threads dual_norm
+  attack pgd step stem methods units)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
