@@ -31,7 +31,9 @@ def _block(self: HTML5Translator, node: nodes.math_block) -> None:
 def _render(node: nodes.math | nodes.math_block, *, as_block: bool) -> str:
     text = node.astext()
     try:
-        return tex2mathml(text, as_block=as_block)
+        drawn = tex2mathml(text, as_block=as_block)
+        # a norm grows with its operand, not with a fraction beside it
+        return drawn.replace("<mo>‖</mo>", '<mo stretchy="false">‖</mo>')
     except MathError as error:
         log.warning("formula %r: %s", text, error, location=node)
         return f"<code>{text}</code>"
