@@ -5,12 +5,16 @@ training images and of the whole test set once; the probes are taken on them. Im
 out for validation count as neither. What is chosen, such as the penalty of the linear probe, is
 chosen on training images. results.json in the run's folder has
 
-"knn" "linear"       accuracies in per cent: a weighted vote, and logistic regression
-"alignment" "uniformity"  of projections of the run's own views of the test images
-"step" "checkpoint"  what they belong to
-"protocol"           "clean": how they came about, as above
-"corrupt"            images that were skipped
-"transfer"           {data set: all of these on it}
+"knn" "linear"             accuracies in per cent: a weighted vote, and logistic regression
+"alignment" "uniformity"   of projections of the run's own views of the test images
+"protocol"                 "clean": how these came about, as above
+"step" "checkpoint"        what they belong to
+"corrupt"                  images that were skipped
+"finetune"                 {"0.01", "0.1": accuracy after fine-tuning on this part of the labels}
+"robust"                   {"fgsm", "pgd20", "autoattack": {"8/255", "4/255": that of "linear"}}
+"susceptibility"           {"cosine_attacked", "cosine_random"} of projections with those before
+"released"                 numbers by the protocol of CLAE's released code, `evaluation.released`
+"transfer"                 {data set: those that are accuracies or of projections, on it}
 
 A later call with the same checkpoint at the same step adds to what is there; any other replaces it.
 """
@@ -18,11 +22,12 @@ A later call with the same checkpoint at the same step adds to what is there; an
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from clae_fast import _cli, data, encoders, provenance
 from clae_fast.config import Config
@@ -34,14 +39,29 @@ from clae_fast.evaluation import (
     knn_accuracy,
     view_geometry,
 )
+from clae_fast.evaluation.features import batches
+from clae_fast.evaluation.finetune import finetune_accuracies
+from clae_fast.evaluation.released import released_protocol
+from clae_fast.evaluation.robust import (
+    autoattack_accuracies,
+    require_autoattack,
+    robust_accuracies,
+)
 from clae_fast.evaluation.summary import repeated_seeds, report, summarise, table
+from clae_fast.evaluation.susceptibility import susceptibility
 from clae_fast.nn import Encoder
 from clae_fast.run_folder import RunFolder
-from clae_fast.trainer import hold_out
+from clae_fast.trainer import build_attack, hold_out
 
 __all__ = ["evaluate", "main", "report"]
 
 _FILE = "results.json"
+_EXTRAS = {
+    "finetune": "fine-tune on 1 %% and on 10 %% of the labels",
+    "robust": "accuracy of the linear probe under FGSM and PGD-20, at 8/255 and 4/255",
+    "autoattack": "the same under AutoAttack, which takes long: pip install 'clae_fast[robust]'",
+    "susceptibility": "how far the training attack moves projections, and how far noise does",
+}
 
 
 def evaluate(
@@ -50,6 +70,7 @@ def evaluate(
     *,
     splits: data.Splits | None = None,
     transfer: tuple[str, data.Splits] | None = None,
+    extras: Collection[str] = (),
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run and writes the run's results.json.
 
@@ -59,6 +80,8 @@ def evaluate(
         splits: the run's data set, if it is loaded already.
         transfer: another data set and its name, to evaluate on; on the run's own only where
             results.json has nothing of this checkpoint.
+        extras: what to measure besides the quick probes: "finetune", "robust", "autoattack",
+            "susceptibility", "released".
 
     Returns:
         What results.json has now, as the module says.
@@ -66,7 +89,10 @@ def evaluate(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or of another run.
         DataError: the data set cannot be used.
+        ValueError: AutoAttack is not installed, or there are too few classes for it.
     """
+    if "autoattack" in extras:
+        require_autoattack()
     config = folder.config
     path = path or folder.best_or_last
     device = pick_device(config.device)
@@ -75,28 +101,51 @@ def evaluate(
     results = _read(folder, identity)
     if transfer is None or "knn" not in results:
         own, _ = hold_out(config, splits or _load(config))
-        measured = _measure(encoder, own, config, device)
+        asked = extras if transfer is None else ()
+        measured = _measure(encoder, own, config, device, asked)
         results = _merge(results, measured | identity | {"corrupt": len(own.test.corrupt)})
     if transfer is not None:
         name, others = transfer
-        measured = _measure(encoder, others, config, device)
+        measured = _measure(encoder, others, config, device, extras)
         results = _merge(results, {"transfer": {name: measured}})
     folder.write_json(_FILE, results)
     return results
 
 
 def _measure(
-    encoder: Encoder, splits: data.Splits, config: Config, device: torch.device
+    encoder: Encoder,
+    splits: data.Splits,
+    config: Config,
+    device: torch.device,
+    extras: Collection[str],
 ) -> dict[str, Any]:
     train = extract_features(encoder, splits.labelled, config, device)
     test = extract_features(encoder, splits.test, config, device)
     probe = fit_linear(*train, seed=config.seed)
-    return {
+    results: dict[str, Any] = {
         "protocol": "clean",
         "knn": knn_accuracy(*train, *test),
         "linear": accuracy(probe, *test),
         **view_geometry(encoder, splits.test, config, device),
     }
+    if "released" in extras:
+        results["released"] = released_protocol(encoder, config, train, test)
+    if "susceptibility" in extras:
+        found = susceptibility(encoder, splits.test, config, device, build_attack(config))
+        results["susceptibility"] = found
+    if "finetune" in extras:
+        results["finetune"] = finetune_accuracies(encoder, splits, config, device)
+    classifier = nn.Sequential(encoder.backbone, probe)
+    attacks: dict[str, Any] = {}
+    if "robust" in extras:
+        images = batches(splits.test, config, device)
+        attacks |= robust_accuracies(classifier, images, seed=config.seed)
+    if "autoattack" in extras:
+        images = batches(splits.test, config, device)
+        attacks["autoattack"] = autoattack_accuracies(classifier, images, seed=config.seed)
+    if attacks:
+        results["robust"] = attacks
+    return results
 
 
 def _read(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> None:
     args = _parser().parse(argv)
     paths, name, as_json = args.pop("run"), args.pop("checkpoint", None), args.pop("json")
+    extras = {name for name in _EXTRAS if args.pop(name)}
+    if args.pop("protocol") == "released":
+        extras.add("released")
     transfer = _other_data(args)
     # all that are named are there before the first is evaluated
     folders = [RunFolder.open(path) for path in paths]
@@ -155,7 +207,7 @@ def _main(argv: Sequence[str] | None) -> None:
             splits = _load(folder.config)
             for line in provenance.data_changes(folder, splits):
                 _cli.warn(line)
-        results = evaluate(folder, path, splits=splits, transfer=transfer)
+        results = evaluate(folder, path, splits=splits, transfer=transfer, extras=extras)
         runs.append((str(folder.path), folder.config, results))
         if len(folders) > 1 and not as_json:
             print(f"{folder.path}: evaluated", flush=True)
@@ -197,8 +249,9 @@ def _parser() -> _cli.Parser:
     # suppressed defaults: what is not given is as in the run
     parser = _cli.Parser(
         prog="python -m clae_fast.evaluate",
-        description="Weighted kNN, a linear probe, alignment and uniformity of runs, into their "
-        "results.json. Of several runs, those that differ in the seed alone are averaged.",
+        description="Weighted kNN, a linear probe, alignment and uniformity of runs, and what is "
+        "asked for besides, into their results.json, which is added to while the checkpoint is the "
+        "same. Of several runs, those that differ in the seed alone are averaged.",
     )
     add = parser.add_argument
     add("run", type=Path, nargs="+", metavar="RUN", help="run folder")
@@ -212,6 +265,14 @@ def _parser() -> _cli.Parser:
         "--dataset",
         metavar="NAME",
         help="evaluate on this data set instead of the run's own; --data-dir is then its folder",
+    )
+    for name, text in _EXTRAS.items():
+        add(_cli.flag(name), action="store_true", default=False, help=text)
+    add(
+        "--protocol",
+        choices=("clean", "released"),
+        default="clean",
+        help="released: by that of CLAE's released code, too, which selects on the test set",
     )
     add("--json", action="store_true", default=False, help="print one JSON object and nothing else")
     _cli.add_settings(parser, ("data_dir", "workers", "device", "on_corrupt"))

@@ -154,6 +154,11 @@ class TestRun:
         assert evaluate.main([]) == 2
         assert "RUN" in capsys.readouterr().err
 
+    def test_a_protocol_that_there_is_not_is_one_line(self, folder, capsys):
+        assert evaluate.main([str(folder.path), "--protocol", "official"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: argument --protocol: invalid choice: 'official'")
+
 
 class TestResults:
     """What becomes of a results.json that is there."""
@@ -196,6 +201,49 @@ class TestResults:
     def test_a_transfer_alone_comes_with_the_runs_own(self, run):
         found = evaluate.evaluate(run, transfer=("digits", data.load("digits", limit=40)))
         assert {"knn", "linear", "corrupt", "transfer"} <= found.keys()
+
+
+class TestExtras:
+    def test_each_flag_adds_what_it_measures(self, folder, monkeypatch, capsys):
+        radii = {"8/255": 10.0, "4/255": 20.0}
+        measured = {
+            "finetune_accuracies": {"0.01": 30.0, "0.1": 60.0},
+            "robust_accuracies": {"fgsm": radii, "pgd20": radii},
+            "autoattack_accuracies": radii,
+            "require_autoattack": None,
+            "susceptibility": {"cosine_attacked": 0.5, "cosine_random": 0.9},
+            "released_protocol": {"knn": 50.0, "test_images": 32},
+        }
+        for name, value in measured.items():
+            monkeypatch.setattr(evaluate, name, lambda *_, value=value, **__: value)
+        robust = {"fgsm": radii, "pgd20": radii}
+        expected = evaluate.evaluate(folder)
+        for flags, new in (
+            (["--finetune"], {"finetune": measured["finetune_accuracies"]}),
+            (["--robust"], {"robust": robust}),
+            (["--autoattack"], {"robust": robust | {"autoattack": radii}}),
+            (["--susceptibility"], {"susceptibility": measured["susceptibility"]}),
+            (["--protocol", "released"], {"released": measured["released_protocol"]}),
+            (["--robust", "--finetune"], {}),
+        ):
+            assert evaluate.main([str(folder.path), *flags]) == 0
+            expected |= new
+            assert json.loads((folder.path / "results.json").read_text()) == expected
+        said = capsys.readouterr().out
+        assert "finetune 0.01 accuracy: 30.0 %" in said
+        assert "robust autoattack 8/255 accuracy: 10.0 %" in said
+        assert "susceptibility cosine_attacked: 0.500" in said
+        assert "released knn accuracy: 50.0 %" in said
+
+    def test_of_another_data_set_belong_to_it(self, validated, tmp_path):
+        shutil.copytree(validated.path, tmp_path / "run")
+        run = RunFolder.open(tmp_path / "run")
+        given = {"transfer": ("digits", data.load("digits", limit=40))}
+        found = evaluate.evaluate(run, **given, extras=["robust", "susceptibility"])
+        assert not {"robust", "susceptibility"} & found.keys()
+        there = found["transfer"]["digits"]
+        assert there["robust"]["pgd20"]["8/255"] <= there["linear"]
+        assert there["susceptibility"]["cosine_attacked"] < 1
 
 
 class TestTransfer:

@@ -1,6 +1,7 @@
 """What evaluation reads: images in order, their features h, and augmented views of them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -72,3 +73,11 @@ def views(
         resident="auto",
         labels=True,
     )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws from torch's generators are those of `seed`, and leave no trace."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
