@@ -1,4 +1,4 @@
-"""What the tests of methods of queries share: inputs, resumed runs, presets, runs on the digits."""
+"""What the tests of methods of queries share: inputs, resumed runs, presets."""
 
 import copy
 
@@ -6,10 +6,8 @@ import torch
 from test_step import attack
 
 from clae_fast.batch import Batch
-from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.parts import StepOptions
 from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
 
 WEIGHT = 0.7
 
@@ -56,26 +54,6 @@ def assert_resumes(method, again, kind="pair"):
     assert go_on(method, optimizer, range(3, 6)) == go_on(again, other, range(3, 6))
     for name, tensor in method.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-
-
-def assert_learns(least, **settings):
-    """Accuracy of neighbours on the digits' test images: `least` points above before training."""
-    config = resolve({"device": "cpu", "attack": "none", "image_size": 8, "epochs": 3, **settings})
-    trainer = Trainer(config)
-
-    def accuracy():
-        encoder = trainer.method.encoder
-        splits = (trainer.labelled, trainer.test)
-        features = [extract_features(encoder, split, config, trainer.device) for split in splits]
-        trainer.method.train()
-        return knn_accuracy(*features[0], *features[1])
-
-    untrained = accuracy()
-    for given in trainer.views:
-        trainer._train_step(given)
-        trainer.step += 1
-    trained = accuracy()
-    assert trained > untrained + least, (untrained, trained)
 
 
 def assert_preset(name, expected, own):

@@ -1,4 +1,4 @@
-"""What the tests of robust methods share: attacks by autograd, comparisons, units, learning."""
+"""What the tests of robust methods share: attacks by autograd, comparisons, units."""
 
 import copy
 from collections.abc import Callable
@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from clae_fast.attack import LinfAttack
 from clae_fast.batch import Batch
 from clae_fast.distributed import World
-from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.parts import StepOptions, StepResult
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
 
 WEIGHT = 0.7
 MODES = [("view", "train"), ("random", "train"), ("random", "eval")]
@@ -123,27 +120,3 @@ def assert_processes(world: World, method) -> None:
             if reference.grad is not None:
                 total = world.all_reduce(weight.grad.clone())
                 torch.testing.assert_close(total, reference.grad, rtol=1e-9, atol=1e-12)
-
-
-def assert_learns(least: float, **settings) -> Trainer:
-    """Accuracy of neighbours on the digits' test images: `least` points above before training."""
-    config = resolve({"device": "cpu", "image_size": 8, **settings})
-    trainer = Trainer(config)
-
-    def accuracy() -> float:
-        encoder = trainer.method.encoder
-        sets = (
-            extract_features(encoder, split, config, trainer.device)
-            for split in (trainer.labelled, trainer.test)
-        )
-        features = [part for found in sets for part in found]
-        trainer.method.train()
-        return knn_accuracy(*features)
-
-    untrained = accuracy()
-    for batch in trainer.views:
-        trainer._train_step(batch)
-        trainer.step += 1
-    trained = accuracy()
-    assert trained > untrained + least, (untrained, trained)
-    return trainer

@@ -7,7 +7,6 @@ import pytest
 import torch
 from robust import (
     WEIGHT,
-    assert_learns,
     assert_options,
     assert_processes,
     assert_same,
@@ -137,15 +136,3 @@ def test_preset():
 def test_needs_its_twin():
     with pytest.raises(ValueError, match="needs an attack and a method built with adversarial"):
         ACL(without_norms()).step(Batch(views()), StepOptions(kind="pair", attack=attack()))
-
-
-def test_learns():
-    assert_learns(
-        5,
-        method="acl",
-        attack_steps=2,
-        attack_start="random",
-        attack_norm="eval",
-        step_size=0.04,
-        epochs=4,
-    )

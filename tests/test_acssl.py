@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from queries import assert_learns, assert_resumes, batch, options
+from queries import assert_resumes, batch, options
 from test_moco import QUEUE, Plain, assert_steps_equal, build
 from torch.nn import functional as F
 
@@ -81,8 +81,3 @@ def test_bad_options(given, message):
 def test_a_batch_too_small_to_mine():
     with pytest.raises(ValueError, match="hard must be below the 6 rows of a step, got 6"):
         build(ACSSL, queue_size=0, hard=6).step(batch(0), options())
-
-
-@pytest.mark.parametrize("form", ["triplet", "softmax"])
-def test_learns(form):
-    assert_learns(5, method="acssl", options={"form": form}, epochs=2)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from queries import WEIGHT, assert_learns, assert_preset, assert_resumes, options, sgd
+from queries import WEIGHT, assert_preset, assert_resumes, options, sgd
 from queries import batch as made
 from test_step import attack, encoders
 from torch import nn
@@ -204,10 +204,6 @@ def test_bad_options(given, message):
 def test_a_bank_has_room_for_the_keys_of_a_step():
     with pytest.raises(ValueError, match="bank_size must be at least 12, the keys of a step"):
         build(bank_size=8, symmetric=True).step(made(0), options())
-
-
-def test_learns():
-    assert_learns(6, method="adco")
 
 
 def test_preset():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from queries import WEIGHT, assert_learns, assert_preset, assert_resumes, options
+from queries import WEIGHT, assert_preset, assert_resumes, options
 from queries import batch as made
 from test_adco import BANK, assert_steps_equal, build, fill, tangent
 from test_adco import Plain as PlainAdCo
@@ -113,10 +113,6 @@ def test_resume(full):
 def test_bad_options():
     with pytest.raises(ValueError, match="fill_temperature must be above 0, got 0"):
         build(CaCo, fill_temperature=0.0)
-
-
-def test_learns():
-    assert_learns(6, method="caco")
 
 
 def test_preset():

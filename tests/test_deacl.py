@@ -7,7 +7,6 @@ import pytest
 import torch
 from robust import (
     WEIGHT,
-    assert_learns,
     assert_options,
     assert_processes,
     assert_same,
@@ -18,6 +17,7 @@ from robust import (
     warm_encoder,
     without_norms,
 )
+from test_learning import assert_learns
 from test_step import views
 from torch import nn
 
@@ -147,6 +147,7 @@ def test_learns(run):
     trainer = assert_learns(
         4,
         method="deacl",
+        attack="pair",
         teacher=str(run.path),
         head_layers=0,
         attack_steps=2,

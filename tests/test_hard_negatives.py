@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from clae_fast.attack import LinfAttack
 from clae_fast.batch import Batch
-from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.methods.dcl import DCL
 from clae_fast.methods.h_scl import HSCL
 from clae_fast.methods.hcl import HCL
@@ -19,7 +18,6 @@ from clae_fast.methods.sscl import SSCL
 from clae_fast.methods.supcon import SupCon
 from clae_fast.parts import StepOptions
 from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
 
 PAIRS = (DCL, HCL, SSCL)
 SUPERVISED = (SupCon, HSCL)
@@ -310,25 +308,3 @@ def test_presets(name):
     expected = HCL_SETTINGS | expected | {"method": method, "dataset": dataset}
     assert {key: settings[key] for key in expected} == expected
     assert settings["options"] == own
-
-
-def knn(trainer):
-    """Accuracy of neighbours on the digits' test images."""
-    encoder = trainer.method.encoder
-    features = [
-        extract_features(encoder, split, trainer.config, trainer.device)
-        for split in (trainer.labelled, trainer.test)
-    ]
-    trainer.method.train()
-    return knn_accuracy(*features[0], *features[1])
-
-
-@EVERY
-def test_learns(cls):
-    options = {"epochs": 3, "attack": "none", "image_size": 8}
-    trainer = Trainer(resolve({"device": "cpu", "method": cls.name, **options}))
-    untrained = knn(trainer)
-    for batch in trainer.views:
-        trainer._train_step(batch)
-        trainer.step += 1
-    assert knn(trainer) > untrained + 5, untrained

@@ -7,7 +7,6 @@ import pytest
 import torch
 from robust import (
     WEIGHT,
-    assert_learns,
     assert_options,
     assert_processes,
     assert_same,
@@ -159,15 +158,3 @@ def test_bad_options():
             RoCL(without_norms(), reg_weight=weight)
     with pytest.raises(ValueError, match="options: rocl has no 'lambda', it has reg_weight"):
         resolve({"method": "rocl", "options": {"lambda": 256.0}})
-
-
-def test_learns():
-    assert_learns(
-        5,
-        method="rocl",
-        attack_steps=2,
-        attack_start="random",
-        attack_norm="eval",
-        step_size=0.04,
-        epochs=4,
-    )
