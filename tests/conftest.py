@@ -27,6 +27,19 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder with two runs on 64 digits, "pair" with that attack and "none" without one."""
+    from clae_fast import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    tiny = ["--device", "cpu", "--limit", "64", "--image-size", "8", "--batch-size", "8"]
+    for attack, more in (("pair", []), ("none", ["--val-size", "20"])):
+        flags = [*tiny, "--epochs", "2", "--log-every", "2", *more, "--attack", attack]
+        assert train.main([*flags, "--out", str(folder / attack)]) == 0
+    return folder
+
+
 @pytest.fixture
 def nan_empty():
     """Uninitialised memory holds NaN, so that an element nobody wrote shows."""

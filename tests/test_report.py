@@ -12,12 +12,6 @@ import torch
 
 from clae_fast import report, train
 
-# two epochs of eight steps on 64 digits of 8x8
-TINY = [
-    *("--device", "cpu", "--limit", "64", "--image-size", "8", "--batch-size", "8"),
-    *("--epochs", "2", "--log-every", "2"),
-]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -25,15 +19,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """A run with the pair attack and one without, each with its report."""
-    folder = tmp_path_factory.mktemp("runs")
-    for attack, more in (("pair", []), ("none", ["--val-size", "20"])):
-        assert train.main([*TINY, *more, "--attack", attack, "--out", str(folder / attack)]) == 0
-    return folder
 
 
 class Page(HTMLParser):
@@ -306,7 +291,8 @@ def test_a_run_does_not_fail_because_of_its_report(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(report, "write", write)
     run = tmp_path / "run"
-    assert train.main([*TINY, "--limit", "16", "--epochs", "1", "--out", str(run)]) == 0
+    flags = ["--device", "cpu", "--limit", "16", "--image-size", "8", "--batch-size", "8"]
+    assert train.main([*flags, "--epochs", "1", "--out", str(run)]) == 0
     warning = capsys.readouterr().err.splitlines()[-1]
     assert warning == f"warning: no {run / 'report.html'}: No space left on device"
     assert (run / "results.json").exists()

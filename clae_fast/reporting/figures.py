@@ -91,23 +91,28 @@ def throughput(runs: Sequence[Run]) -> go.Figure | None:
 
 def similarities(pictures: Pictures) -> go.Figure:
     """Histograms of the cosines of positives, adversarial positives and hardest negatives."""
-    sets = [("positives", pictures.positives, 0), ("hardest negatives", pictures.negatives, 1)]
+    sets = [("positives", pictures.positives, 0, "solid")]
     if isinstance(pictures.twins, Twins):
-        sets.insert(1, ("adversarial positives", pictures.twins.similarity, 2))
+        sets.append(("adversarial positives", pictures.twins.similarity, 0, "dot"))
+    sets.append(("hardest negatives", pictures.negatives, 1, "solid"))
+    low = math.floor(10 * min(float(values.min()) for _, values, _, _ in sets)) / 10
+    edges = np.linspace(min(low, 0.9), 1.0, 41)
     figure = go.Figure()
-    low = min(float(values.min()) for _, values, _ in sets)
-    width = (1.0 - math.floor(low * 10) / 10) / 40
-    for name, values, colour in sets:
-        figure.add_histogram(
-            x=values,
+    for name, values, colour, dash in sets:
+        # rounding may take a cosine above 1
+        counts, _ = np.histogram(values.clip(max=1.0), edges)
+        _line(
+            figure,
+            (edges[:-1] + edges[1:]) / 2,
+            100 * counts / len(values),
             name=name,
-            histnorm="percent",
-            xbins={"start": 1.0 - 40 * width, "end": 1.0 + width, "size": width},
-            meta={"colour": colour},
-            opacity=0.65,
+            colour=colour,
+            line={"dash": dash, "shape": "hvh"},
+            fill="tozeroy",
             hovertemplate="%{y:.1f} %",
         )
-    figure.update_layout(barmode="overlay", bargap=0)
+    figure.update_xaxes(hoverformat=".2f")
+    figure.update_layout(meta={"height": 380})
     return _axes(figure, "cosine similarity of projections", "images, %")
 
 
@@ -193,6 +198,8 @@ def _axes(figure: go.Figure, x: str, y: str) -> go.Figure | None:
     """Names the axes; None where there is nothing to show."""
     if not figure.data:
         return None
+    if x == "epoch" or x.startswith("training time"):
+        figure.update_xaxes(rangemode="tozero")
     return figure.update_xaxes(title_text=x).update_yaxes(title_text=y)
 
 
@@ -263,7 +270,7 @@ def _grid(
     )
     # plotly draws no axes without a trace
     figure.add_scatter(x=[0, width], y=[0, height], mode="none", hoverinfo="skip", showlegend=False)
-    shared: dict[str, Any] = {"showgrid": False, "zeroline": False, "fixedrange": True}
+    shared = {"showgrid": False, "showline": False, "zeroline": False, "fixedrange": True}
     figure.update_xaxes(
         range=[0, width],
         side="top",

@@ -17,7 +17,8 @@
       if (trace.meta) {
         const own = colour(`c${trace.meta.colour}`);
         trace.marker = { ...trace.marker, color: own };
-        if (trace.type === "scatter") trace.line = { ...trace.line, color: own, width: 2 };
+        trace.line = { ...trace.line, color: own, width: 2 };
+        if (trace.fill) trace.fillcolor = `${own}22`;
       }
     }
     const axis = {
@@ -29,7 +30,7 @@
       axes[key].title = { ...axis.title, ...(layout[key] || {}).title };
     }
     const margin = meta.grid ? { l: 8, r: 8, t: 24, b: 8 } : { l: 56, r: 12, t: 12, b: 44 };
-    let height = 320;
+    let height = meta.height || 320;
     if (meta.grid) {
       // the names of rows, which automargin makes room for
       const names = Math.max(...axes.yaxis.ticktext.map((text) => text.length));

@@ -154,8 +154,8 @@ def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any
             figures.twins(seen.twins),
             f"attack-{at}",
             "Adversarial views",
-            "Training views by the run's own recipe, attacked in a step of its own. The "
-            f"difference is grey where nothing changed, black and full where it did by {change}.",
+            "Training views by the run's own recipe, attacked in a step of its own. Differences "
+            f"are grey where there is none, black and white where it is {change} down and up.",
             wide=True,
         )
     elif seen.twins is not None:
