@@ -1,6 +1,8 @@
 """Adversarial contrastive training at close to the cost of plain contrastive training."""
 
+from collections.abc import Callable
 from pkgutil import extend_path
+from typing import TYPE_CHECKING, Any
 
 # Run from a checkout, the compiled _C and clae_fast.kernels are those of the installed package.
 __path__ = extend_path(__path__, __name__)
@@ -26,6 +28,19 @@ from clae_fast.ops import (
 from clae_fast.ops.augment_params import augment_params
 from clae_fast.step import pair_step
 
+if TYPE_CHECKING:
+    load_encoder: Callable[..., Any]
+else:
+
+    def __getattr__(name: str) -> Any:
+        # encoders need more than torch
+        if name == "load_encoder":
+            from clae_fast.encoders import load_encoder
+
+            return load_encoder
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "RaggedImages",
     "__version__",
@@ -37,6 +52,7 @@ __all__ = [
     "hard_nt_xent",
     "info_nce",
     "linf_step",
+    "load_encoder",
     "nn",
     "nt_xent",
     "pair_step",

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from clae_fast import checkpoint
 from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
+from clae_fast.data import eval_transform, to_rgb
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.nn.encoder import timm_model
 from clae_fast.nn.mode import evaluating
@@ -16,17 +18,57 @@ from clae_fast.nn.normalize import Normalize
 from clae_fast.run_folder import RunFolder
 
 
+class Transform:
+    """The middle of an image of any size, as evaluation sees it: pixels in 0..1.
+
+    Args:
+        image_size: Height and width of what it gives.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self._middle = eval_transform(image_size)
+
+    def __call__(self, image: Any) -> Tensor:
+        """A PIL image of any mode, or a tensor [3, H, W] of bytes or floats: [3, S, S]."""
+        return self._middle(to_rgb(image) if isinstance(image, Image.Image) else image)
+
+
 class FrozenEncoder(Encoder):
     """A trained encoder that stays as it is: in eval mode, without gradients. Gives features.
 
     Args:
-        backbone: [N, C, H, W] -> [N, F].
+        normalize: From pixels in 0..1 to what the network takes.
+        network: [N, C, H, W] -> [N, F], under the names that its library has for its weights.
+        image_size: Height and width of the images that it is for.
+        step: Optimiser steps that it was trained, None where that is not known.
+
+    Raises:
+        RuntimeError, AssertionError: The network does not take images of this size.
+
+    Attributes:
+        dim: Length of the features, F.
+        image_size: As given.
+        step: As given.
+        transform: From an image to what the encoder takes, [3, S, S].
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__(backbone, nn.Identity())
+    def __init__(
+        self, normalize: nn.Module, network: nn.Module, image_size: int, step: int | None = None
+    ) -> None:
+        backbone = nn.Sequential(normalize, network)
+        features = width(backbone, image_size)
+        super().__init__(backbone, ProjectionHead(features, 0, 0, layers=0))
+        self.image_size = image_size
+        self.step = step
+        self.transform = Transform(image_size)
         self.requires_grad_(False)
         self.train()
+
+    @property
+    def network(self) -> nn.Module:
+        """The network behind the normalisation."""
+        _, network = self.backbone.children()
+        return network
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Leaves it in eval mode, whatever mode its owner takes."""
@@ -103,41 +145,63 @@ def restore(
         ) from error
 
 
+def restore_frozen(
+    folder: RunFolder,
+    path: Path,
+    *,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
+) -> FrozenEncoder:
+    """As `restore`, for features of images of a run's size, or another.
+
+    Raises:
+        CheckpointError, ValueError, RuntimeError: as of `restore`.
+    """
+    encoder, step = restore(folder, path, device)
+    normalize, network = encoder.backbone.children()
+    size = folder.config.image_size if image_size is None else image_size
+    return FrozenEncoder(normalize, network, size, step)
+
+
 def load_encoder(
-    source: str, *, image_size: int, device: torch.device | str = "cpu"
-) -> tuple[FrozenEncoder, int]:
-    """A trained encoder, with its normalisation inside.
+    source: str | Path, *, image_size: int | None = None, device: torch.device | str = "cpu"
+) -> FrozenEncoder:
+    """A trained encoder, frozen, with its normalisation inside and the transform that it wants.
 
     Args:
         source: The folder of a run, whose best checkpoint in validation counts, or the last where
             there is none; a checkpoint file in one; "timm/NAME" or "torchvision/NAME", a classifier
             of these libraries with its default weights, which they fetch or have in their cache.
-        image_size: Height and width of the images.
+        image_size: Height and width of the images; by default those that it was trained on.
         device: Where it computes.
 
     Returns:
-        The frozen encoder, from pixels in 0..1 to features, [N, 3, H, W] -> [N, F], and F.
+        The encoder, from pixels in 0..1 to features, [N, 3, H, W] -> [N, F].
 
     Raises:
         ValueError: There is no such encoder, its weights cannot be had, or it does not take images
             of this size.
+
+    Example:
+        >>> encoder = clae_fast.load_encoder("runs/cifar10")
+        >>> h = encoder(encoder.transform(PIL.Image.open("cat.jpg"))[None])  # [1, F]
     """
-    library, _, name = source.partition("/")
+    library, _, name = str(source).partition("/")
     try:
         if library == "timm":
-            backbone = _from_timm(name, image_size)
+            encoder = _from_timm(name, image_size)
         elif library == "torchvision":
-            backbone = _from_torchvision(name)
+            encoder = _from_torchvision(name, image_size)
         else:
-            backbone = _from_run(Path(source))
-        encoder = FrozenEncoder(backbone).to(device).to(memory_format=torch.channels_last)
-        return encoder, width(encoder, image_size)
+            encoder = _from_run(Path(source), image_size)
+        encoder.to(device).to(memory_format=torch.channels_last)
+        return encoder
     # libraries and networks fail in their own ways
     except Exception as error:
-        raise ValueError(f"no encoder from {source!r}: {checkpoint.reason(error)}") from error
+        raise ValueError(f"no encoder from {str(source)!r}: {checkpoint.reason(error)}") from error
 
 
-def _from_run(path: Path) -> nn.Module:
+def _from_run(path: Path, image_size: int | None) -> FrozenEncoder:
     if not path.exists():
         raise FileNotFoundError(
             "neither a run folder, a checkpoint in one, timm/NAME nor torchvision/NAME"
@@ -147,17 +211,17 @@ def _from_run(path: Path) -> nn.Module:
         path = folder.best_or_last
     else:
         folder = RunFolder.open(path.absolute().parents[1])
-    encoder, _ = restore(folder, path)
-    return encoder.backbone
+    return restore_frozen(folder, path, image_size=image_size)
 
 
-def _from_timm(name: str, image_size: int) -> nn.Module:
+def _from_timm(name: str, image_size: int | None) -> FrozenEncoder:
     network, _ = timm_model(name, image_size, pretrained=True)
     config: Any = network.pretrained_cfg
-    return nn.Sequential(Normalize(config["mean"], config["std"]), network)
+    size = config["input_size"][-1] if image_size is None else image_size
+    return FrozenEncoder(Normalize(config["mean"], config["std"]), network, size)
 
 
-def _from_torchvision(name: str) -> nn.Module:
+def _from_torchvision(name: str, image_size: int | None) -> FrozenEncoder:
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -169,4 +233,5 @@ def _from_torchvision(name: str) -> nn.Module:
         raise ValueError("its classes come out of no linear layer")
     network.set_submodule(linear[-1], nn.Identity())
     expects = weights.transforms()
-    return nn.Sequential(Normalize(expects.mean, expects.std), network)
+    size = expects.crop_size[0] if image_size is None else image_size
+    return FrozenEncoder(Normalize(expects.mean, expects.std), network, size)

@@ -198,7 +198,7 @@ def _main(argv: Sequence[str] | None) -> None:
     transfer = _other_data(args)
     # all that are named are there before the first is evaluated
     folders = [RunFolder.open(path) for path in paths]
-    checkpoints = [_find(folder, name) for folder in folders]
+    checkpoints = [folder.find(name) for folder in folders]
     runs = []
     for folder, path in zip(folders, checkpoints, strict=True):
         folder.config = dataclasses.replace(folder.config, **args)
@@ -230,19 +230,6 @@ def _other_data(args: dict[str, Any]) -> tuple[str, data.Splits] | None:
     splits = data.load(name, data_dir=folder, on_corrupt=args.get("on_corrupt", "fail"))
     # of these the name says nothing
     return (f"{name}/{Path(folder).name}" if name in ("folder", "parquet") else name), splits
-
-
-def _find(folder: RunFolder, name: str | None) -> Path:
-    """The checkpoint that `--checkpoint` names."""
-    if name is None:
-        return folder.best_or_last
-    kept = folder.checkpoint.parent / f"{name}.pt"
-    if kept.exists() or Path(name).exists():
-        return kept if kept.exists() else Path(name)
-    if name == "best":
-        raise ValueError(f"{folder.path} keeps no best checkpoint: only --val-size makes one")
-    names = ", ".join(sorted(path.stem for path in kept.parent.glob("*.pt")))
-    raise ValueError(f"{name!r} is neither a file nor a checkpoint of {folder.path}: {names}")
 
 
 def _parser() -> _cli.Parser:

@@ -93,6 +93,22 @@ class RunFolder:
         """The state to use: the best in validation, or the last where none is held out."""
         return self.best if self.best.exists() else self.checkpoint
 
+    def find(self, name: str | None) -> Path:
+        """The checkpoint that `--checkpoint` names; `best_or_last` by default.
+
+        Raises:
+            ValueError: there is no such checkpoint; the message has those that there are.
+        """
+        if name is None:
+            return self.best_or_last
+        kept = self.checkpoint.parent / f"{name}.pt"
+        if kept.exists() or Path(name).exists():
+            return kept if kept.exists() else Path(name)
+        if name == "best":
+            raise ValueError(f"{self.path} keeps no best checkpoint: only --val-size makes one")
+        names = ", ".join(sorted(path.stem for path in kept.parent.glob("*.pt")))
+        raise ValueError(f"{name!r} is neither a file nor a checkpoint of {self.path}: {names}")
+
     def kept(self, epoch: int) -> Path:
         """Where the state after an epoch stays."""
         return self.path / "checkpoints" / f"epoch-{epoch:04}.pt"

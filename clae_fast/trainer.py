@@ -57,10 +57,10 @@ def _teacher(
     """Whom the encoder learns from, with as many features as it has projections."""
     size = config.image_size
     try:
-        teacher, features = encoders.load_encoder(source, image_size=size, device=device)
+        teacher = encoders.load_encoder(source, image_size=size, device=device)
     except ValueError as error:
         raise ValueError(f"teacher: {error}") from error
-    projections = encoders.width(encoder, size)
+    projections, features = encoders.width(encoder, size), teacher.dim
     if projections != features:
         raise ValueError(
             f"teacher has {features} features and the encoder {projections}, but they are compared:"

@@ -41,7 +41,8 @@ def teacher():
     with torch.random.fork_rng():
         torch.manual_seed(6)
         layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-        return FrozenEncoder(nn.Sequential(*layers, nn.Linear(144, 8)).double())
+        network = nn.Sequential(*layers, nn.Linear(144, 8))
+        return FrozenEncoder(nn.Identity(), network, image_size=8).double()
 
 
 def build(encoder, **options):

@@ -1,11 +1,15 @@
 """Encoders of runs and of libraries: the same features, frozen, and one error for what fails."""
 
 import dataclasses
+import pickle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+import clae_fast
 from clae_fast import checkpoint, encoders
 from clae_fast.encoders import load_encoder
 from clae_fast.run_folder import RunFolder
@@ -57,7 +61,8 @@ def test_restore(folder):
 
 
 def test_a_run_as_a_frozen_encoder(folder):
-    encoder, features = load_encoder(str(folder.path), image_size=8)
+    encoder = load_encoder(str(folder.path))
+    assert (encoder.image_size, encoder.step) == (8, 1)
     whole, _ = encoders.restore(folder, folder.best)
     expected = whole.eval().features(images())
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
@@ -65,12 +70,59 @@ def test_a_run_as_a_frozen_encoder(folder):
     assert not any(layer.training for layer in encoder.modules())
     assert not any(weight.requires_grad for weight in owner.parameters())
     found = encoder(images())
-    assert found.shape == (3, features)
+    assert found.shape == (3, encoder.dim) == (3, 64)
     assert not found.requires_grad
     torch.testing.assert_close(found, expected)
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     # larger images than those of the run
-    assert encoder(images(16)).shape == (3, features)
+    assert encoder(images(16)).shape == (3, 64)
+
+
+def test_the_package_has_it():
+    assert clae_fast.load_encoder is load_encoder
+    with pytest.raises(AttributeError, match="module 'clae_fast' has no attribute 'load_encoders'"):
+        clae_fast.load_encoders  # noqa: B018
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16", "P"])
+def test_its_transform_takes_images_of_any_kind(folder, mode):
+    transform = pickle.loads(pickle.dumps(load_encoder(folder.path).transform))
+    pixels = np.arange(10 * 12, dtype=np.uint8).reshape(10, 12)
+    grey = Image.fromarray(pixels)
+    image = Image.fromarray(pixels.astype(np.uint16) << 8) if mode == "I;16" else grey.convert(mode)
+    x = transform(image)
+    assert x.shape == (3, 8, 8)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, transform(grey), rtol=0, atol=1 / 255)
+
+
+def test_its_transform_takes_tensors(folder):
+    transform = load_encoder(folder.path, image_size=6).transform
+    image = torch.arange(3 * 64, dtype=torch.uint8).view(3, 8, 8)
+    x = transform(image)
+    assert x.shape == (3, 6, 6)
+    torch.testing.assert_close(x, transform(image / 255), rtol=0, atol=1 / 255)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm/test_resnet"])
+def test_weights_have_the_names_of_their_library(tmp_path, arch):
+    """So that they load strictly there."""
+    pytest.importorskip("timm")
+    config = resolve(TINY | {"arch": arch, "image_size": 32})
+    run = RunFolder.create(tmp_path / "run", config)
+    method = build_method(config)
+    weights = {f"encoder.{name}": value for name, value in scrambled(method.encoder).items()}
+    checkpoint.save(run.checkpoint, {"step": 1, "method": weights})
+    encoder = load_encoder(run.path)
+    if arch == "resnet18":
+        network = pytest.importorskip("torchvision.models").resnet18()
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = network.fc = nn.Identity()
+    else:
+        network = pytest.importorskip("timm").create_model("test_resnet", num_classes=0)
+    network.load_state_dict(encoder.network.state_dict(), strict=True)
+    x = images(32)
+    torch.testing.assert_close(network.eval()((x - 0.5) / 0.5), encoder(x))
 
 
 def test_which_checkpoint_of_a_run(folder, tmp_path):
@@ -80,12 +132,12 @@ def test_which_checkpoint_of_a_run(folder, tmp_path):
     changed = RunFolder.create(tmp_path / "run", folder.config)
     checkpoint.save(changed.checkpoint, state)
     assert changed.best_or_last == changed.checkpoint
-    last, _ = load_encoder(str(changed.path), image_size=8)
-    assert not last.backbone[1].conv1.weight.any()
+    last = load_encoder(changed.path)
+    assert not last.network.conv1.weight.any()
     checkpoint.save(changed.best, checkpoint.load(kept))
-    assert load_encoder(str(changed.path), image_size=8)[0].backbone[1].conv1.weight.any()
-    named, _ = load_encoder(str(changed.checkpoint), image_size=8)
-    assert not named.backbone[1].conv1.weight.any()
+    assert load_encoder(changed.path).network.conv1.weight.any()
+    named = load_encoder(str(changed.checkpoint))
+    assert not named.network.conv1.weight.any()
 
 
 @pytest.fixture
@@ -115,15 +167,15 @@ def test_timm(hub, name, size):
     network = timm.create_model(name, **fixed)
     weights = scrambled(network)
     hub(f"{name}.r160_in1k", weights)
-    encoder, features = load_encoder(f"timm/{name}", image_size=size)
+    encoder = load_encoder(f"timm/{name}", image_size=size)
     x = images(size)
     config = network.pretrained_cfg
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     network.reset_classifier(0)
     expected = network.eval()((x - mean) / std)
     torch.testing.assert_close(encoder(x), expected)
-    assert features == expected.shape[1]
-    tagged, _ = load_encoder(f"timm/{name}.r160_in1k", image_size=size)
+    assert encoder.dim == expected.shape[1]
+    tagged = load_encoder(f"timm/{name}.r160_in1k", image_size=size)
     assert torch.equal(tagged(x), encoder(x))
 
 
@@ -135,7 +187,7 @@ def test_torchvision(tmp_path, monkeypatch, name, width):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     torch.save(scrambled(network), tmp_path / "checkpoints" / weights.url.rpartition("/")[2])
-    encoder, features = load_encoder(f"torchvision/{name}", image_size=32)
+    encoder = load_encoder(f"torchvision/{name}", image_size=32)
     inside = []
     linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
     linear.register_forward_hook(lambda module, args, output: inside.append(args[0]))
@@ -145,7 +197,7 @@ def test_torchvision(tmp_path, monkeypatch, name, width):
     x = images(32)
     network.eval()((x - mean) / std)
     torch.testing.assert_close(encoder(x), inside[0].detach())
-    assert features == width
+    assert encoder.dim == width
 
 
 def assert_none(source, reason):

@@ -3,6 +3,8 @@
 from clae_fast.batch import Batch
 from clae_fast.data.corrupt import CorruptImages
 from clae_fast.data.datasets import DATASETS, load, require_dataset
+from clae_fast.data.encoded import to_rgb
+from clae_fast.data.folders import image_files
 from clae_fast.data.loaders import Batches, eval_transform, image_loader
 from clae_fast.data.recipes import RECIPES, Recipe
 from clae_fast.data.schedule import BatchSchedule
@@ -23,10 +25,12 @@ __all__ = [
     "ViewSource",
     "eval_transform",
     "hold_out",
+    "image_files",
     "image_loader",
     "load",
     "require_dataset",
     "resident_bytes",
     "stratified",
+    "to_rgb",
     "view_source",
 ]

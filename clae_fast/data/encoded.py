@@ -28,7 +28,7 @@ def decode(file: IO[bytes] | Path, name: str) -> Image.Image:
         DataError: it cannot be read, or is no whole image.
     """
     with _opened(file, name) as image:
-        image = _to_rgb(image)
+        image = to_rgb(image)
     if max(image.size) > _LARGEST:
         raise DataError(f"{name}: sides must be at most {_LARGEST} pixels, got {image.size}")
     return image
@@ -64,7 +64,8 @@ def _opened(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
         raise DataError(f"{name}: damaged image ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB bytes; transparency is dropped, 16-bit grey scaled."""
     if image.mode.startswith("I"):
         # PIL would clip 16 bits at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))

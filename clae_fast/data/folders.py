@@ -45,6 +45,27 @@ def imagenet100(root: Path) -> Splits:
     return Splits(train, train, images_of(root / "val", classes))
 
 
+def image_files(folder: Path) -> Files:
+    """All image files below `folder`, sorted by their paths.
+
+    Raises:
+        DataError: there is none, or a folder that may not be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}")
+
+    paths = sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, onerror=fail, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    )
+    if not paths:
+        raise DataError(f"{folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
+    return Files.below(folder, paths)
+
+
 def _test_folder(root: Path) -> Path:
     """The first of test and val that has folders: ImageNet's test set has no labels."""
     for path in (root / "test", root / "val"):

@@ -37,12 +37,14 @@ def build_encoder(arch: str, image_size: int) -> tuple[nn.Module, int]:
     raise ValueError(f"arch must be {', '.join(RESNETS)}, resnet-narrow or timm/NAME, got {arch!r}")
 
 
-def timm_model(name: str, image_size: int, *, pretrained: bool = False) -> tuple[nn.Module, int]:
+def timm_model(
+    name: str, image_size: int | None, *, pretrained: bool = False
+) -> tuple[nn.Module, int]:
     """A model of timm without its classifier.
 
     Args:
         name: As timm has it, perhaps with the tag of weights.
-        image_size: Height and width of the images.
+        image_size: Height and width of the images; None for those that it was made for.
         pretrained: Whether to take its weights from timm's cache or the hub.
 
     Returns:
@@ -61,7 +63,7 @@ def timm_model(name: str, image_size: int, *, pretrained: bool = False) -> tuple
     # vision transformers have the image size in their shapes, the others take any
     config = timm.get_pretrained_cfg(name)
     fixed = config is not None and config.fixed_input_size
-    size: dict[str, Any] = {"img_size": image_size} if fixed else {}
+    size: dict[str, Any] = {"img_size": image_size} if fixed and image_size is not None else {}
     network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
     return network, getattr(network, "head_hidden_size", network.num_features)
 
