@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torchvision import models
 
 import clae_fast
-from clae_fast import ops
+from clae_fast import checkpoint, ops
 from clae_fast.config import hints
+from clae_fast.run_folder import RunFolder
 from clae_fast.settings import resolve
+from clae_fast.trainer import build_method
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,11 +47,11 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
-def test_readme_examples_run() -> None:
+def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     x_p, x_q = torch.rand(2, 4, 3, 32, 32, generator=generator)
     names = {"loader": [(x_p, x_q)]}
-    step, twin, loss = blocks("python")
+    step, twin, loss, trained = blocks("python")
 
     exec(step, names)
     result, encoder = names["result"], names["encoder"]
@@ -63,6 +66,14 @@ def test_readme_examples_run() -> None:
 
     exec(loss, names)
     assert names["loss"].requires_grad
+
+    monkeypatch.chdir(tmp_path)
+    config = resolve({"image_size": 8})
+    run = RunFolder.create(Path("runs/cifar10"), config)
+    checkpoint.save(run.checkpoint, {"step": 1, "method": build_method(config).state_dict()})
+    names["images"] = [Image.new("L", (9, 12))] * 3
+    exec(trained, names)
+    assert names["h"].shape == (3, 64)
 
 
 def test_readme_step_example_is_short() -> None:
