@@ -1,14 +1,16 @@
 """What the package knows by name, written out from the package itself, by directives.
 
-`methods` and `ops` stand for a section for each of them, `presets` for a table, `command NAME` for
-what `python -m clae_fast.NAME --help` says.
+`methods`, `ops` and `examples` stand for a section for each of them, `presets` for a table,
+`command NAME` for what `python -m clae_fast.NAME --help` says.
 """
 
 import argparse
+import ast
 import importlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from docutils import nodes
@@ -56,6 +58,14 @@ class _Ops(_Written):
         for name in ops.__all__:
             yield from _section(name, f"op-{name}")
             yield from (f".. autofunction:: clae_fast.{name}", "")
+
+
+class _Examples(_Written):
+    def lines(self) -> Iterable[str]:
+        for file in sorted((Path(self.env.srcdir).parent / "examples").glob("*.py")):
+            about, *_ = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")
+            yield from _section(file.name, f"example-{file.stem}")
+            yield from (_help(about), "", f".. literalinclude:: ../examples/{file.name}", "")
 
 
 class _Presets(_Written):
@@ -114,6 +124,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("ops", _Ops)
     app.add_directive("presets", _Presets)
     app.add_directive("command", _Command)
+    app.add_directive("examples", _Examples)
     return {"parallel_read_safe": True}
 
 
