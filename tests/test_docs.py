@@ -163,6 +163,17 @@ def test_names_exist(page: str) -> None:
             place = getattr(place, part)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_included_is_one_section(page: str) -> None:
+    included = r'{include} \.\./README\.md\n:start-after: "(.*)\\n"\n:end-before: "(.*)"'
+    for start, end in re.findall(included, read(page)):
+        _, found, rest = README.partition(start + "\n")
+        text, found_end, _ = rest.partition(end)
+        assert found
+        assert found_end
+        assert "\n## " not in text, (start, end)
+
+
 def test_every_command_has_its_flags_listed() -> None:
     assert sorted(re.findall(r"^\.\. command:: (\w+)$", read("docs/cli.rst"), re.M)) == COMMANDS
 
