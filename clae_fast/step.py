@@ -133,6 +133,8 @@ def pair_step(
 ) -> StepResult:
     """Contrastive training with an adversarial view, the pair attack: 9 units.
 
+    ::
+
         x_adv = attack(x_q, gradient of L(f(x_p), f(x)) to x)
         total = L(f(x_p), f(x_q)) + adv_weight L(f(x_p), f_adv(x_adv)),    x_adv constant
 
@@ -145,7 +147,7 @@ def pair_step(
 
     With an `adv_fraction`, x_adv and L(f(x_p), f_adv(x_adv)) are those of its rows [:m] alone, and
     so are these passes. With `adv_replace` the step has one loss, and the clean view of these rows
-    is no part of it:
+    is no part of it::
 
         x_adv = attack(x_q[:m], gradient of L(f(x_p)[:m], f(x)) to x)
         total = L(f(x_p), [f_adv(x_adv), f(x_q[m:])]),    x_adv constant
@@ -218,6 +220,8 @@ def self_step(
     last_backward: Around = nullcontext,
 ) -> StepResult:
     """Contrastive training with an adversarial view, the self attack of CLAE's code: 11 units.
+
+    ::
 
         x_adv = attack(x_p, gradient of L(f_adv(x_p), f_adv(x)) to x)
         total = L(f(x_p), f(x_q)) + adv_weight L(f(x_p), f_adv(x_adv)),    x_adv constant
@@ -304,11 +308,13 @@ def query_step(
 ) -> StepResult:
     """Views that are each compared with constants, as queries with keys: 3 units a view.
 
+    ::
+
         total = sum_v L_v(f(x_v))
 
     Each view is taken back before the next is run, so that the activations of one are alive. With
     an attack, 3 units more, the first view is attacked on its way back, and its adversarial view
-    is compared with what it was compared with:
+    is compared with what it was compared with::
 
         x_adv = attack(x_0, gradient of L_0(f(x)) to x)
         total = sum_v L_v(f(x_v)) + adv_weight L_0(f_adv(x_adv)),    x_adv constant
