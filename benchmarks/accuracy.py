@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from clae_fast.evaluation import (
     mean_and_interval,
     with_interval,
 )
+from clae_fast.reporting.runs import read
 from clae_fast.trainer import Trainer
 
 ATTACKS = ("none", "pair", "self")
@@ -157,7 +157,7 @@ def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[
                 _train([*flags, *more, *ours])
                 results = json.loads((out / "results.json").read_text())
                 found = {metric: results[metric] for metric in METRICS}
-                scores[name].append(found | {"seconds": _seconds(out)})
+                scores[name].append(found | {"seconds": read([out])[0].duration})
                 print(f"{name}, seed {seed}: {scores[name][-1]}", flush=True)
             fresh = Trainer(dataclasses.replace(config, seed=seed, attack="none"))
             scores["untrained"].append(_probe(fresh, _features))
@@ -174,17 +174,6 @@ def _train(flags: Sequence[str]) -> str:
     if status:
         raise TrainError(status)
     return printed.getvalue()
-
-
-def _seconds(run: Path) -> float:
-    """What a run's steps took, summed over its log points."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    batch_size = json.loads((run / "config.json").read_text())["batch_size"]
-    rates = EventAccumulator(str(run)).Reload().Scalars("images_per_second")
-    steps = [0, *(rate.step for rate in rates)]
-    windows = zip(itertools.pairwise(steps), rates, strict=True)
-    return sum((end - start) * batch_size / rate.value for (start, end), rate in windows)
 
 
 def _probe(

@@ -21,6 +21,7 @@ from clae_fast.device import pick_device
 from clae_fast.distributed import World
 from clae_fast.engine import Engine
 from clae_fast.evaluation import extract_features, knn_accuracy, leave_one_out_knn
+from clae_fast.evaluation.features import batches
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder
 from clae_fast.nn.sync_norm import convert
@@ -352,13 +353,22 @@ class Trainer:
             self._best = {"step": self.step, "val_knn": accuracy}
         return accuracy
 
+    @functools.cached_property
+    def _watched(self) -> list[tuple[Tensor, Tensor]]:
+        """A few labelled training images in bytes, and their labels, on the device."""
+        found = batches(self.labelled.evenly(_WATCHED), self.config, self.device)
+        return [((255 * x).round().byte(), labels) for x, labels in found]
+
+    @torch.no_grad()
     def _watch(self) -> float:
-        """Accuracy in per cent of a few training images, voted for by each other: for the curve."""
+        """Accuracy in per cent of these, which vote for each other; it chooses nothing."""
         encoder = cast(Encoder, self.method.encoder)
-        few = self.labelled.evenly(_WATCHED)
-        features = extract_features(encoder, few, self.config, self.device)
+        encoder.eval()
+        # as in `extract_features`
+        with torch.compiler.set_stance("force_eager"):
+            features = torch.cat([encoder.features(x / 255) for x, _ in self._watched])
         self.method.train()
-        return leave_one_out_knn(*features)
+        return leave_one_out_knn(features, torch.cat([labels for _, labels in self._watched]))
 
     def _log(self, folder: RunFolder, log: MetricsLog, bar: tqdm) -> None:
         losses = self._window.means()

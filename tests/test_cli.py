@@ -15,7 +15,7 @@ def run(command: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "report"])
 def test_help_names_the_command(command: str, tmp_path: Path) -> None:
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -28,6 +28,7 @@ def test_help_names_the_command(command: str, tmp_path: Path) -> None:
     [
         ("train", ["--dataset", "parquet", "--data-dir", "nowhere"]),
         ("evaluate", ["nowhere"]),
+        ("report", ["nowhere"]),
     ],
 )
 def test_bad_input_gets_one_line(command: str, flags: list[str], tmp_path: Path) -> None:
