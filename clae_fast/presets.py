@@ -364,8 +364,8 @@ _MOCO: dict[str, Any] = _IMAGENET | {
     "epochs": 200,
     "batch_size": 256,
 }
-# on one device BatchNorm sees 8 parts of a batch, as on the papers' 8 GPUs; torchrun, which
-# synchronises it, wants `--options norm_splits=1`
+# on one device BatchNorm sees 8 parts of a batch, as on the papers' 8 GPUs; several processes that
+# synchronise it need no parts: `--options norm_splits=1`
 _QUEUE: dict[str, Any] = {
     "queue_size": 65536,
     "momentum": 0.999,
