@@ -35,6 +35,8 @@ ATTACKS = ("none", "pair")
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
+    machine = timing.machine()
+    print(timing.header(machine))
     settings = {"device": "cpu", "image_size": args.image_size, "epochs": args.epochs}
     kinds = [("untrained", "none")]
     kinds += [(name, attack) for name in args.methods for attack in ATTACKS]
@@ -56,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         }
         for (name, attack), accuracies in found.items()
     ]
-    machine = timing.machine()
-    print(timing.header(machine))
     print("\n" + _markdown(rows))
     if args.json:
         result = {"machine": machine, "seeds": args.seeds, "config": settings, "rows": rows}
