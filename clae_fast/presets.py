@@ -368,7 +368,7 @@ _MOCO: dict[str, Any] = _IMAGENET | {
 # synchronise it need no parts: `--options norm_splits=1`
 _QUEUE: dict[str, Any] = {
     "queue_size": 65536,
-    "momentum": 0.999,
+    "key_momentum": 0.999,
     "symmetric": False,
     "norm_splits": 8,
 }
@@ -391,7 +391,7 @@ _QUEUE_METHODS: dict[str, dict[str, Any]] = {
         "lr": 0.06,
         "weight_decay": 5e-4,
         "batch_size": 512,
-        "options": _QUEUE | {"queue_size": 4096, "momentum": 0.99},
+        "options": _QUEUE | {"queue_size": 4096, "key_momentum": 0.99},
     },
     # Kalantidis et al., "Hard negative mixing for contrastive learning", NeurIPS 2020, trains as
     # MoCo v2; its numbers of hard and of synthetic negatives were not available, these are those of

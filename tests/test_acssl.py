@@ -68,6 +68,7 @@ def test_resume():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"queue_size": -1}, "queue_size must be at least 0, got -1"),
         ({"hard": 0}, "hard must be at least 1, got 0"),
         ({"hard": 21}, r"hard must be at most queue_size \(20\), got 21"),
         ({"form": "hinge"}, "form must be triplet or softmax, got 'hinge'"),

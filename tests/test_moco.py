@@ -28,7 +28,7 @@ QUEUE = 20
 def build(cls=MoCo, **options):
     """A method over a small ResNet and its twin, in float64."""
     encoder, twin = encoders()
-    built = cls(encoder, adversarial=True, **{"queue_size": QUEUE, "momentum": 0.8, **options})
+    built = cls(encoder, adversarial=True, **{"queue_size": QUEUE, "key_momentum": 0.8, **options})
     built.adv_encoder = twin
     return built
 
@@ -52,7 +52,7 @@ class Plain(nn.Module):
         # the oldest first
         self.queue = method.queue.clone()
         assert method.pointer == 0
-        self.momentum = float(method.momentum)
+        self.momentum = float(method.key_momentum)
         self.loss = loss
 
     def step(self, batch, kind, symmetric=False):
@@ -212,9 +212,9 @@ def test_resume():
 
 def test_bad_options():
     for given, message in (
-        ({"queue_size": -1}, "queue_size must be at least 0, got -1"),
+        ({"queue_size": 0}, "queue_size must be at least 1, got 0"),
         ({"norm_splits": 0}, "norm_splits must be at least 1, got 0"),
-        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"key_momentum": 1.5}, r"key_momentum must be in \[0, 1\], got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             build(**given)
@@ -283,7 +283,7 @@ MOCO_V2 = {
     "epochs": 200,
     "batch_size": 256,
 }
-QUEUE_V2 = {"queue_size": 65536, "momentum": 0.999, "norm_splits": 8, "symmetric": False}
+QUEUE_V2 = {"queue_size": 65536, "key_momentum": 0.999, "norm_splits": 8, "symmetric": False}
 
 
 def test_presets():
@@ -304,7 +304,7 @@ def test_presets():
         "weight_decay": 5e-4,
         "batch_size": 512,
     }
-    own = QUEUE_V2 | {"queue_size": 4096, "momentum": 0.99}
+    own = QUEUE_V2 | {"queue_size": 4096, "key_momentum": 0.99}
     assert_preset("moco-cifar10", MOCO_V2 | cifar, own)
 
 

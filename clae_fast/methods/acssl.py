@@ -38,7 +38,7 @@ class ACSSL(QueueMethod):
         temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Rows of past steps to mine from; 0 mines in the batch.
-        momentum: Of the teacher, from 0 to 1.
+        key_momentum: Of the teacher, from 0 to 1.
         hard: Hard negatives of a row, `|H|`.
         form: "triplet" or "softmax".
         margin: m of the triplets.
@@ -53,7 +53,7 @@ class ACSSL(QueueMethod):
         temperature: float = 0.2,
         adversarial: bool = False,
         queue_size: int = 0,
-        momentum: float = 0.99,
+        key_momentum: float = 0.99,
         hard: int = 4,
         form: str = "triplet",
         margin: float = 0.0,
@@ -63,7 +63,7 @@ class ACSSL(QueueMethod):
             temperature=temperature,
             adversarial=adversarial,
             queue_size=queue_size,
-            momentum=momentum,
+            key_momentum=key_momentum,
         )
         require_at_least(1, hard=hard)
         if form not in ("triplet", "softmax"):

@@ -27,7 +27,7 @@ class MoCHi(SyntheticMethod):
         temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Keys in the queue, K.
-        momentum: Of the key encoder, from 0 to 1.
+        key_momentum: Of the key encoder, from 0 to 1.
         symmetric: Whether both views are queries and keys.
         norm_splits: Batches that BatchNorm sees a batch as.
         hard: Hardest keys of a query to mix, N in the paper.
@@ -45,7 +45,7 @@ class MoCHi(SyntheticMethod):
         temperature: float = 0.2,
         adversarial: bool = False,
         queue_size: int = 512,
-        momentum: float = 0.99,
+        key_momentum: float = 0.99,
         symmetric: bool = False,
         norm_splits: int = 1,
         hard: int = 32,
@@ -58,7 +58,7 @@ class MoCHi(SyntheticMethod):
             temperature=temperature,
             adversarial=adversarial,
             queue_size=queue_size,
-            momentum=momentum,
+            key_momentum=key_momentum,
             symmetric=symmetric,
             norm_splits=norm_splits,
             hard=hard,

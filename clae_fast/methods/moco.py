@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from clae_fast.methods.queue import QueueMethod
+from clae_fast.methods.queue import QueueMethod, require_at_least
 
 
 class MoCo(QueueMethod):
@@ -22,7 +22,7 @@ class MoCo(QueueMethod):
         temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Keys in the queue, K.
-        momentum: Of the key encoder, from 0 to 1.
+        key_momentum: Of the key encoder, from 0 to 1.
         symmetric: Whether both views are queries and keys: 8 units, 11 with the pair attack. The
             loss is the mean of both, where the authors' demo on CIFAR-10 adds them.
         norm_splits: Batches that BatchNorm sees a batch as; 8 on one device stand for MoCo's 8.
@@ -37,7 +37,7 @@ class MoCo(QueueMethod):
         temperature: float = 0.2,
         adversarial: bool = False,
         queue_size: int = 512,
-        momentum: float = 0.99,
+        key_momentum: float = 0.99,
         symmetric: bool = False,
         norm_splits: int = 1,
     ) -> None:
@@ -46,7 +46,8 @@ class MoCo(QueueMethod):
             temperature=temperature,
             adversarial=adversarial,
             queue_size=queue_size,
-            momentum=momentum,
+            key_momentum=key_momentum,
             symmetric=symmetric,
             norm_splits=norm_splits,
         )
+        require_at_least(1, queue_size=queue_size)

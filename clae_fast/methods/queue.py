@@ -49,7 +49,7 @@ class QueueMethod(QueryMethod):
         temperature: Temperature of the softmax.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Keys in the queue, K.
-        momentum: Of the key encoder, from 0 to 1.
+        key_momentum: Of the key encoder, from 0 to 1.
         symmetric: Whether both views are queries and keys: 8 units, 11 with the pair attack.
         norm_splits: Batches that BatchNorm sees a batch as.
 
@@ -61,7 +61,7 @@ class QueueMethod(QueryMethod):
 
     small_crops: ClassVar[bool] = True
 
-    momentum: Tensor
+    key_momentum: Tensor
     queue: Tensor
     pointer: Tensor
 
@@ -72,15 +72,15 @@ class QueueMethod(QueryMethod):
         temperature: float,
         adversarial: bool,
         queue_size: int,
-        momentum: float,
+        key_momentum: float,
         symmetric: bool = False,
         norm_splits: int = 1,
     ) -> None:
         super().__init__(encoder, temperature=temperature, adversarial=adversarial)
         require_at_least(0, queue_size=queue_size)
         require_at_least(1, norm_splits=norm_splits)
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+        if not 0 <= key_momentum <= 1:
+            raise ValueError(f"key_momentum must be in [0, 1], got {key_momentum}")
         dim = getattr(encoder, "dim", None)
         if not isinstance(dim, int):
             raise TypeError("encoder must have dim, the length of its projections")
@@ -94,7 +94,7 @@ class QueueMethod(QueryMethod):
         self.register_buffer("queue", queue)
         self.register_buffer("pointer", pointer)
         # a setting of the run, not its state
-        self.register_buffer("momentum", like.new_tensor(momentum), persistent=False)
+        self.register_buffer("key_momentum", like.new_tensor(key_momentum), persistent=False)
 
     def queries(self, batch: Batch) -> tuple[Tensor, ...]:
         """View p, view q where symmetric, then small crops."""
@@ -141,7 +141,7 @@ class QueueMethod(QueryMethod):
 
     def after_step(self) -> None:
         """Moves the key encoder."""
-        follow(self.key_encoder, self.encoder, self.momentum)
+        follow(self.key_encoder, self.encoder, self.key_momentum)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         splits = self.norm_splits

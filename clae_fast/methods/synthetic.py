@@ -21,7 +21,7 @@ class SyntheticMethod(QueueMethod):
         temperature: T, above 0.
         adversarial: Whether to build the adversarial twin that attacks need.
         queue_size: Keys in the queue, K.
-        momentum: Of the key encoder, from 0 to 1.
+        key_momentum: Of the key encoder, from 0 to 1.
         symmetric: Whether both views are queries and keys.
         norm_splits: Batches that BatchNorm sees a batch as.
         hard: Nearest keys of a query that its synthetic negatives are made of.
@@ -35,7 +35,7 @@ class SyntheticMethod(QueueMethod):
         temperature: float,
         adversarial: bool,
         queue_size: int,
-        momentum: float,
+        key_momentum: float,
         symmetric: bool,
         norm_splits: int,
         hard: int,
@@ -46,7 +46,7 @@ class SyntheticMethod(QueueMethod):
             temperature=temperature,
             adversarial=adversarial,
             queue_size=queue_size,
-            momentum=momentum,
+            key_momentum=key_momentum,
             symmetric=symmetric,
             norm_splits=norm_splits,
         )
