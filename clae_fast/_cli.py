@@ -47,10 +47,11 @@ class Parser(argparse.ArgumentParser):
         if examples:
             parts.append("examples:\n" + columns(examples))
         # what is not given is no argument: the layers below decide it
-        options = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False, **options}
+        options.setdefault("argument_default", argparse.SUPPRESS)
         super().__init__(
             description="\n\n".join(parts),
             formatter_class=_HelpFormatter,
+            allow_abbrev=False,
             **options,
         )
 

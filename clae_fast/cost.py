@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from clae_fast.batch import Batch
 from clae_fast.config import Config
-from clae_fast.engine import Engine
+from clae_fast.engine import Engine, precision_on
 from clae_fast.methods import METHODS, Method
 from clae_fast.parts import StepOptions
 from clae_fast.trainer import build_attack
@@ -44,29 +44,32 @@ def step_units(config: Config) -> dict[str, float]:
 def step_memory(config: Config, method: Method, device: torch.device) -> dict[str, int]:
     """An estimate of the bytes that a step holds, by taking one whose tensors have no values.
 
-    What libraries need besides, and what one operation needs while it runs, is not known before.
+    What libraries need besides, and what one operation needs while it runs, is not known before;
+    compiled encoders may keep less.
 
     Args:
         config: Settings of the run.
-        method: As `clae_fast.trainer.build_method` has it, on `device`.
-        device: Where the run computes.
+        method: As `clae_fast.trainer.build_method` has it, on the CPU.
+        device: Where the run computes, whose precision counts; the step is one on the CPU, where
+            optimisers read no learning rate from a tensor.
 
     Returns:
         Bytes of "weights" (buffers and momentum encoders too), "gradients", "optimizer" (its
         state), "views" (of a batch) and "activations" (kept for backward passes, at their peak).
     """
-    config = dataclasses.replace(config, compile="no", capture="no")
+    precision = precision_on(device, config)
+    views_dtype = torch.float16 if precision == "fp16" else torch.float32
+    # as many bytes, and no loss scale, which steps would read
+    precision = "bf16" if precision == "fp16" else precision
+    config = dataclasses.replace(config, precision=precision, compile="no", capture="no")
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         method = copy.deepcopy(method)
     with mode:
-        engine = Engine(config, method, build_attack(config), device)
+        engine = Engine(config, method, build_attack(config), torch.device("cpu"))
         sizes = [config.image_size] * 2 + [config.small_crop_size] * config.small_crops
-        views = [
-            torch.empty(config.batch_size, 3, size, size, dtype=engine.dtype, device=device)
-            for size in sizes
-        ]
-        labels = torch.empty(config.batch_size, dtype=torch.int64, device=device)
+        views = [torch.empty(config.batch_size, 3, size, size, dtype=views_dtype) for size in sizes]
+        labels = torch.empty(config.batch_size, dtype=torch.int64)
         taken = (*views[: method.views], *views[2:])
         kept = [*method.parameters(), *method.buffers()]
         saved = _Saved([*kept, *views])

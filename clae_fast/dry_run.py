@@ -31,7 +31,7 @@ def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     if distributed.started_by_torchrun():
         raise ValueError("--dry-run describes one process: start it without torchrun")
     device = pick_device(config.device)
-    method = build_method(config, device)
+    method = build_method(config)
     images = steps = resident = None
     split = _training_images(config)
     if split is not None:

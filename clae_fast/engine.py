@@ -57,9 +57,7 @@ class Engine:
     ) -> None:
         world = world or World.single(device)
         on_gpu = device.type == "cuda"
-        precision = config.precision
-        if precision == "auto":
-            precision = "fp16" if on_gpu else "fp32"
+        precision = precision_on(device, config)
         if config.capture == "yes" and not on_gpu:
             raise ValueError(f"capture must be no or auto on {device}: CUDA graphs need a GPU")
         autocast = _AUTOCAST[precision]
@@ -180,6 +178,13 @@ class Engine:
         # there is none before the first step, in another precision, or in version 0.1
         if self._scaler.is_enabled() and state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
+
+
+def precision_on(device: torch.device, config: Config) -> str:
+    """The precision that a device takes, "fp32", "bf16" or "fp16"."""
+    if config.precision != "auto":
+        return config.precision
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
 class _Graph:

@@ -235,6 +235,11 @@ def _other_data(args: dict[str, Any]) -> tuple[str, data.Splits] | None:
 def _parser() -> _cli.Parser:
     # suppressed defaults: what is not given is as in the run
     parser = _cli.Parser(
+        {
+            "python -m clae_fast.evaluate runs/cifar10": "kNN, linear probe, geometry",
+            "python -m clae_fast.evaluate runs/seed0 runs/seed1 runs/seed2": "and their means",
+            "python -m clae_fast.evaluate runs/cifar10 --dataset stl10": "on other images",
+        },
         prog="python -m clae_fast.evaluate",
         description="Weighted kNN, a linear probe, alignment and uniformity of runs, and what is "
         "asked for besides, into their results.json, which is added to while the checkpoint is the "

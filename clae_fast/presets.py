@@ -29,7 +29,8 @@ _PHOTOGRAPHS: dict[str, Any] = {
     "epochs": 100,
     "batch_size": 256,
 }
-_IMAGE_SIZES = {"stl10": 96, "tiny_imagenet": 64, "imagenet100": 224}
+# a folder of photographs of any size: what two cores can still train on
+_IMAGE_SIZES = {"stl10": 96, "tiny_imagenet": 64, "imagenet100": 224, "folder": 96}
 
 _CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

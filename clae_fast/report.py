@@ -4,7 +4,6 @@ One page that loads nothing: curves of all runs, what a step costs, and of each 
 views, a map of its embedding, neighbours and similarities. Training leaves one in its run folder.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -83,11 +82,12 @@ def _main(argv: Sequence[str] | None) -> None:
 def _parser() -> _cli.Parser:
     # suppressed defaults: what is not given is as in the runs
     parser = _cli.Parser(
+        {
+            "python -m clae_fast.report runs/cifar10 runs/base ": "two runs, compared",
+        },
         prog="python -m clae_fast.report",
         description="One page of curves, pictures and tables, of one run or of several beside each "
         "other.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, metavar="RUN", nargs="+", help="run folder")
     parser.add_argument(
@@ -96,7 +96,7 @@ def _parser() -> _cli.Parser:
         type=Path,
         metavar="FILE",
         default=Path("report.html"),
-        help="page to write (report.html)",
+        help="page to write [report.html]",
     )
     _cli.add_settings(parser, ("data_dir", "workers", "device", "on_corrupt"))
     return parser

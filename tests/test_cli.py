@@ -1,5 +1,6 @@
 """The commands as a shell runs them: help, and one line for bad input."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,16 @@ def run(command: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "embed"])
 def test_help_names_the_command(command: str, tmp_path: Path) -> None:
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: python -m clae_fast.{command}")
     assert done.stderr == ""
+    examples = re.findall(rf"^  python -m clae_fast\.{command}", done.stdout, re.M)
+    assert "examples:" in done.stdout
+    assert examples
+    assert max(map(len, done.stdout.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -29,6 +34,7 @@ def test_help_names_the_command(command: str, tmp_path: Path) -> None:
         ("train", ["--dataset", "parquet", "--data-dir", "nowhere"]),
         ("evaluate", ["nowhere"]),
         ("report", ["nowhere"]),
+        ("embed", ["nowhere", "photos", "-o", "features.npz"]),
     ],
 )
 def test_bad_input_gets_one_line(command: str, flags: list[str], tmp_path: Path) -> None:

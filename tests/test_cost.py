@@ -84,6 +84,22 @@ def test_memory_is_that_of_a_real_step(method, attack):
     assert found["activations"] == pytest.approx(saved.peak, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("simclr", "adam"), ("rocl", "lars"), ("sscl", "sgd"), ("adco", "sgd"), ("mochi", "adamw")],
+)
+def test_a_gpu_that_is_not_there(method, optimizer):
+    """Views and activations in fp16, weights and the optimiser's state in fp32."""
+    config = resolve({"method": method, "attack": "pair", "optimizer": optimizer, "image_size": 8})
+    built = build_method(config)
+    found = cost.step_memory(config, built, torch.device("cuda"))
+    known = cost.step_memory(config, built, CPU)
+    assert found["views"] == known["views"] / 2
+    assert found["activations"] < 0.75 * known["activations"]
+    for name in ("weights", "gradients", "optimizer"):
+        assert found[name] == known[name]
+
+
 def test_half_precision_and_chunks_keep_less():
     def kept(**settings):
         config = resolve({"batch_size": 64, "image_size": 8} | settings)
