@@ -61,3 +61,4 @@ def test_of_a_runs_views():
     config = resolve({"limit": 30, "image_size": 8, "crop_min_scale": 1.0, "device": "cpu"})
     still = view_geometry(encoder, test, config, trainer.device)
     assert still["alignment"] < found["alignment"]
+    assert view_geometry(encoder, test.select(slice(1)), config, trainer.device) == {}

@@ -56,8 +56,11 @@ def view_geometry(
 ) -> dict[str, float]:
     """Alignment and uniformity of projections z of the run's own views, in eval mode.
 
-    Uniformity is the mean of that of the first and of the second views.
+    Uniformity is the mean of that of the first and of the second views. Of a single image there is
+    neither.
     """
+    if len(split) < 2:
+        return {}
     encoder.eval()
     pairs = [
         [encoder(x) for x in batch.views]
