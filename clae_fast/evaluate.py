@@ -173,6 +173,7 @@ def _load(config: Config) -> data.Splits:
         config.dataset,
         data_dir=config.data_dir,
         limit=config.limit,
+        download=config.download,
         on_corrupt=config.on_corrupt,
     )
 
@@ -227,7 +228,12 @@ def _other_data(args: dict[str, Any]) -> tuple[str, data.Splits] | None:
     if "dataset" not in args:
         return None
     name, folder = args.pop("dataset"), args.pop("data_dir", None)
-    splits = data.load(name, data_dir=folder, on_corrupt=args.get("on_corrupt", "fail"))
+    splits = data.load(
+        name,
+        data_dir=folder,
+        download=args.pop("download", False),
+        on_corrupt=args.get("on_corrupt", "fail"),
+    )
     # of these the name says nothing
     return (f"{name}/{Path(folder).name}" if name in ("folder", "parquet") else name), splits
 
@@ -264,10 +270,10 @@ def _parser() -> _cli.Parser:
         "--protocol",
         choices=("clean", "released"),
         default="clean",
-        help="released: by that of CLAE's released code, too, which selects on the test set",
+        help="released: beside ours, that of CLAE's released code, which selects on the test set",
     )
     add("--json", action="store_true", default=False, help="print one JSON object and nothing else")
-    _cli.add_settings(parser, ("data_dir", "workers", "device", "on_corrupt"))
+    _cli.add_settings(parser, ("data_dir", "download", "workers", "device", "on_corrupt"))
     return parser
 
 

@@ -260,6 +260,21 @@ class TestTransfer:
         linear = results["transfer"]["folder/leaves"]["linear"]
         assert f"transfer folder/leaves linear accuracy: {linear:.1f} %" in capsys.readouterr().out
 
+    def test_its_flags_are_its_own(self, folder, monkeypatch):
+        asked = []
+        load = data.load
+
+        def spy(name, **options):
+            asked.append((name, options))
+            return load("digits", limit=40)
+
+        monkeypatch.setattr(data, "load", spy)
+        flags = ["--dataset", "cifar10", "--data-dir", "there", "--download"]
+        assert evaluate.main([str(folder.path), *flags, "--on-corrupt", "skip"]) == 0
+        other = {"data_dir": "there", "download": True, "on_corrupt": "skip"}
+        assert asked[0] == ("cifar10", other)
+        assert all(options["data_dir"] is None for _, options in asked[1:])
+
     def test_bad_data_is_one_line(self, folder, tmp_path, capsys):
         assert evaluate.main([str(folder.path), "--dataset", "digit"]) == 2
         assert evaluate.main([str(folder.path), "--dataset", "folder"]) == 2
