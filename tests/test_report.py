@@ -7,10 +7,16 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
-from clae_fast import report, train
+from clae_fast import checkpoint, report, train
+from clae_fast.reporting.images import look
+from clae_fast.reporting.runs import read
+from clae_fast.run_folder import RunFolder
+from clae_fast.settings import resolve
+from clae_fast.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,6 +209,32 @@ def test_nested_results_are_rows(runs, tmp_path):
     assert page.row("transfer digits alignment") == ["0.500"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "attacked"),
+    [
+        ({"method": "simclr", "attack": "self"}, 8),
+        ({"method": "simclr", "adv_fraction": 0.5, "attack_start": "random"}, 4),
+        # both views of an image
+        ({"method": "acl"}, 16),
+        ({"method": "moco", "options": {"queue_size": 16}}, 8),
+    ],
+)
+def test_attacks_of_methods(tmp_path, settings, attacked):
+    tiny = {"device": "cpu", "limit": 16, "image_size": 8, "batch_size": 8, "epochs": 1}
+    folder = RunFolder.create(tmp_path / "run", resolve(tiny | settings))
+    Trainer(folder.config).fit(folder)
+    state = torch.get_rng_state()
+    (run,) = read([folder.path])
+    first, second = (look(run).twins for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(first.similarity) == attacked
+    # views and adversarial views belong together, in bytes
+    assert first.largest == pytest.approx(0.06, abs=1e-6)
+    distance = np.abs(first.adversarial.astype(int) - first.views)
+    assert 0 < distance.max() <= round(0.06 * 255) + 1
+    assert np.array_equal(first.adversarial, second.adversarial)
+
+
 class TestMissing:
     def test_checkpoint(self, runs, tmp_path):
         run = copied(runs, tmp_path)
@@ -227,6 +259,18 @@ class TestMissing:
         assert "No adversarial views: teacher: it is gone." in page.texts
         assert "attack-0" not in page.plots
         assert "embedding-0" in page.plots
+
+    def test_map_of_a_collapsed_encoder(self, runs, tmp_path):
+        run = copied(runs, tmp_path)
+        path = run / "checkpoints" / "last.pt"
+        state = checkpoint.load(path)
+        for name, weight in state["method"].items():
+            if name.startswith("encoder.") and weight.ndim:
+                weight.zero_()
+        checkpoint.save(path, state)
+        page = page_of(tmp_path, run)
+        assert "embedding-0" not in page.plots
+        assert any(text.startswith("No map of the embedding: ") for text in page.texts)
 
     def test_everything_but_the_settings(self, runs, tmp_path):
         run = tmp_path / "run"

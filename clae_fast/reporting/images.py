@@ -36,6 +36,8 @@ _LARGE_BATCH = 32
 _LARGE = 64
 # images that make a map
 _FEWEST = 8
+# spread of normalised features that is rounding
+_ALIKE = 1e-5
 # side of the pictures, at most
 _SIDE = 96
 
@@ -86,7 +88,7 @@ class Pictures:
         classes: names of the classes by number; numbers where there are none.
         labels: classes of the mapped test images, [N].
         images: what they look like, [N, H, H, 3].
-        places: where t-SNE puts their features, [N, 2]; None where they are too few.
+        places: where t-SNE puts their features, [N, 2]; None where they are few or all alike.
         neighbours: of some of them.
         positives: cosine of the projections of an image's two views, [B].
         negatives: the largest cosine of each first view and a view of another image, [B].
@@ -127,7 +129,7 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
     """
     config, path = run.config, run.folder.best_or_last
     device = pick_device(config.device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         encoder, step = encoders.restore(run.folder, path, device)
         encoder.eval()
@@ -222,13 +224,16 @@ def _hardest(z_p: Tensor, z_q: Tensor) -> Tensor:  # [N, D], [N, D] -> [N]
 
 
 def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
-    """t-SNE of normalised features, which begins with their principal components."""
-    if len(features) < _FEWEST:
+    """t-SNE of normalised features, which begins with their principal components.
+
+    None where there are few, or all are alike, of which scikit-learn's would make NaN and crash.
+    """
+    u = F.normalize(features).cpu().numpy()
+    if len(u) < _FEWEST or not u.std(axis=0).max() > _ALIKE:
         return None
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    u = F.normalize(features).cpu().numpy()
     perplexity = min(30.0, (len(u) - 1) / 3)
     # its steps are too short for threads, which on a busy machine wait for each other
     with threadpool_limits(1):
@@ -253,7 +258,7 @@ def _neighbours(mapped: _Encoded, searched: _Encoded) -> Neighbours:
 
 
 def _twins(
-    run: Run, encoder: Encoder, batch: Batch, projections: tuple[Tensor, ...]
+    run: Run, encoder: Encoder, batch: Batch, projections: tuple[Tensor, Tensor]
 ) -> Twins | str:
     """The run's own step on these views; what it does to the weights' gradients goes nowhere."""
     config = run.config
@@ -264,9 +269,14 @@ def _twins(
     # a teacher that is gone, or too few images for the method
     except (ValueError, RuntimeError) as error:
         return checkpoint.reason(error)
-    at = min(range(len(batch.views)), key=lambda v: _distance(x_adv, batch.views[v]))
-    x = batch.views[at][: len(x_adv)]
-    positive = projections[1 - at][: len(x_adv)]
+    z_p, z_q = projections
+    # one of the views is attacked or, one after the other, both
+    pairs = [
+        *zip(batch.views, (z_q, z_p), strict=True),
+        (torch.cat(batch.views), torch.cat((z_q, z_p))),
+    ]
+    enough = [(x[: len(x_adv)], z[: len(x_adv)]) for x, z in pairs if len(x) >= len(x_adv)]
+    x, positive = min(enough, key=lambda pair: float((x_adv - pair[0]).abs().max()))
     change = (x_adv - x)[:_TWINS]
     largest = float(change.abs().max())
     return Twins(
@@ -276,11 +286,6 @@ def _twins(
         largest=largest,
         similarity=F.cosine_similarity(positive, _projections(encoder, x_adv)).cpu().numpy(),
     )
-
-
-def _distance(x_adv: Tensor, x: Tensor) -> float:
-    """How far the adversarial views are from these, which are attacked where it is the least."""
-    return float((x_adv - x[: len(x_adv)]).abs().max())
 
 
 def _attacked(method: Method, config: Config, batch: Batch) -> Tensor:

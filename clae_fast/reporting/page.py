@@ -116,7 +116,10 @@ def _training(page: _Page, runs: Sequence[Run]) -> list[Figure]:
     timed = "Time of training steps alone, from the logged rates."
     return [
         *page.figure(
-            figures.losses(runs), "losses", "Losses", "Means between log points, before weights."
+            figures.losses(runs),
+            "losses",
+            "Losses",
+            "Means between log points; the adversarial loss is before its weight.",
         ),
         *page.figure(figures.accuracy(runs, over_time=False), "accuracy", "Accuracy", what),
         *page.figure(
@@ -160,6 +163,8 @@ def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any
         )
     elif seen.twins is not None:
         notes.append(f"No adversarial views: {seen.twins}.")
+    if seen.places is None:
+        notes.append("No map of the embedding: test images are few, or their features all alike.")
     shown += page.figure(
         figures.embedding(seen),
         f"embedding-{at}",
