@@ -5,6 +5,7 @@ import dataclasses
 import doctest
 import functools
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -20,6 +21,8 @@ from torchvision import models
 import clae_fast
 from clae_fast import checkpoint, ops
 from clae_fast.config import hints
+from clae_fast.methods import METHODS
+from clae_fast.presets import PRESETS
 from clae_fast.run_folder import RunFolder
 from clae_fast.settings import resolve
 from clae_fast.trainer import build_method
@@ -181,6 +184,30 @@ def test_every_command_has_its_flags_listed() -> None:
 def test_every_op_is_named() -> None:
     for name in ops.__all__:
         assert f"`{name}`" in README or f"clae_fast.{name}" in README, name
+
+
+def test_the_table_of_methods() -> None:
+    """A row a method: its paper, presets, units, and the accuracy that was recorded last."""
+    link = r"\[`(\w+)`\]\(https://arxiv\.org/abs/(\S+)\)"
+    rows = re.findall(
+        rf"^\| {link} \| (.*) \| (\d+), (\d+) \| (\S+), (\S+) \|$", README, re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == list(METHODS)
+    files = (ROOT / "benchmarks" / "results").glob("methods-digits-*.json")
+    recorded = {
+        (found["method"], found["attack"]): f"{found['knn']:.1f}"
+        for file in sorted(files, key=lambda file: file.stem)
+        for found in json.loads(file.read_text())["rows"]
+    }
+    citation = (ROOT / "CITATION.cff").read_text()
+    for name, paper, presets, none, pair, *accuracies in rows:
+        assert f"arXiv:{paper}" in citation, name
+        assert (int(none), int(pair)) == tuple(METHODS[name].units[k] for k in ("none", "pair"))
+        assert accuracies == [recorded[name, "none"], recorded[name, "pair"]], name
+        if name not in ("simclr", "plain", "uel"):
+            own = {preset for preset, given in PRESETS.items() if given["method"] == name}
+            assert set(re.findall("`(.*?)`", presets)) == own, name
+    assert f"untrained it is {recorded['untrained', 'none']}" in README
 
 
 def test_errors_in_the_faq_are_raised() -> None:
