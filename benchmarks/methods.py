@@ -7,8 +7,9 @@ Each method trains on scikit-learn's digits, without an attack and with the pair
 `python -m clae_fast.train --method NAME --image-size 8 --epochs 12` comes to. Beside them stands
 the encoder untrained. Accuracy is that of a kNN vote on the encoder's features, on the whole test
 set after the last epoch, the mean over seeds; a seed decides weights, order and augmentation.
-Settings are defaults, of which CaCo's temperature was chosen on digits by other seeds, and digits
-are easy: that a method learns is what a row says, and not that it is better than another.
+Settings are defaults, made for data as small as this (CaCo's temperature was chosen on digits, by
+other seeds), and digits are easy: a row says that a method learns, and not that it is better than
+another.
 
 DeACL learns from the encoder that SimCLR has trained without an attack with the same seed, and has
 no projection head.
