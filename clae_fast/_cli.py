@@ -211,7 +211,7 @@ def _run(command: Callable[[], None], signals: Sequence[int]) -> int:
         return _fail(error, BAD_INPUT)
     except RuntimeError as error:
         # torch's words, wherever the training was when the signal came
-        if not str(error).startswith("DataLoader worker"):
+        if not _lost_loader(error):
             raise
         reason = str(error).strip().rstrip(".").replace("\n", " ")
         return _fail(f"{reason}: is memory short? --resume with fewer --workers", FAILED)
@@ -245,6 +245,11 @@ def _terminable() -> Iterator[list[int]]:
             signal.signal(signal.SIGCHLD, before[signal.SIGCHLD])
 
 
+def _lost_loader(error: RuntimeError) -> bool:
+    """Whether these are torch's words for a loader process that is gone."""
+    return str(error).startswith("DataLoader worker")
+
+
 def _let_loaders_die() -> None:
     """Loader processes that die of the same signal are no error to report."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -276,6 +281,10 @@ def stopped_gently() -> Iterator[Callable[[], bool]]:
         signal.signal(number, wish)
     try:
         yield lambda: bool(came)
+    except RuntimeError as error:
+        # loader processes, such as a validation's, had the same signal
+        if not (came and _lost_loader(error)):
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -109,7 +109,7 @@ def test_two_processes_train_as_one(alone, tmp_path):
     assert out[1] == "device: cpu, 2 processes"
     # one process prints
     assert out[-1] == f"run folder: {run}"
-    assert len(out) == 9
+    assert len(out) == 11
     assert_same_training(run, alone)
 
 

@@ -89,6 +89,8 @@ def _cores() -> int:
 def _leave_interrupts_to_the_parent(_: int) -> None:
     # Ctrl-C reaches every process of the terminal; the parent ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # and so may SIGTERM: one that fails would end the parent within a step
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     sys.excepthook = _print_unless_parent_left
 
 
