@@ -1,10 +1,10 @@
 """What every method learns on digits: the README's table of methods.
 
     python -m benchmarks.methods                               # a quarter of an hour on one core
-    python -m benchmarks.methods --methods moco,caco --seeds 5 --epochs 30
+    python -m benchmarks.methods --methods moco,caco --seeds 5
 
 Each method trains on scikit-learn's digits, without an attack and with the pair attack, with what
-`python -m clae_fast.train --method NAME --image-size 8 --epochs 12` comes to. Beside them stands
+`python -m clae_fast.train --method NAME --image-size 8` comes to. Beside them stands
 the encoder untrained. Accuracy is that of a kNN vote on the encoder's features, on the whole test
 set after the last epoch, the mean over seeds; a seed decides weights, order and augmentation.
 Settings are defaults, made for data as small as this (CaCo's temperature was chosen on digits, by
@@ -71,7 +71,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--methods", type=_cli.name_list(tuple(METHODS)), default=list(METHODS), metavar="NAMES")
     add("--seeds", type=_cli.positive_int, default=2, help="how many; they are 0, 1, ...")
-    add("--epochs", type=_cli.positive_int, default=12)
+    add("--epochs", type=_cli.positive_int, default=30)
     add("--image-size", type=_cli.positive_int, default=8)
     add("--json", type=_cli.json_path, metavar="FILE", help="write the results there too")
     return parser.parse_args(argv)
