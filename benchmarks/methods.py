@@ -4,9 +4,9 @@
     python -m benchmarks.methods --methods moco,caco --seeds 5
 
 Each method trains on scikit-learn's digits, without an attack and with the pair attack, with what
-`python -m clae_fast.train --method NAME --image-size 8` comes to. Beside them stands
-the encoder untrained. Accuracy is that of a kNN vote on the encoder's features, on the whole test
-set after the last epoch, the mean over seeds; a seed decides weights, order and augmentation.
+`python -m clae_fast.train --method NAME --image-size 8` comes to. Beside them stands the encoder
+untrained. Accuracy is that of a kNN vote on the encoder's features, on the whole test set after the
+last epoch, the mean over seeds; a seed decides weights, order and augmentation.
 Settings are defaults, made for data as small as this (CaCo's temperature was chosen on digits, by
 other seeds), and digits are easy: a row says that a method learns, and not that it is better than
 another.

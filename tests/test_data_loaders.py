@@ -141,7 +141,8 @@ def load(folder, on_corrupt):
 
 def assert_named_once(stderr, folder):
     # a progress bar is there where decoding takes long
-    lines = sorted(line for line in stderr.splitlines() if line.startswith("skipped: "))
+    lines = [line for line in stderr.splitlines() if not line.startswith("decoding: ")]
+    lines = sorted(line for line in lines if line.strip())
     assert len(lines) == len(DAMAGE)
     for line, (row, (_, reason)) in zip(lines, DAMAGE.items(), strict=True):
         file = folder / "train" / str(row // 5) / f"{row}.png"
