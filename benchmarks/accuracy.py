@@ -47,7 +47,7 @@ from clae_fast.evaluation import (
     with_interval,
 )
 from clae_fast.reporting.runs import read
-from clae_fast.trainer import Trainer
+from clae_fast.training.trainer import Trainer
 
 ATTACKS = ("none", "pair", "self")
 APPROXIMATIONS = {

@@ -40,14 +40,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _cli, memory, timing
 from benchmarks.peers import released_nt_xent
-from clae_fast import data, nn, step
+from clae_fast import data, nn
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
+from clae_fast.config.layers import resolve
 from clae_fast.data.split import Arrays
-from clae_fast.engine import Engine
 from clae_fast.nn.normalize import Normalize
-from clae_fast.settings import resolve
-from clae_fast.trainer import build_attack, build_method
+from clae_fast.steps import schedules
+from clae_fast.steps.batch import Batch
+from clae_fast.training.build import build_attack, build_method
+from clae_fast.training.engine import Engine
 
 TEMPERATURE = 0.5
 OURS = {
@@ -231,7 +232,7 @@ def _released_step(setting: Setting) -> Callable[[Tensor, Tensor], None]:
 
     def train(x_p: Tensor, x_q: Tensor) -> None:
         optimizer.zero_grad()
-        step.released_step(encoder, adv_encoder, x_p, x_q, loss, attack=attack)
+        schedules.released_step(encoder, adv_encoder, x_p, x_q, loss, attack=attack)
         optimizer.step()
 
     return train

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _cli, timing
+from clae_fast.config.layers import resolve
 from clae_fast.evaluation import extract_features, knn_accuracy
 from clae_fast.methods import METHODS
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.trainer import Trainer
 
 ATTACKS = ("none", "pair")
 

@@ -45,11 +45,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import clae_fast
 from benchmarks import _cli, memory, timing
 from benchmarks.peers import released_nt_xent
-from clae_fast import nn, step
+from clae_fast import nn
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
 from clae_fast.methods import METHODS, Method
-from clae_fast.parts import StepOptions
+from clae_fast.steps import schedules
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 PLAIN = ("plain", "plain_batched")
 SCHEDULES = (
@@ -168,22 +169,22 @@ def build(
     loss = partial(clae_fast.nt_xent, temperature=TEMPERATURE)
     clean = (encoder, x_p, x_q)
     adversarial = (encoder, adv_encoder, x_p, x_q)
-    pair = partial(step.pair_step, *adversarial, loss, attack=ATTACK)
+    pair = partial(schedules.pair_step, *adversarial, loss, attack=ATTACK)
     passes: dict[str, Callable[[], object]] = {
         BY_HAND: partial(_simclr_by_hand, *clean),
-        "plain": partial(step.plain_step, *clean, loss),
-        "plain_batched": partial(step.plain_step, *clean, loss, batched=True),
+        "plain": partial(schedules.plain_step, *clean, loss),
+        "plain_batched": partial(schedules.plain_step, *clean, loss, batched=True),
         "pair": pair,
         "self": partial(
-            step.self_step,
+            schedules.self_step,
             *adversarial,
             loss,
             attack=ATTACK,
             attack_grad=partial(clae_fast.tied_nt_xent, temperature=TEMPERATURE),
         ),
-        "released": partial(step.released_step, *adversarial, loss, attack=ATTACK),
+        "released": partial(schedules.released_step, *adversarial, loss, attack=ATTACK),
         "released_as_is": partial(
-            step.released_step,
+            schedules.released_step,
             *adversarial,
             released_nt_xent(2 * batch_size, TEMPERATURE),
             attack=ATTACK,

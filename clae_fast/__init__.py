@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 # Run from a checkout, the compiled _C and clae_fast.kernels are those of the installed package.
 __path__ = extend_path(__path__, __name__)
 
-__version__ = "0.1.0"
-
 from clae_fast import attack, nn
 from clae_fast._ragged import RaggedImages
+from clae_fast._version import __version__
 from clae_fast.ops import (
     augment,
     bank_step,
@@ -26,7 +25,7 @@ from clae_fast.ops import (
     uel,
 )
 from clae_fast.ops.augment_params import augment_params
-from clae_fast.step import pair_step
+from clae_fast.steps.schedules import pair_step
 
 if TYPE_CHECKING:
     load_encoder: Callable[..., Any]
@@ -35,7 +34,7 @@ else:
     def __getattr__(name: str) -> Any:
         # encoders need more than torch
         if name == "load_encoder":
-            from clae_fast.encoders import load_encoder
+            from clae_fast.training.encoders import load_encoder
 
             return load_encoder
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,11 +10,12 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clae_fast import __version__
+from clae_fast._version import __version__
 
 try:
     import clae_fast._C as _C
@@ -56,6 +57,11 @@ def isa() -> str:
 def isas() -> list[str]:
     """The instruction sets this build and processor can run, worst first."""
     return list(_isas)
+
+
+def files() -> list[Path]:
+    """The file of the compiled module, if there is one."""
+    return [Path(_C.__file__)] if has_cpu() else []
 
 
 @contextmanager

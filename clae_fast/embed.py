@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clae_fast import _cli, data
-from clae_fast.checkpoint import write_atomically
-from clae_fast.device import pick_device, to_device
-from clae_fast.encoders import FrozenEncoder, restore_frozen
-from clae_fast.run_folder import RunFolder
+from clae_fast import cli, data
+from clae_fast.distributed.device import pick_device, to_device
+from clae_fast.training.checkpoint import write_atomically
+from clae_fast.training.encoders import FrozenEncoder, restore_frozen
+from clae_fast.training.run_folder import RunFolder
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
-    return _cli.run(lambda: _main(argv))
+    return cli.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -109,8 +109,8 @@ def _main(argv: Sequence[str] | None) -> None:
     print(f"file: {out}")
 
 
-def _parser() -> _cli.Parser:
-    parser = _cli.Parser(
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
         {
             "python -m clae_fast.embed runs/cifar10 photos -o features.npz": "all images below",
         },
@@ -129,7 +129,7 @@ def _parser() -> _cli.Parser:
         "by default the best where there is one",
     )
     add("--batch-size", type=int, default=256, metavar="N", help="images encoded at once [256]")
-    _cli.add_settings(parser, ("workers", "device", "on_corrupt"))
+    cli.add_settings(parser, ("workers", "device", "on_corrupt"))
     return parser
 
 

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from clae_fast import _cli, data, encoders, provenance
+from clae_fast import cli, data
 from clae_fast.config import Config
-from clae_fast.device import pick_device
+from clae_fast.distributed.device import pick_device
 from clae_fast.evaluation import (
     accuracy,
     extract_features,
@@ -50,8 +50,9 @@ from clae_fast.evaluation.robust import (
 from clae_fast.evaluation.summary import repeated_seeds, report, summarise, table
 from clae_fast.evaluation.susceptibility import susceptibility
 from clae_fast.nn import Encoder
-from clae_fast.run_folder import RunFolder
-from clae_fast.trainer import build_attack, hold_out
+from clae_fast.training import encoders, provenance
+from clae_fast.training.build import build_attack, hold_out
+from clae_fast.training.run_folder import RunFolder
 
 __all__ = ["evaluate", "main", "report"]
 
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
-    return _cli.run(lambda: _main(argv))
+    return cli.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -207,13 +208,13 @@ def _main(argv: Sequence[str] | None) -> None:
         if transfer is None:
             splits = _load(folder.config)
             for line in provenance.data_changes(folder, splits):
-                _cli.warn(line)
+                cli.warn(line)
         results = evaluate(folder, path, splits=splits, transfer=transfer, extras=extras)
         runs.append((str(folder.path), folder.config, results))
         if len(folders) > 1 and not as_json:
             print(f"{folder.path}: evaluated", flush=True)
     for first, second in repeated_seeds(runs):
-        _cli.warn(f"{first} and {second} have the same seed: they are not two samples")
+        cli.warn(f"{first} and {second} have the same seed: they are not two samples")
     if as_json:
         listed = [{"run": name} | results for name, _, results in runs]
         print(json.dumps({"runs": listed, "groups": summarise(runs)}, indent=2))
@@ -238,9 +239,9 @@ def _other_data(args: dict[str, Any]) -> tuple[str, data.Splits] | None:
     return (f"{name}/{Path(folder).name}" if name in ("folder", "parquet") else name), splits
 
 
-def _parser() -> _cli.Parser:
+def _parser() -> cli.Parser:
     # suppressed defaults: what is not given is as in the run
-    parser = _cli.Parser(
+    parser = cli.Parser(
         {
             "python -m clae_fast.evaluate runs/cifar10": "kNN, linear probe, geometry",
             "python -m clae_fast.evaluate runs/seed0 runs/seed1 runs/seed2": "and their means",
@@ -265,7 +266,7 @@ def _parser() -> _cli.Parser:
         help="evaluate on this data set instead of the run's own; --data-dir is then its folder",
     )
     for name, text in _EXTRAS.items():
-        add(_cli.flag(name), action="store_true", default=False, help=text)
+        add(cli.flag(name), action="store_true", default=False, help=text)
     add(
         "--protocol",
         choices=("clean", "released"),
@@ -273,7 +274,7 @@ def _parser() -> _cli.Parser:
         help="released: beside ours, that of CLAE's released code, which selects on the test set",
     )
     add("--json", action="store_true", default=False, help="print one JSON object and nothing else")
-    _cli.add_settings(parser, ("data_dir", "download", "workers", "device", "on_corrupt"))
+    cli.add_settings(parser, ("data_dir", "download", "workers", "device", "on_corrupt"))
     return parser
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clae_fast import _cli, data
-from clae_fast.checkpoint import CheckpointError, reason, write_atomically
-from clae_fast.data import DataError
+from clae_fast import cli, data
+from clae_fast.errors import CheckpointError, DataError
 from clae_fast.reporting.runs import Run, read
+from clae_fast.training.checkpoint import reason, write_atomically
 
 if TYPE_CHECKING:
     from clae_fast.reporting.images import Pictures
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
-    return _cli.run(lambda: _main(argv))
+    return cli.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -79,9 +79,9 @@ def _main(argv: Sequence[str] | None) -> None:
     print(f"report: {out}")
 
 
-def _parser() -> _cli.Parser:
+def _parser() -> cli.Parser:
     # suppressed defaults: what is not given is as in the runs
-    parser = _cli.Parser(
+    parser = cli.Parser(
         {
             "python -m clae_fast.report runs/cifar10 runs/base ": "two runs, compared",
         },
@@ -98,7 +98,7 @@ def _parser() -> _cli.Parser:
         default=Path("report.html"),
         help="page to write [report.html]",
     )
-    _cli.add_settings(parser, ("data_dir", "workers", "device", "on_corrupt"))
+    cli.add_settings(parser, ("data_dir", "workers", "device", "on_corrupt"))
     return parser
 
 

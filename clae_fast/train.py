@@ -14,16 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clae_fast import _cli, _impl, checkpoint, data, distributed, dry_run, provenance
+from clae_fast import _impl, cli, data, distributed
+from clae_fast.cli import dry_run
 from clae_fast.config import MAY_CHANGE, Config, hints
+from clae_fast.config.layers import layers, resolve
+from clae_fast.config.presets import PRESETS
 from clae_fast.data import RECIPES, Recipe
-from clae_fast.distributed import LostWorkerError, World
+from clae_fast.distributed import World
+from clae_fast.errors import LostWorkerError
 from clae_fast.evaluate import evaluate, report
 from clae_fast.methods import METHODS
-from clae_fast.presets import PRESETS
-from clae_fast.run_folder import RunFolder, require_free
-from clae_fast.settings import layers, resolve
-from clae_fast.trainer import Trainer
+from clae_fast.training import checkpoint, provenance
+from clae_fast.training.run_folder import RunFolder, require_free
+from clae_fast.training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
-    return _cli.run(lambda: _main(argv))
+    return cli.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -91,7 +94,7 @@ def _fit(trainer: Trainer, folder: RunFolder, options: dict[str, Any]) -> None:
             log = around.enter_context(_wandb(folder))
         # several processes would have to agree on where they stop
         alone = trainer.world.size == 1
-        stopped = around.enter_context(_cli.stopped_gently()) if alone else lambda: False
+        stopped = around.enter_context(cli.stopped_gently()) if alone else lambda: False
         trainer.fit(folder, stopped=stopped, log=log)
 
 
@@ -138,7 +141,7 @@ def _write_page(folder: RunFolder, splits: data.Splits) -> None:
     try:
         write(path, read([folder.path]), splits=splits)
     except Exception as error:
-        _cli.warn(f"no {path}: {checkpoint.reason(error)}")
+        cli.warn(f"no {path}: {checkpoint.reason(error)}")
 
 
 def _start(config: Config, options: dict[str, Any]) -> tuple[RunFolder, Trainer]:
@@ -158,7 +161,7 @@ def _start(config: Config, options: dict[str, Any]) -> tuple[RunFolder, Trainer]
 def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolder, Trainer]:
     given = [name for name in _STARTS if options[name]]
     if given:
-        names = ", ".join(map(_cli.flag, given))
+        names = ", ".join(map(cli.flag, given))
         raise ValueError(f"--resume goes on with the run's own settings: drop {names}")
     folder = RunFolder.open(options["resume"])
     config = folder.config.resumed(settings)
@@ -174,7 +177,7 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
         allow_changed_data=options["allow_changed_data"],
     )
     for line in changes:
-        _cli.warn(line)
+        cli.warn(line)
     folder.change(config)
     return folder, trainer
 
@@ -190,9 +193,9 @@ _STARTS = ("out", "preset", "recipe", "config", "print_config", "dry_run")
 _OPTIONS = (*_STARTS, "resume", "allow_changed_data", "quiet", "json", "wandb")
 
 
-def _parser() -> _cli.Parser:
+def _parser() -> cli.Parser:
     # suppressed defaults: only what was given overrides the layers below
-    parser = _cli.Parser(
+    parser = cli.Parser(
         _EXAMPLES,
         prog="python -m clae_fast.train",
         usage="%(prog)s [--preset NAME] [--dataset NAME] [--SETTING VALUE ...]",
@@ -217,7 +220,7 @@ def _parser() -> _cli.Parser:
         "--resume",
         type=Path,
         metavar="RUN",
-        help=f"run folder to continue; only {', '.join(map(_cli.flag, MAY_CHANGE))} may differ",
+        help=f"run folder to continue; only {', '.join(map(cli.flag, MAY_CHANGE))} may differ",
     )
     switch = partial(run.add_argument, action="store_true", default=False)
     switch(
@@ -231,7 +234,7 @@ def _parser() -> _cli.Parser:
     switch("--quiet", help="print results and warnings alone")
     switch("--json", help="print the results as one JSON object, and all else on stderr")
     switch("--wandb", help="log the metrics to Weights & Biases as well; needs wandb")
-    _cli.add_settings(parser, hints())
+    cli.add_settings(parser, hints())
     return parser
 
 
@@ -247,12 +250,12 @@ def _epilog() -> str:
     presets = {name: _summary(resolve({}, name)) for name in PRESETS}
     recipes = {name: _views(recipe) for name, recipe in RECIPES.items()}
     own = {
-        name: " ".join(f"{option}={_cli.shown(default)}" for option, (_, default) in known.items())
+        name: " ".join(f"{option}={cli.shown(default)}" for option, (_, default) in known.items())
         for name, known in ((name, method.own_options()) for name, method in METHODS.items())
         if known
     }
     tables = {"presets": presets, "recipes": recipes, "settings of a method's own, --options": own}
-    return "\n\n".join(f"{title}:\n{_cli.columns(lines)}" for title, lines in tables.items())
+    return "\n\n".join(f"{title}:\n{cli.columns(lines)}" for title, lines in tables.items())
 
 
 def _summary(config: Config) -> str:
@@ -262,11 +265,11 @@ def _summary(config: Config) -> str:
 
 def _views(recipe: Recipe) -> str:
     parts = [f"crops from {recipe.crop_min_scale:g}, {recipe.interpolation}"]
-    parts.append(f"jitter {_cli.shown(recipe.color_jitter)}")
+    parts.append(f"jitter {cli.shown(recipe.color_jitter)}")
     for name in ("blur", "solarize"):
         chances = getattr(recipe, f"{name}_prob")
         if any(chances):
-            parts.append(f"{name} {_cli.shown(chances)}")
+            parts.append(f"{name} {cli.shown(chances)}")
     return ", ".join(parts)
 
 

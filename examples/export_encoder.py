@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import models
 
 from clae_fast import load_encoder, train
-from clae_fast.run_folder import RunFolder
+from clae_fast.training.run_folder import RunFolder
 
 ARCH, SIZE = "timm/resnet10t", 32
 

@@ -13,9 +13,9 @@ from torchvision.transforms import v2
 
 from clae_fast import distributed, nt_xent, pair_step
 from clae_fast.attack import LinfAttack
+from clae_fast.distributed.reducer import GradientReducer
 from clae_fast.nn import Encoder, ProjectionHead, adversarial_twin, build_encoder
 from clae_fast.nn.sync_norm import convert
-from clae_fast.reducer import GradientReducer
 
 BATCH_SIZE, STEPS, SIZE = 64, 6, 16
 

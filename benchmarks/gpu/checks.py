@@ -59,10 +59,10 @@ def correctness(suite: Suite) -> Iterator[Case]:
 
 
 def _run_tests(suite: Suite, bar: Bar) -> None:
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
     on_gpu = [f for f in files if re.search(r"test_(kernels_|cuda_(?!emulator)|gpu\.|stem)", f)]
     if suite.rehearsal:
-        on_gpu = ["tests/test_check.py"]
+        on_gpu = ["tests/ops/test_check.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *on_gpu]
     timeout = min(500.0, suite.remaining())
     try:

@@ -1,6 +1,5 @@
 """Data sets, recipes of augmentation, and the batches that feed training and evaluation."""
 
-from clae_fast.batch import Batch
 from clae_fast.data.corrupt import CorruptImages
 from clae_fast.data.datasets import DATASETS, load, require_dataset
 from clae_fast.data.encoded import to_rgb
@@ -8,8 +7,10 @@ from clae_fast.data.folders import image_files
 from clae_fast.data.loaders import Batches, eval_transform, image_loader
 from clae_fast.data.recipes import RECIPES, Recipe
 from clae_fast.data.schedule import BatchSchedule
-from clae_fast.data.split import DataError, Split, Splits, hold_out, stratified
+from clae_fast.data.split import Split, Splits, hold_out, stratified
 from clae_fast.data.views import ViewSource, resident_bytes, view_source
+from clae_fast.errors import DataError
+from clae_fast.steps.batch import Batch
 
 __all__ = [
     "DATASETS",

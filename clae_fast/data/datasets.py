@@ -7,7 +7,8 @@ import torch
 
 from clae_fast.data import folders, hub, published, shards
 from clae_fast.data.corrupt import CorruptImages
-from clae_fast.data.split import DataError, Split, Splits
+from clae_fast.data.split import Split, Splits
+from clae_fast.errors import DataError
 
 DATASETS = (
     "digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "imagenet100", "folder", "parquet",

@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from clae_fast.data.split import DataError
+from clae_fast.errors import DataError
 
 # what `augment_params` draws crops of
 _LARGEST = 2**15

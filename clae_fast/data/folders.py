@@ -8,7 +8,8 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from clae_fast.data.encoded import Files
-from clae_fast.data.split import DataError, Split, Splits
+from clae_fast.data.split import Split, Splits
+from clae_fast.errors import DataError
 
 
 def image_folder(root: Path) -> Splits:

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from clae_fast.data.encoded import decode, dimensions
-from clae_fast.data.split import DataError, Split, Splits
+from clae_fast.data.split import Split, Splits
+from clae_fast.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from clae_fast.data.split import DataError, Split
+from clae_fast.data.split import Split
+from clae_fast.errors import DataError
 
 
 def eval_transform(image_size: int) -> v2.Compose:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clae_fast.data.split import DataError, Split
+from clae_fast.data.split import Split
+from clae_fast.errors import DataError
 
 # headers that an estimate reads, in runs of neighbours: those of a shard come together
 _RUNS, _RUN = 8, 32

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clae_fast import RaggedImages
+from clae_fast._ragged import RaggedImages
 
 
 def to_bytes(image: Any) -> np.ndarray:  # [H, W, 3]

@@ -16,7 +16,8 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from clae_fast.data.encoded import Files
 from clae_fast.data.folders import images_of, require_folder
-from clae_fast.data.split import Arrays, DataError, Split, Splits
+from clae_fast.data.split import Arrays, Split, Splits
+from clae_fast.errors import DataError
 
 _TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"

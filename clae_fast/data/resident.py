@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from clae_fast import RaggedImages
+from clae_fast._ragged import RaggedImages
 from clae_fast.data.loaders import make_loader
 from clae_fast.data.memory import readable
 from clae_fast.data.pixels import pack, sides, to_bytes, unpack
 from clae_fast.data.schedule import BatchSchedule
-from clae_fast.data.split import DataError, Split
+from clae_fast.data.split import Split
+from clae_fast.errors import DataError
 
 # images that a worker decodes at a time
 _CHUNK = 64

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from clae_fast.data.encoded import decode, dimensions
-from clae_fast.data.split import DataError, Split, Splits
+from clae_fast.data.split import Split, Splits
+from clae_fast.errors import DataError
 
 # a split of at most so many bytes is kept in memory; of a larger one, an image's row group is read
 _IN_MEMORY = 2**31

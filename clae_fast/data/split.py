@@ -12,10 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clae_fast.data.corrupt import CorruptImages
-
-
-class DataError(Exception):
-    """Data that cannot be used; the message names the file, and the row where there is one."""
+from clae_fast.errors import DataError
 
 
 class Images(Protocol):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clae_fast import RaggedImages
+from clae_fast._ragged import RaggedImages
 from clae_fast.data.loaders import make_loader
 from clae_fast.data.pixels import pack, sides, to_bytes, unpack
 from clae_fast.data.schedule import BatchSchedule
-from clae_fast.data.split import DataError, Split
+from clae_fast.data.split import Split
+from clae_fast.errors import DataError
 
 # the images of a batch, their parameters [V, n, 16] and, where asked for, their labels [n]
 _Batch = tuple[Tensor | RaggedImages, Tensor, Tensor | None]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clae_fast.batch import Batch
 from clae_fast.data.memory import decoded_bytes, free_bytes, readable
 from clae_fast.data.recipes import Recipe
 from clae_fast.data.resident import Resident
@@ -17,6 +16,7 @@ from clae_fast.data.split import Split
 from clae_fast.data.streamed import Streamed
 from clae_fast.ops.augment import augment
 from clae_fast.ops.augment_params import VIEWS, augment_params
+from clae_fast.steps.batch import Batch
 
 RESIDENT = ("auto", "yes", "no")
 

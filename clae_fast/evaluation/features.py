@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clae_fast import data
 from clae_fast.config import Config
-from clae_fast.device import to_device
+from clae_fast.distributed.device import to_device
 from clae_fast.nn import Encoder
 
 

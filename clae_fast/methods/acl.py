@@ -6,20 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clae_fast.batch import Batch
 from clae_fast.methods.base import Method
-from clae_fast.nn.dual_norm import adversarial_twin
+from clae_fast.nn.twins import adversarial_twin
 from clae_fast.ops.nt_xent import nt_xent
-from clae_fast.parts import (
-    Parts,
-    StepCost,
-    StepOptions,
-    StepResult,
-    check_attack,
-    check_pair,
-    gradient,
-)
-from clae_fast.passes import Pass
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.checks import check_attack, check_pair
+from clae_fast.steps.options import StepCost, StepOptions, StepResult
+from clae_fast.steps.passes import Pass, PassRunner, gradient
 
 
 class ACL(Method):
@@ -59,7 +52,7 @@ class ACL(Method):
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         check_pair(*batch.views)
         x = torch.cat(batch.views)
-        parts = Parts(options.scale, options.micro_batch)
+        parts = PassRunner(options.scale, options.micro_batch)
         of_pair = options.world.gather_loss(self._nt_xent)
 
         def loss(z: Tensor) -> Tensor:

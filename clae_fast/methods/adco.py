@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from clae_fast.batch import Batch
 from clae_fast.methods.bank import BankMethod, BankTarget
 from clae_fast.ops.bank_step import bank_step
-from clae_fast.parts import StepOptions
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 
 class AdCo(BankMethod):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clae_fast import _check
-from clae_fast.batch import Batch
 from clae_fast.methods.query import QueryMethod
 from clae_fast.nn.momentum import follow, momentum_twin
 from clae_fast.ops.info_nce import info_nce
-from clae_fast.parts import StepOptions
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 
 class BankTarget(NamedTuple):

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from clae_fast import _check
-from clae_fast.batch import Batch
-from clae_fast.nn.dual_norm import adversarial_twin
-from clae_fast.parts import Loss, StepCost, StepOptions, StepResult
-from clae_fast.step import pair_step, plain_step, released_step, self_step
+from clae_fast.nn.twins import adversarial_twin
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepCost, StepOptions, StepResult
+from clae_fast.steps.passes import Loss
+from clae_fast.steps.schedules import pair_step, plain_step, released_step, self_step
 
 
 class Method(nn.Module, ABC):
     """Encoders, losses at their embeddings, a schedule, and whatever state it trains with.
 
-    A method knows formulas and says which of the schedules in `clae_fast.step` it takes; these know
-    which pass runs when. All a method's state lives in parameters, buffers and submodules, so
-    `state_dict()` is its checkpoint. Keyword-only arguments of a method's own, int, float, bool or
-    str with a default, are settings of a run: `--option NAME=VALUE`.
+    A method knows formulas and says which of the schedules in `clae_fast.steps.schedules` it takes;
+    these know which pass runs when. All a method's state lives in parameters, buffers and
+    submodules, so `state_dict()` is its checkpoint. Keyword-only arguments of a method's own, int,
+    float, bool or str with a default, are settings of a run: `--option NAME=VALUE`.
 
     Args:
         encoder: f, from views to raw projections; its BatchNorm layers see clean views only.

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clae_fast.batch import Batch
 from clae_fast.methods.bank import BankMethod, BankTarget
 from clae_fast.nn.momentum import cosine_momentum
 from clae_fast.ops.bank_step import bank_step
 from clae_fast.ops.info_nce import info_nce
 from clae_fast.ops.topk_similarity import topk_similarity
-from clae_fast.parts import StepCost, StepOptions
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepCost, StepOptions
 
 
 class CaCo(BankMethod):

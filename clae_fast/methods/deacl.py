@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clae_fast import _check
-from clae_fast.batch import Batch
 from clae_fast.methods.base import Method
-from clae_fast.parts import Parts, StepCost, StepOptions, StepResult, check_attack, gradient
-from clae_fast.passes import Pass
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.checks import check_attack
+from clae_fast.steps.options import StepCost, StepOptions, StepResult
+from clae_fast.steps.passes import Pass, PassRunner, gradient
 
 
 class DeACL(Method):
@@ -66,7 +67,7 @@ class DeACL(Method):
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         (x,) = batch.views
-        parts = Parts(options.scale, options.micro_batch)
+        parts = PassRunner(options.scale, options.micro_batch)
         distance = options.world.gather_loss(_distance)
         goal = parts.constant(self.teacher, x, "eval")
         if options.kind == "none":

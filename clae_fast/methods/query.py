@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clae_fast.batch import Batch
 from clae_fast.methods.base import Method
-from clae_fast.parts import StepCost, StepOptions, StepResult
-from clae_fast.step import query_step
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepCost, StepOptions, StepResult
+from clae_fast.steps.schedules import query_step
 
 
 class QueryMethod(Method):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clae_fast.batch import Batch
 from clae_fast.methods.query import QueryMethod
 from clae_fast.nn.grouped_norm import grouped_norm
 from clae_fast.nn.momentum import follow, momentum_twin
 from clae_fast.nn.negatives import log_sum_exp
 from clae_fast.nn.split_norm import dealt
-from clae_fast.parts import StepOptions, StepResult
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions, StepResult
 
 
 class Keys(NamedTuple):

@@ -7,20 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from clae_fast import _check
-from clae_fast.batch import Batch
 from clae_fast.distributed import World
 from clae_fast.methods.base import Method
 from clae_fast.ops.sup_con import sup_con
-from clae_fast.parts import (
-    Parts,
-    StepCost,
-    StepOptions,
-    StepResult,
-    check_attack,
-    check_pair,
-    gradient,
-)
-from clae_fast.passes import Pass
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.checks import check_attack, check_pair
+from clae_fast.steps.options import StepCost, StepOptions, StepResult
+from clae_fast.steps.passes import Pass, PassRunner, gradient
 
 
 class RoCL(Method):
@@ -71,7 +64,7 @@ class RoCL(Method):
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         x_p, x_q = batch.views
         check_pair(x_p, x_q)
-        parts, world = Parts(options.scale, options.micro_batch), options.world
+        parts, world = PassRunner(options.scale, options.micro_batch), options.world
         if options.kind == "none":
             both = parts.run(Pass, self.encoder, torch.cat((x_p, x_q)))
             clean = parts.backward(self._loss(both.z, 2, world))

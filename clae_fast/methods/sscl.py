@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clae_fast.batch import Batch
 from clae_fast.distributed import World
 from clae_fast.methods.hcl import HCL
 from clae_fast.methods.queue import require_at_least
 from clae_fast.methods.synthetic import draw, uniform
 from clae_fast.nn.negatives import mixed, nearest
 from clae_fast.ops.hard_nt_xent import hard_nt_xent
-from clae_fast.parts import StepOptions, StepResult
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions, StepResult
 
 
 class SSCL(HCL):

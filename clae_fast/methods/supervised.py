@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from clae_fast.batch import Batch
 from clae_fast.distributed import World
 from clae_fast.methods.base import Method, pair_cost, pair_schedule, tied_gradient
-from clae_fast.parts import Loss, StepCost, StepOptions, StepResult
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepCost, StepOptions, StepResult
+from clae_fast.steps.passes import Loss
 
 
 class SupervisedMethod(Method):

@@ -12,8 +12,8 @@ SMALL_IMAGE = 64  # up to this size the ImageNet stem, stride 4, leaves too litt
 class ConvNet(nn.Sequential):
     """Layers one after another, the first of them a convolution.
 
-    The convolution is apart from the body: an attack ends at it, see `clae_fast.stem`, and where
-    the rest is compiled it is not.
+    The convolution is apart from the body: an attack ends at it, see `clae_fast.steps.stem`, and
+    where the rest is compiled it is not.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def dealt(
     Args:
         encoder: The encoder of keys.
         x: Views, as many as a multiple of `parts`; batches are in random order.
-        parts: Parts of the batch; 1 leaves it whole.
+        parts: PassRunner of the batch; 1 leaves it whole.
 
     Returns:
         Projections, [N, D].

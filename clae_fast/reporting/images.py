@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clae_fast import checkpoint, data, encoders
-from clae_fast.batch import Batch
+from clae_fast import data
 from clae_fast.config import Config
-from clae_fast.device import pick_device
+from clae_fast.distributed.device import pick_device
 from clae_fast.evaluation.features import batches
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder
 from clae_fast.ops import topk_similarity
-from clae_fast.parts import StepOptions
 from clae_fast.reporting.runs import Run
-from clae_fast.trainer import build_attack, build_method, hold_out
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
+from clae_fast.training import checkpoint, encoders
+from clae_fast.training.build import build_attack, build_method, hold_out
 
 # test images on the map, training images that neighbours are looked for among
 _MAPPED = 1000

@@ -9,12 +9,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from clae_fast import __version__
-from clae_fast.cost import step_units
+from clae_fast._version import __version__
 from clae_fast.evaluation.summary import NOT_PER_CENT
 from clae_fast.reporting import figures
 from clae_fast.reporting.images import Pictures, Twins
 from clae_fast.reporting.runs import ACCURACIES, Run
+from clae_fast.training.cost import step_units
 
 # what results.json calls something, and what the page does
 _NAMES = {"knn": "kNN", "corrupt": "unreadable images"}

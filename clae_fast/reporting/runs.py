@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from clae_fast import provenance
 from clae_fast.config import Config
-from clae_fast.run_folder import RunFolder, RunFolderError
+from clae_fast.errors import RunFolderError
+from clae_fast.training import provenance
+from clae_fast.training.run_folder import RunFolder
 
 # which accuracy a run has logged, by the preference for it, and what it is
 ACCURACIES = {

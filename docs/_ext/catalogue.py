@@ -22,9 +22,9 @@ from sphinx.util.nodes import nested_parse_with_titles
 import clae_fast
 from clae_fast import methods, ops
 from clae_fast.config import Config
+from clae_fast.config.layers import resolve
+from clae_fast.config.presets import PRESETS
 from clae_fast.methods import METHODS, Method
-from clae_fast.presets import PRESETS
-from clae_fast.settings import resolve
 
 _KINDS = {"none": "plain", "pair": "pair attack", "self": "self attack", "released": "as released"}
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-import clae_fast
-from clae_fast import _impl, data
-from clae_fast.run_folder import RunFolder, RunFolderError
+from clae_fast import _impl, _native, _version, data
+from clae_fast.errors import RunFolderError
+from clae_fast.training.run_folder import RunFolder
 
 _FILE = "versions.json"
+_PACKAGE = Path(_version.__file__).parent
 # recorded, but the numbers do not depend on them
 _HARMLESS = ("machine", "cpus", "gpu")
 
@@ -29,10 +30,10 @@ _HARMLESS = ("machine", "cpus", "gpu")
 def describe(device: torch.device, splits: data.Splits) -> dict[str, Any]:
     """What a run on `device` that reads `splits` gets its numbers from, as plain values."""
     found: dict[str, Any] = {
-        "clae_fast": clae_fast.__version__,
+        "clae_fast": _version.__version__,
         "commit": _commit(),
         "source": _digest(path for root in _roots() for path in root.rglob("*.py")),
-        "native": _digest(path for root in _roots() for path in root.glob("_C*.so")),
+        "native": _digest(_native.files()),
     }
     for package in ("torch", "torchvision", "triton", "numpy", "pillow"):
         try:
@@ -148,10 +149,9 @@ def _current(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _roots() -> list[Path]:
-    """Where the package's files are: an editable install keeps the kernels elsewhere."""
+    """The folders of Python files: an editable install keeps the kernels elsewhere."""
     kernels = find_spec("clae_fast.kernels")
-    places = [*clae_fast.__path__, *((kernels and kernels.submodule_search_locations) or [])]
-    return [Path(place) for place in places]
+    return [_PACKAGE, *map(Path, (kernels and kernels.submodule_search_locations) or [])]
 
 
 def _digest(paths: Iterable[Path]) -> str:
@@ -165,7 +165,7 @@ def _digest(paths: Iterable[Path]) -> str:
 
 def _commit() -> str | None:
     """The git commit of the checkout that runs, "-dirty" if it was changed; None elsewhere."""
-    checkout = Path(clae_fast.__file__).parents[1]
+    checkout = _PACKAGE.parent
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]

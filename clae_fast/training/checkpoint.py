@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; the message names the file."""
+from clae_fast.errors import CheckpointError
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clae_fast import stem
 from clae_fast.attack import LinfAttack
 from clae_fast.nn.mode import evaluating
+from clae_fast.steps import stem
+from clae_fast.steps.checks import check_scale, scalar
 
 Around = Callable[[], AbstractContextManager[object]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Pass:
@@ -257,3 +259,117 @@ def _set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.cuda.set_rng_state(state, device)
+
+
+class PassRunner:
+    """What schedules consist of, with the options that are the same for all parts of a step.
+
+    Args:
+        scale: What gradients are multiplied by.
+        micro_batch: Rows of a chunk; None takes the batch at once.
+    """
+
+    def __init__(self, scale: Tensor | None = None, micro_batch: int | None = None) -> None:
+        check_scale(scale)
+        if micro_batch is not None:
+            if not isinstance(micro_batch, int):
+                raise TypeError(f"micro_batch must be an integer, got {type(micro_batch).__name__}")
+            if micro_batch < 1:
+                raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+        self._scale = scale
+        self._micro_batch = micro_batch
+
+    def run(self, kind: Callable[..., Pass], encoder: nn.Module, x: Tensor, *options: Any) -> Pass:
+        """Runs a view, 1 unit."""
+        return run(kind, encoder, x, *options, micro_batch=self._micro_batch)
+
+    def backward(self, loss: Tensor, weight: float = 1.0) -> Tensor:  # []
+        """Leaves the gradients of a loss, weighted and scaled, at the embeddings: its value."""
+        loss = scalar(loss)
+        scaled(loss if weight == 1 else weight * loss, self._scale).backward()
+        return loss.detach()
+
+    def run_attackable(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> Pass:
+        """Runs a view, 1 unit, whose way back takes the first step of its attack where it can."""
+        if attack.begins_in_training:
+            return self.run(AttackedPass, encoder, x, attack)
+        return self.run(Pass, encoder, x)
+
+    def constant(self, encoder: nn.Module, x: Tensor, norm: str) -> Tensor:
+        """Embeddings without gradients that leave no trace, 1 unit.
+
+        Args:
+            encoder: The encoder.
+            x: The view.
+            norm: As `LinfAttack.norm`.
+        """
+        with torch.no_grad(), frozen(encoder, norm):
+            return torch.cat([encoder(chunk) for chunk in x.split(self._micro_batch or len(x))])
+
+    def attacked(
+        self,
+        encoder: nn.Module,
+        x0: Tensor,  # [N, C, ...]
+        attack: LinfAttack,
+        gradient: Callable[[Tensor], Tensor],  # [N, D] -> [N, D]
+        trained: Pass | None = None,
+    ) -> Tensor:
+        """Runs an attack, 2 units a step, each of them taken back to the input alone: x_adv.
+
+        Args:
+            encoder: Who sees the view; its weights and statistics do not.
+            x0: The view, and the centre of the ball.
+            attack: How far the attack goes.
+            gradient: Gradient of what the attack raises at a step's embeddings, at least in fp32.
+            trained: What `run_attackable` gave of a view whose first rows are `x0`, taken back.
+        """
+        x, steps = attack.begin(x0), attack.steps
+        if trained is not None and attack.begins_in_training:
+            x, steps = first(len(x0), trained.x_adv), steps - 1
+        with frozen(encoder, attack.norm):
+            for _ in range(steps):
+                view = self.run(InputPass, encoder, x, attack, None if x is x0 else x0)
+                z = view.z.detach()
+                # in fp32 until it is scaled
+                dz = gradient(z.to(torch.promote_types(z.dtype, torch.float32)))
+                view.z.grad = scaled(dz, self._scale).to(z.dtype)
+                view.back()
+                x = view.x_adv
+        return x
+
+    def replaced(
+        self,
+        loss: Loss,
+        encoder: nn.Module,
+        adv_encoder: nn.Module,
+        p: Pass,
+        x_adv: Tensor,
+        x_q: Tensor,
+        last_backward: Around,
+    ) -> Tensor:
+        """The one loss of p and q with the adversarial view in q's first rows, 3 + 2 units."""
+        passes = [self.run(Pass, adv_encoder, x_adv)]
+        if len(x_adv) < len(x_q):
+            passes.append(self.run(Pass, encoder, x_q[len(x_adv) :]))
+        value = self.backward(loss(p.z, torch.cat([view.z for view in passes])))
+        for view in passes:
+            view.back()
+        p.back(last_backward)
+        return value
+
+
+def first(rows: int, x: Tensor) -> Tensor:
+    """The first rows, or the tensor itself where these are all."""
+    return x if rows == len(x) else x[:rows]
+
+
+def scaled(value: Tensor, scale: Tensor | None) -> Tensor:
+    """The value times the scale, where there is one."""
+    return value if scale is None else scale * value
+
+
+def gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """The gradient of a loss at embeddings."""
+    z = z.detach().requires_grad_()
+    (dz,) = torch.autograd.grad(scalar(loss(z)), z)
+    return dz

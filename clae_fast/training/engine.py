@@ -15,14 +15,14 @@ import torch
 from torch.amp import GradScaler
 
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
 from clae_fast.config import Config
 from clae_fast.distributed import World
+from clae_fast.distributed.reducer import GradientReducer
 from clae_fast.methods import Method
 from clae_fast.nn import Encoder
-from clae_fast.optimizer import build_optimizer, load_optimizer, set_lr
-from clae_fast.parts import StepOptions, StepResult
-from clae_fast.reducer import GradientReducer
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions, StepResult
+from clae_fast.training.optimizer import build_optimizer, load_optimizer, set_lr
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # steps before a capture: libraries choose algorithms, compilers compile, states come into being

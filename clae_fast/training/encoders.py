@@ -7,15 +7,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clae_fast import checkpoint
-from clae_fast.checkpoint import CheckpointError
 from clae_fast.config import Config
 from clae_fast.data import eval_transform, to_rgb
+from clae_fast.errors import CheckpointError
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
 from clae_fast.nn.encoder import timm_model
 from clae_fast.nn.mode import evaluating
 from clae_fast.nn.normalize import Normalize
-from clae_fast.run_folder import RunFolder
+from clae_fast.training import checkpoint
+from clae_fast.training.run_folder import RunFolder
 
 
 class Transform:

@@ -1,7 +1,7 @@
 """The folder of a run: its configuration, versions, metrics and checkpoints.
 
 config.json           every setting
-versions.json         what it ran with and where, `clae_fast.provenance`
+versions.json         what it ran with and where, `clae_fast.training.provenance`
 metrics.jsonl         one line a log point; a pure function of the configuration on a CPU
 events.out.tfevents.* the same and images per second, for TensorBoard
 checkpoints/last.pt   state after the last epoch, or after the last --checkpoint-every steps
@@ -22,12 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clae_fast.checkpoint import write_atomically
 from clae_fast.config import Config
-
-
-class RunFolderError(Exception):
-    """A folder that cannot be a new run, or holds none; the message names it."""
+from clae_fast.errors import RunFolderError
+from clae_fast.training.checkpoint import write_atomically
 
 
 class RunFolder:

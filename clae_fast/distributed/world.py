@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from clae_fast.device import pick_device
+from clae_fast.distributed.device import pick_device
+from clae_fast.errors import LostWorkerError
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,10 +36,6 @@ _failures: Store | None = None
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # integers as long as an element
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class LostWorkerError(RuntimeError):
-    """Another process of the run ended, or did not answer in time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +179,7 @@ class World:
         at N = 8192 on 30. ResNet-50 at 224x224 can be 7 times larger.
 
         A parameter of the loss itself has its whole gradient on every process, not a summand: it
-        has no place in a `clae_fast.reducer.GradientReducer`.
+        has no place in a `clae_fast.distributed.reducer.GradientReducer`.
 
         Args:
             loss: `loss(z_a, z_b) -> scalar` of rows [W N, D], deterministic.

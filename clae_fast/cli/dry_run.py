@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from clae_fast import cost, data, distributed
-from clae_fast._cli import columns, shown
+from clae_fast import data, distributed
+from clae_fast.cli.parser import columns, shown
 from clae_fast.config import Config
 from clae_fast.data.memory import readable
-from clae_fast.device import pick_device
-from clae_fast.trainer import build_method, hold_out
+from clae_fast.distributed.device import pick_device
+from clae_fast.training import cost
+from clae_fast.training.build import build_method, hold_out
 
 
 def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
     Args:
         config: settings of the run.
-        layers: where they come from, as `clae_fast.settings.layers` has it.
+        layers: where they come from, as `clae_fast.config.layers.layers` has it.
 
     Returns:
         "config"; "sources" of the settings that are not the defaults; "images" and

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from clae_fast.config import Config
-from clae_fast.lars import LARS
+from clae_fast.training.lars import LARS
 
 
 def build_optimizer(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from clae_fast.batch import Batch
 from clae_fast.config import Config
-from clae_fast.engine import Engine, precision_on
 from clae_fast.methods import METHODS, Method
-from clae_fast.parts import StepOptions
-from clae_fast.trainer import build_attack
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
+from clae_fast.training.build import build_attack
+from clae_fast.training.engine import Engine, precision_on
 
 
 def step_units(config: Config) -> dict[str, float]:
@@ -49,7 +49,7 @@ def step_memory(config: Config, method: Method, device: torch.device) -> dict[st
 
     Args:
         config: Settings of the run.
-        method: As `clae_fast.trainer.build_method` has it, on the CPU.
+        method: As `clae_fast.training.trainer.build_method` has it, on the CPU.
         device: Where the run computes, whose precision counts; the step is one on the CPU, where
             optimisers read no learning rate from a tensor.
 

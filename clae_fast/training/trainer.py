@@ -9,108 +9,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from clae_fast import checkpoint, data, encoders
-from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
-from clae_fast.checkpoint import CheckpointError
+from clae_fast import data
 from clae_fast.config import Config
-from clae_fast.device import pick_device
 from clae_fast.distributed import World
-from clae_fast.engine import Engine
+from clae_fast.distributed.device import pick_device
+from clae_fast.errors import CheckpointError, NonFiniteError
 from clae_fast.evaluation import extract_features, knn_accuracy, leave_one_out_knn
 from clae_fast.evaluation.features import batches
-from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder
 from clae_fast.nn.sync_norm import convert
-from clae_fast.optimizer import lr_factor
-from clae_fast.parts import StepResult
-from clae_fast.run_folder import MetricsLog, RunFolder
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepResult
+from clae_fast.training import checkpoint
+from clae_fast.training.build import build_attack, build_method, hold_out
+from clae_fast.training.engine import Engine
+from clae_fast.training.optimizer import lr_factor
+from clae_fast.training.run_folder import MetricsLog, RunFolder
 
 # labelled images that show how training goes, where none are held out
 _WATCHED = 512
-
-
-class NonFiniteError(Exception):
-    """Training diverged: the loss or a weight is infinite or not a number."""
-
-
-def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
-    """The method and its encoders on `device`, initialised from torch's global generator.
-
-    Raises:
-        ValueError: an unknown architecture, or one that does not take images of this size; a
-            teacher that cannot be had or does not fit.
-        RuntimeError: it needs a package that is not installed.
-    """
-    encoder = encoders.build(config, device)
-    given: dict[str, Any] = {"temperature": config.temperature, **config.options}
-    if config.teacher is not None:
-        given["teacher"] = _teacher(config.teacher, config, encoder, device)
-    return METHODS[config.method](encoder, adversarial=config.attack != "none", **given)
-
-
-def _teacher(
-    source: str, config: Config, encoder: nn.Module, device: torch.device | str
-) -> nn.Module:
-    """Whom the encoder learns from, with as many features as it has projections."""
-    size = config.image_size
-    try:
-        teacher = encoders.load_encoder(source, image_size=size, device=device)
-    except ValueError as error:
-        raise ValueError(f"teacher: {error}") from error
-    projections, features = encoders.width(encoder, size), teacher.dim
-    if projections != features:
-        raise ValueError(
-            f"teacher has {features} features and the encoder {projections}, but they are compared:"
-            f" set proj_dim to {features}, or head_layers to 0 where the backbones are alike"
-        )
-    return teacher
-
-
-def build_attack(config: Config) -> LinfAttack:
-    """The attack, in pixels of 0..1: views are normalised inside the encoder."""
-    course: dict[str, Any] = {
-        "steps": config.attack_steps,
-        "start": config.attack_start,
-        "norm": config.attack_norm,
-    }
-    if config.eps_space == "pixel":
-        return LinfAttack(eps=config.eps, step_size=config.step_size, lo=0.0, hi=1.0, **course)
-    step_size = config.eps if config.step_size is None else config.step_size
-    return LinfAttack(
-        eps=tuple(config.eps * std for std in config.std),
-        step_size=tuple(step_size * std for std in config.std),
-        **course,
-    )
-
-
-def hold_out(config: Config, splits: data.Splits) -> tuple[data.Splits, data.Split | None]:
-    """Takes the validation images out of what is trained on.
-
-    Args:
-        config: how many, and the seed that chooses them.
-        splits: the data set.
-
-    Returns:
-        The data set without them, and they themselves; None without `val_size`.
-
-    Raises:
-        ValueError: not that many images have labels.
-    """
-    if not config.val_size:
-        return splits, None
-    labelled = splits.labelled
-    if config.val_size >= len(labelled):
-        raise ValueError(
-            f"val_size must be below the {len(labelled)} labelled images, got {config.val_size}"
-        )
-    rest, held = data.hold_out(labelled, config.val_size, config.seed)
-    # a part of the training images where some have no labels
-    train = splits.train.select(~torch.isin(splits.train.rows, held.rows))
-    return data.Splits(train, rest, splits.test), held
 
 
 class Trainer:

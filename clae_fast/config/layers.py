@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from clae_fast.config import Config, convert, nearest, require_known
+from clae_fast.config.config import Config, convert, nearest, require_known
+from clae_fast.config.presets import PRESETS, dataset_defaults
 from clae_fast.data import RECIPES
-from clae_fast.presets import PRESETS, dataset_defaults
 
 _LAYERS = ("preset", "recipe")
 _CHOICES = {field.name: field.metadata["choices"] or () for field in dataclasses.fields(Config)}

@@ -10,8 +10,8 @@ has BatchNorm layers of its own:
     released_step  15   what self_step computes, in the order of CLAE's code; its Plain takes 18
     query_step     3V   sum_v L_v(f(x_v)) of V views that meet no other; 3 more for an attack on one
 
-A schedule is a list of passes, see `clae_fast.passes`. Losses are taken at embeddings that are
-leaves, and leave their gradients there; each pass is taken back once, for all of them. Common
+A schedule is a list of passes, see `clae_fast.steps.passes`. Losses are taken at embeddings that
+are leaves, and leave their gradients there; each pass is taken back once, for all of them. Common
 options of the first three:
 
     scale           of the loss, as fp16 needs it: multiplies gradients, whose signs an attack takes
@@ -46,21 +46,16 @@ from torch import Tensor, nn
 
 from clae_fast.attack import LinfAttack
 from clae_fast.nn.grouped_norm import grouped_norm
-from clae_fast.parts import (
-    Loss,
-    Parts,
-    StepResult,
+from clae_fast.steps.checks import (
     attacked_rows,
     check_attack,
     check_deterministic,
     check_pair,
     check_scale,
-    first,
-    gradient,
     scalar,
-    scaled,
 )
-from clae_fast.passes import Around, Pass
+from clae_fast.steps.options import StepResult
+from clae_fast.steps.passes import Around, Loss, Pass, PassRunner, first, gradient, scaled
 
 QueryLoss = Callable[[Tensor, int], Tensor]
 
@@ -98,7 +93,7 @@ def plain_step(
             or the loss is not a scalar.
     """
     check_pair(x_p, x_q)
-    parts = Parts(scale, micro_batch)
+    parts = PassRunner(scale, micro_batch)
     if batched:
         if micro_batch is not None or x_p.shape != x_q.shape:
             raise ValueError("batched takes views of one shape, and no micro_batch")
@@ -185,7 +180,7 @@ def pair_step(
     check_pair(x_p, x_q)
     check_attack(attack, x_q, "x_q", adv_weight)
     m = attacked_rows(adv_fraction, len(x_q))
-    parts = Parts(scale, micro_batch)
+    parts = PassRunner(scale, micro_batch)
     p = parts.run(Pass, encoder, x_p)
     x_0, attack_grad = first(m, x_q), _against(loss, first(m, p.z))
     if adv_replace:
@@ -266,7 +261,7 @@ def self_step(
     if attack.begins_in_training:
         check_deterministic(adv_encoder)
     m = attacked_rows(adv_fraction, len(x_p))
-    parts = Parts(scale, micro_batch)
+    parts = PassRunner(scale, micro_batch)
     x_0 = first(m, x_p)
     anchor = None
     if attack.start != "view":
@@ -337,7 +332,7 @@ def query_step(
     """
     if not x:
         raise ValueError("x must have at least one view, got none")
-    parts = Parts(scale, micro_batch)
+    parts = PassRunner(scale, micro_batch)
     if attack is None:
         losses = []
         for v, view in enumerate(x):
