@@ -3,11 +3,11 @@
 import copy
 
 import torch
-from test_step import attack
+from step_cases import attack
 
-from clae_fast.batch import Batch
-from clae_fast.parts import StepOptions
-from clae_fast.settings import resolve
+from clae_fast.config.layers import resolve
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 WEIGHT = 0.7
 

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_step import encoders, flops, norm_buffers, resnet, views
+from step_cases import encoders, flops, norm_buffers, resnet, views
 from torch import Tensor, nn
 
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
 from clae_fast.distributed import World
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
-from clae_fast.parts import StepOptions, StepResult
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions, StepResult
 
 WEIGHT = 0.7
 MODES = [("view", "train"), ("random", "train"), ("random", "eval")]

@@ -14,9 +14,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pythons=(3.10 3.11 3.12 3.13)
 torches=(2.11.0 2.13.0 newest)
 # of those that need no more than torch; test_isas.py, which has augment too, needs torchvision
-tests=(nt_xent tied_nt_xent info_nce uel hard_nt_xent sup_con h_scl bank_step topk_similarity linf_step
-  stem_step reference impl check imports compile losses negatives properties threads dual_norm
-  attack pgd step stem methods units)
+tests=(ops/{nt_xent,tied_nt_xent,info_nce,uel,hard_nt_xent,sup_con,h_scl,bank_step,topk_similarity}
+  ops/{linf_step,stem_step,reference,impl,check,compile,properties,threads} imports
+  nn/{losses,negatives,twins} steps/{attack,pgd,step,stem} methods/{methods,units})
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -64,8 +64,9 @@ environment() {  # environment PYTHON TORCH WHEEL: $scratch/venv
 run_tests() {  # away from the checkout, whose root would lend its package
   mkdir -p "$scratch/run"
   cp -r tests csrc setup.py pyproject.toml "$scratch/run"
-  local files=("${tests[@]/#/tests/test_}")
-  (cd "$scratch/run" && "$scratch/venv/bin/python" -m pytest -q "${files[@]/%/.py}")
+  local files=() name
+  for name in "${tests[@]}"; do files+=("tests/$(dirname "$name")/test_$(basename "$name").py"); done
+  (cd "$scratch/run" && "$scratch/venv/bin/python" -m pytest -q "${files[@]}")
 }
 
 if [[ $# -eq 0 ]]; then

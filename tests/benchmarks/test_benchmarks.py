@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # behind everything else, so that clae_fast stays the installed one
 sys.path.append(str(ROOT))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # behind everything else, so that clae_fast stays the installed one
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 pytest.importorskip("triton")
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from clae_fast import evaluate, train
-from clae_fast.settings import resolve
+from clae_fast.config.layers import resolve
 from clae_fast.train import _default_out
 
 TINY = [

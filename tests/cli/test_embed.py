@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from clae_fast import checkpoint, embed, encoders
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import build_method
+from clae_fast import embed
+from clae_fast.config.layers import resolve
+from clae_fast.training import checkpoint, encoders
+from clae_fast.training.build import build_method
+from clae_fast.training.run_folder import RunFolder
 
 NAMES = ["a.png", "b/c.JPEG", "b/d/e.png", "b é.bmp"]
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clae_fast import checkpoint, data, evaluate
+from clae_fast import data, evaluate
+from clae_fast.config.layers import resolve
 from clae_fast.evaluation import extract_features, mean_and_interval
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
+from clae_fast.training import checkpoint
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")

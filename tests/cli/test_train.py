@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from clae_fast import _cli, _impl, checkpoint, run_folder, train
+from clae_fast import _impl, cli, train
 from clae_fast.config import Config
+from clae_fast.config.presets import PRESETS
 from clae_fast.data import RECIPES
 from clae_fast.methods import METHODS
-from clae_fast.presets import PRESETS
-from clae_fast.trainer import Trainer
+from clae_fast.training import checkpoint, run_folder
+from clae_fast.training.trainer import Trainer
 
 # two epochs of four steps on 32 digits of 8x8
 TINY = [
@@ -457,7 +458,7 @@ class TestHelp:
         groups = ["data", "views", "method", "attack", "encoder", "optimiser", "engine", "run"]
         assert [title for title in titles if title in groups] == groups
         for field in dataclasses.fields(Config):
-            assert re.search(rf"^  {_cli.flag(field.name)}\b", text, re.M), field.name
+            assert re.search(rf"^  {cli.flag(field.name)}\b", text, re.M), field.name
 
     def test_has_defaults_and_choices(self, text):
         words = " ".join(text.split())

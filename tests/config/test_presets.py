@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from clae_fast.config import Config
+from clae_fast.config.layers import resolve
+from clae_fast.config.presets import PRESETS, dataset_defaults
 from clae_fast.data import RECIPES
-from clae_fast.optimizer import lr_factor
-from clae_fast.presets import PRESETS, dataset_defaults
-from clae_fast.settings import resolve
-from clae_fast.trainer import build_attack
+from clae_fast.training.build import build_attack
+from clae_fast.training.optimizer import lr_factor
 
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet")
 IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from clae_fast.config import Config
+from clae_fast.config.layers import read, resolve
+from clae_fast.config.presets import PRESETS
 from clae_fast.data import RECIPES
-from clae_fast.presets import PRESETS
-from clae_fast.settings import read, resolve
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_linf_step import DTYPES, LAYOUTS, bounds, images
+from linf_cases import DTYPES, LAYOUTS, bounds, images
 
 import clae_fast
 from clae_fast import reference

@@ -1,9 +1,9 @@
 """Every native op on every instruction set: this processor's, and others' by emulation."""
 
+import augment_cases
 import native_driver
 import pytest
-import test_augment
-import test_topk_similarity as topk
+import topk_cases as topk
 import torch
 from op_cases import CASES, check, run
 
@@ -114,4 +114,4 @@ def test_linf_step(shape, dtype, grad_dtype):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width", "size"), [(23, 41, 17), (7, 5, 20), (50, 60, 41)])
 def test_augment_each_step(height, width, size, interpolation):
-    test_augment.check_native(height, width, size, interpolation=interpolation)
+    augment_cases.check_native(height, width, size, interpolation=interpolation)

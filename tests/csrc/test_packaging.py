@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = re.search(r'"(.+)"$', (ROOT / "clae_fast" / "_version.py").read_text(), re.M).group(1)
 # the C and C++ run-time libraries: no torch, no CUDA, and no OpenMP, which is torch's
 LINKED = r"(libstdc\+\+|libm|libmvec|libgcc_s|libc|libpthread|ld-linux-[\w-]+)\.so\.\d+"
 

@@ -15,8 +15,8 @@ from pyarrow import parquet
 from torchvision import datasets
 
 from clae_fast import data
-from clae_fast.data import DataError
 from clae_fast.data.split import Arrays
+from clae_fast.errors import DataError
 
 
 def jpeg(value, size=(12, 10)):

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from clae_fast import data
-from clae_fast.data import RECIPES, CorruptImages, DataError
+from clae_fast.data import RECIPES, CorruptImages
 from clae_fast.data.split import Arrays
+from clae_fast.errors import DataError
 
 
 @pytest.fixture(autouse=True)

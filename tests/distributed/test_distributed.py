@@ -9,12 +9,13 @@ from torch import nn
 
 from clae_fast import distributed, nt_xent, tied_nt_xent, uel
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
-from clae_fast.distributed import LostWorkerError, World
+from clae_fast.distributed import World
+from clae_fast.distributed.reducer import GradientReducer
+from clae_fast.errors import LostWorkerError
 from clae_fast.methods import SimCLR
 from clae_fast.nn.sync_norm import convert
-from clae_fast.parts import StepOptions
-from clae_fast.reducer import GradientReducer
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 SIZES = (2, 4)
 

@@ -11,8 +11,9 @@ import processes
 import pytest
 import torch
 
-from clae_fast import checkpoint, train
-from clae_fast.trainer import Trainer
+from clae_fast import train
+from clae_fast.training import checkpoint
+from clae_fast.training.trainer import Trainer
 
 # two epochs of four steps on 32 digits of 8x8
 TINY = [

@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from clae_fast import data
+from clae_fast.config.layers import resolve
 from clae_fast.evaluation import accuracy, finetune, knn_accuracy, released
 from clae_fast.evaluation.released import released_protocol
 from clae_fast.evaluation.susceptibility import susceptibility
 from clae_fast.nn import Encoder
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer, build_attack
+from clae_fast.training.build import build_attack
+from clae_fast.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")

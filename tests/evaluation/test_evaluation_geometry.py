@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
+from clae_fast.config.layers import resolve
 from clae_fast.evaluation import alignment, uniformity, view_geometry
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
+from clae_fast.training.trainer import Trainer
 
 
 def rows(n, seed):

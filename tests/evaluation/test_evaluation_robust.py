@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from clae_fast import evaluate
+from clae_fast.config.layers import resolve
 from clae_fast.evaluation import accuracy, extract_features, fit_linear, robust
 from clae_fast.evaluation.features import batches
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
+from clae_fast.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")

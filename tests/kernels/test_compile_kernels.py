@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(*arguments):

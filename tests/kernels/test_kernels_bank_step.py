@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from test_bank_step import assert_stepped, both_methods, in_fp64, problem, step
+from bank_step_cases import assert_stepped, both_methods, in_fp64, problem, step
 
 from clae_fast import reference
 from clae_fast.kernels import _launch, _softmax

@@ -17,15 +17,15 @@ from robust import (
     warm_encoder,
     without_norms,
 )
-from test_step import randomise_norms, views
+from step_cases import randomise_norms, views
 from torch import nn
 from torch.nn import functional as F
 
-from clae_fast.batch import Batch
+from clae_fast.config.layers import resolve
 from clae_fast.methods import ACL
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
-from clae_fast.parts import StepOptions
-from clae_fast.settings import resolve
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 T = 0.5
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from queries import assert_resumes, batch, options
-from test_moco import QUEUE, Plain, assert_steps_equal, build
+from queue_cases import QUEUE, Plain, assert_steps_equal, build
 from torch.nn import functional as F
 
 from clae_fast.methods.acssl import ACSSL

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from bank_cases import BANK, assert_steps_equal, build, fill, tangent
+from bank_cases import Plain as PlainAdCo
 from queries import WEIGHT, assert_preset, assert_resumes, options
 from queries import batch as made
-from test_adco import BANK, assert_steps_equal, build, fill, tangent
-from test_adco import Plain as PlainAdCo
-from test_step import attack
+from step_cases import attack
 from torch.nn import functional as F
 
 from clae_fast.methods.caco import CaCo

@@ -5,6 +5,7 @@ import copy
 import processes
 import pytest
 import torch
+from learning_cases import assert_learns
 from robust import (
     WEIGHT,
     assert_options,
@@ -17,19 +18,19 @@ from robust import (
     warm_encoder,
     without_norms,
 )
-from test_learning import assert_learns
-from test_step import views
+from step_cases import views
 from torch import nn
 
 from clae_fast import data
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
-from clae_fast.encoders import FrozenEncoder, restore
+from clae_fast.config.layers import resolve
 from clae_fast.methods import DeACL
-from clae_fast.parts import StepOptions
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer, build_method
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
+from clae_fast.training.build import build_method
+from clae_fast.training.encoders import FrozenEncoder, restore
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.trainer import Trainer
 
 
 def distance(a, b):

@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
+from clae_fast.config.layers import resolve
 from clae_fast.methods.dcl import DCL
 from clae_fast.methods.h_scl import HSCL
 from clae_fast.methods.hcl import HCL
 from clae_fast.methods.simclr import SimCLR
 from clae_fast.methods.sscl import SSCL
 from clae_fast.methods.supcon import SupCon
-from clae_fast.parts import StepOptions
-from clae_fast.settings import resolve
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 PAIRS = (DCL, HCL, SSCL)
 SUPERVISED = (SupCon, HSCL)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import clae_fast
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
 from clae_fast.methods import METHODS, UEL, PairMethod, Plain, SimCLR
-from clae_fast.parts import StepOptions
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 PAIRS = ("simclr", "plain", "uel")
 

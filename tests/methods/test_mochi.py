@@ -3,33 +3,17 @@
 import pytest
 import torch
 from queries import assert_preset, assert_resumes, batch, options
-from test_moco import MOCO_V2, QUEUE_V2, Plain, assert_steps_equal, build
+from queue_cases import MOCO_V2, QUEUE_V2, Plain, assert_steps_equal, build
+from synthetic_cases import HARD, PAIRS, WITH_QUERY, hardest, pick, softmax_loss
 from torch.nn import functional as F
 
 from clae_fast.methods.mochi import MoCHi
 from clae_fast.methods.moco import MoCo
 
-HARD, PAIRS, WITH_QUERY = 5, 4, 3
-
 
 def mochi(**others):
     counts = {"hard": HARD, "pairs": PAIRS, "with_query": WITH_QUERY}
     return build(MoCHi, **{"warmup": 0.0, **counts, **others})
-
-
-def hardest(u, queue, hard=HARD):
-    return queue[(u.detach() @ queue.T).topk(hard).indices]
-
-
-def pick(n, columns):
-    return n.gather(1, columns[:, :, None].expand(-1, -1, n.shape[2]))
-
-
-def softmax_loss(u, keys, queue, synthetic, temperature=0.2):
-    logits = [(u * keys).sum(1, keepdim=True), u @ queue.T]
-    logits += [torch.einsum("nd,nkd->nk", u, h) for h in synthetic]
-    target = torch.zeros(len(u), dtype=torch.int64)
-    return F.cross_entropy(torch.cat(logits, 1) / temperature, target)
 
 
 def mochi_loss(z, keys, queue, pairs=PAIRS, with_query=WITH_QUERY):

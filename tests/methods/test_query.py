@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from bank_cases import BANK, fill
 from queries import batch, options
-from test_adco import BANK, fill
-from test_step import encoders, norm_buffers
+from step_cases import encoders, norm_buffers
 
 from clae_fast.methods import METHODS, QueryMethod
 

@@ -17,15 +17,15 @@ from robust import (
     warm_encoder,
     without_norms,
 )
-from test_step import views
+from step_cases import views
 from torch.nn import functional as F
 
 from clae_fast import nt_xent
-from clae_fast.batch import Batch
+from clae_fast.config.layers import resolve
 from clae_fast.distributed import World
 from clae_fast.methods import RoCL
-from clae_fast.parts import StepOptions
-from clae_fast.settings import resolve
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 T = 0.5
 

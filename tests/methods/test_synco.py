@@ -3,8 +3,8 @@
 import pytest
 import torch
 from queries import assert_preset, assert_resumes, batch, options
-from test_mochi import HARD, hardest, pick, softmax_loss
-from test_moco import MOCO_V2, QUEUE_V2, Plain, assert_steps_equal, build
+from queue_cases import MOCO_V2, QUEUE_V2, Plain, assert_steps_equal, build
+from synthetic_cases import HARD, hardest, pick, softmax_loss
 from torch.nn import functional as F
 
 from clae_fast.methods.synco import SynCo

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_step import attack, flops, resnet, views
+from step_cases import attack, flops, resnet, views
 
-from clae_fast.batch import Batch
 from clae_fast.methods import METHODS
 from clae_fast.nn import Encoder, ProjectionHead, build_encoder
-from clae_fast.parts import StepOptions
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 
 @pytest.fixture(scope="module")

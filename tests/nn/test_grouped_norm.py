@@ -4,31 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_step import norm_buffers, randomise_norms
+from norm_cases import encoder, views
+from step_cases import norm_buffers
 from torch import Tensor, nn
 
 from clae_fast.nn import adversarial_twin
 from clae_fast.nn.grouped_norm import grouped_norm
-
-
-def encoder(norm: nn.Module) -> nn.Sequential:
-    layers = (nn.Conv2d(3, 4, 3, padding=1), norm, nn.Softplus(), nn.Conv2d(4, 4, 3))
-    module = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(6), nn.BatchNorm1d(6)).double()
-    module(views(1)[0])
-    for layer in (module[1], module[-1]):
-        layer.reset_running_stats()
-    if norm.affine:
-        randomise_norms(norm, torch.Generator().manual_seed(1))
-    return module
-
-
-def views(groups: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(groups)
-    return [
-        torch.rand(5, 3, 6, 6, generator=generator, dtype=torch.float64) * (1 + i)
-        for i in range(groups)
-    ]
-
 
 NORMS = {
     "torch's": lambda: nn.BatchNorm2d(4),

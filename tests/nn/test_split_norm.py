@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from test_grouped_norm import encoder, views
-from test_step import norm_buffers
+from norm_cases import encoder, views
+from step_cases import norm_buffers
 from torch import nn
 
 from clae_fast.nn.grouped_norm import grouped_norm
 from clae_fast.nn.split_norm import dealt
 
 
-class Parts(nn.BatchNorm1d):
+class PassRunner(nn.BatchNorm1d):
     """Records which rows are normalised together: rows that hold their numbers."""
 
     def __init__(self):
@@ -26,7 +26,7 @@ class Parts(nn.BatchNorm1d):
 
 @pytest.mark.parametrize(("rows", "parts"), [(16, 4), (12, 3), (8, 4), (24, 2)])
 def test_a_key_shares_statistics_with_few_of_its_querys_rows(rows, parts):
-    queries, keys = Parts(), Parts()
+    queries, keys = PassRunner(), PassRunner()
     x = torch.arange(float(rows))[:, None]
     with grouped_norm(queries, parts, split=True):
         queries(x)

@@ -2,16 +2,15 @@ import math
 
 import pytest
 import torch
+from bank_step_cases import assert_stepped, both_methods, problem, step
 from torch.nn import functional as F
 
 import clae_fast
 from clae_fast import reference
 from clae_fast.ops import _rows
 from clae_fast.testing import (
-    assert_accurate,
     assert_bitwise_equal,
     implementations,
-    projections,
     running,
 )
 
@@ -20,59 +19,6 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 # the interpreter's turn is in test_kernels_bank_step.py
 IMPLEMENTATIONS = [name for name in implementations("bank_step") if name != "triton"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-both_methods = pytest.mark.parametrize("method", ["adco", "caco"])
-
-
-def problem(method, N, K, D, *, noise=0.5, dtype=torch.float32, views=1):
-    """A bank, its velocity, anchors, and what names their positives."""
-    # other numbers than those of the bank, whose rows would be the anchors
-    anchor, key = projections(N, D, noise=noise, dtype=dtype, seed=1)
-    bank = torch.randn(K, D) * torch.rand(K, 1).mul(4).exp()
-    options = {"views": views}
-    if method == "adco":
-        options["keys"] = key
-    else:
-        options["positive"] = torch.randint(K, (N,))
-    return bank, 0.1 * torch.randn(K, D), anchor, options
-
-
-def step(bank, velocity, anchor, function=clae_fast.bank_step, **options):
-    """The bank and the velocity after a step, of copies."""
-    bank, velocity = bank.clone(), velocity.clone()
-    assert function(bank, velocity, anchor, **options) is None
-    return bank, velocity
-
-
-def in_fp64(value):
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if floating else value
-
-
-def assert_stepped(found, bank, velocity, anchor, *, temperature, **options):
-    """Raises unless a step's result is within the error budget.
-
-    The gradient may be off by two roundings of the at most 4 unit rows over T |W| that cancel in
-    it, times what the anchors count in all.
-    """
-    options |= {"temperature": temperature}
-    options.pop("losses", None)
-    eager = step(bank, velocity, anchor, reference.bank_step, **options)
-    exact = step(
-        bank.double(),
-        velocity.double(),
-        anchor.double(),
-        reference.bank_step,
-        **{name: in_fp64(value) for name, value in options.items()},
-    )
-    count = 1 if options.get("weight") is None else options["weight"].abs().sum()
-    norm = bank.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    cancelling = 8 * torch.finfo(torch.float32).eps * count / (temperature * norm)
-    budgets = (options["lr"] * cancelling, cancelling)
-    for name, result, other, truth, budget in zip(
-        ("bank", "velocity"), found, eager, exact, budgets, strict=True
-    ):
-        result = torch.where((result - truth).abs() <= budget, truth.float(), result)
-        assert_accurate(result, other, truth, temperature=temperature, what=name)
 
 
 def check(implementation, bank, velocity, anchor, temperature=0.1, **options):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from linf_cases import DTYPES, LAYOUTS, SPECIAL, bounds, images
 
 import clae_fast
 from clae_fast import reference
@@ -13,40 +14,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
 ]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 every_implementation = pytest.mark.parametrize("implementation", implementations("linf_step"))
 
-# zeros, infinities, NaN, the ends of each dtype's range, subnormals of each, and eps itself
-SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 0.03, -0.03, 65504.0, 7e4, -7e4, 3e38, -3e38)
 SPECIAL += (6.1e-5, 6.0e-5, 6e-8, -6e-8, 1e-9, -1e-9, 1e-38, 1e-45)
-
-
-def images(shape, dtype=torch.float32, *, special=False, seed=0):
-    """Numbers around 0; every fourth one is special where asked."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator)
-    if special:
-        values = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape, generator=generator)]
-        x = torch.where(torch.rand(shape, generator=generator) < 0.25, values, x)
-    return x.to(dtype)
-
-
-def bounds(kind, C):
-    return {
-        "step": {"alpha": 0.03},
-        "ball": {"alpha": 0.03, "eps": 0.03},
-        "range": {"alpha": 0.01, "eps": 8 / 255, "lo": 0.0, "hi": 1.0},
-        "sequences": {
-            "alpha": 0.02,
-            "eps": [0.03 + 0.001 * c for c in range(C)],
-            "lo": tuple(-1.0 - 0.01 * c for c in range(C)),
-            "hi": 1.1,
-        },
-        "tensors": {
-            "alpha": torch.linspace(0.01, 0.05, C, dtype=torch.float64),
-            "eps": torch.linspace(0.02, 0.04, C, dtype=torch.float64),
-        },
-    }[kind]
 
 
 @every_implementation
@@ -90,15 +60,6 @@ def test_more_elements_than_one_thread_takes(implementation):
                     x.contiguous(memory_format=layout), grad, impl=impl, **options
                 )
             assert_bitwise_equal(actual, reference.linf_step(x, grad, **options))
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
-    "sliced": lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
-    "expanded": lambda t: t[:1].expand(t.shape),
-}
 
 
 @every_implementation

@@ -72,8 +72,8 @@ def test_results_do_not_depend_on_the_number_of_threads(name, isa):
 
 def python(code, **environment):
     """What a process of its own prints that begins with this file's `compute`."""
-    tests = os.path.dirname(__file__)
-    start = f"import os, sys; sys.path.insert(0, {tests!r})\n"
+    here = os.path.dirname(__file__)
+    start = f"import os, sys; sys.path[:0] = [{here!r}, {os.path.dirname(here)!r}]\n"
     start += "import torch; from test_threads import *\n"
     done = subprocess.run(
         [sys.executable, "-c", start + code],

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from clae_fast import checkpoint, report, train
+from clae_fast import report, train
+from clae_fast.config.layers import resolve
 from clae_fast.reporting.images import look
 from clae_fast.reporting.runs import read
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
+from clae_fast.training import checkpoint
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")

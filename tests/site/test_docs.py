@@ -19,15 +19,16 @@ from PIL import Image
 from torchvision import models
 
 import clae_fast
-from clae_fast import checkpoint, ops
+from clae_fast import ops
 from clae_fast.config import hints
+from clae_fast.config.layers import resolve
+from clae_fast.config.presets import PRESETS
 from clae_fast.methods import METHODS
-from clae_fast.presets import PRESETS
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import build_method
+from clae_fast.training import checkpoint
+from clae_fast.training.build import build_method
+from clae_fast.training.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install "
 MAIN_JOB = SET_UP + ". && .venv/bin/python -m clae_fast.train"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # what each needs besides clae_fast, and the last line that it prints
 EXAMPLES = {
     "adversarial_step.py": ((), r"epoch 2: loss \d\.\d+, adversarial \d\.\d+"),

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import processes
 import pytest
 import torch
-from test_step import (
+from step_cases import (
     WEIGHT,
     SavedBytes,
     assert_same,
@@ -16,21 +16,21 @@ from test_step import (
     norm_buffers,
     resnet,
     views,
+    without_norms,
 )
-from test_step_options import without_norms
 from torch import nn
 
 from clae_fast import nt_xent
 from clae_fast.attack import LinfAttack
-from clae_fast.batch import Batch
 from clae_fast.distributed import World
 from clae_fast.methods import SimCLR
 from clae_fast.methods.moco import MoCo
 from clae_fast.nn import Encoder, ProjectionHead, adversarial_twin, build_encoder
 from clae_fast.nn.resnet import narrow_resnet
-from clae_fast.parts import StepOptions
-from clae_fast.passes import frozen
-from clae_fast.step import query_step, released_step, self_step
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
+from clae_fast.steps.passes import frozen
+from clae_fast.steps.schedules import query_step, released_step, self_step
 
 both_attacks = pytest.mark.parametrize("kind", ["pair", "self"])
 MODES = [("view", "train"), ("random", "train"), ("view", "eval"), ("random", "eval")]

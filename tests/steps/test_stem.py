@@ -4,19 +4,20 @@ import copy
 
 import pytest
 import torch
-from test_step import assert_same, attack, norm_buffers, randomise_norms, views
+from step_cases import assert_same, attack, norm_buffers, randomise_norms, views
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import clae_fast
-from clae_fast import _native, stem
+from clae_fast import _native
 from clae_fast.attack import LinfAttack
 from clae_fast.nn import adversarial_twin
 from clae_fast.nn.normalize import Normalize
 from clae_fast.nn.resnet import ConvNet
-from clae_fast.step import pair_step, self_step
+from clae_fast.steps import stem
+from clae_fast.steps.schedules import pair_step, self_step
 
 both_attacks = pytest.mark.parametrize("kind", ["pair", "self"])
 

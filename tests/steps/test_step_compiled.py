@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from test_step import WEIGHT, attack, encoders, method, norm_buffers, views
+from step_cases import WEIGHT, attack, encoders, method, norm_buffers, views
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from clae_fast.batch import Batch
 from clae_fast.nn import Encoder, adversarial_twin
 from clae_fast.nn.resnet import ConvNet
-from clae_fast.parts import StepOptions
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
 
 pytestmark = [
     # dynamo looks at the gradients of what it gets

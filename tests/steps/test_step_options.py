@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_step import (
+from step_cases import (
     WEIGHT,
     SavedBytes,
     assert_same,
@@ -17,16 +17,17 @@ from test_step import (
     norm_buffers,
     resnet,
     views,
+    without_norms,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clae_fast.batch import Batch
 from clae_fast.methods import SimCLR
 from clae_fast.nn import Encoder, ProjectionHead, adversarial_twin, build_encoder
 from clae_fast.nn.resnet import narrow_resnet
-from clae_fast.parts import StepOptions
-from clae_fast.step import pair_step, plain_step, self_step
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
+from clae_fast.steps.schedules import pair_step, plain_step, self_step
 
 SCHEDULES = ("none", "pair", "self")
 every_schedule = pytest.mark.parametrize("kind", SCHEDULES)
@@ -158,16 +159,6 @@ def test_a_gradient_that_overflows_stays_out_of_the_adversarial_statistics(kind,
 
 
 # chunks
-
-
-def without_norms(random: float = 0.0) -> nn.ModuleList:
-    """No layer looks at more than one row."""
-    layers = (nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 3, padding=1))
-    norm = nn.GroupNorm(2, 6)
-    noise = nn.Dropout(random)
-    encoder = nn.Sequential(*layers, norm, noise, nn.ReLU(), nn.Flatten(), nn.Linear(384, 8))
-    encoder.double()
-    return nn.ModuleList([encoder, adversarial_twin(encoder)])
 
 
 @every_schedule

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from clae_fast import checkpoint
+from clae_fast.training import checkpoint
 
 
 @pytest.fixture

@@ -4,15 +4,15 @@ import itertools
 
 import pytest
 import torch
-from test_step import SavedBytes
+from step_cases import SavedBytes
 
-from clae_fast import cost
-from clae_fast.batch import Batch
+from clae_fast.config.layers import resolve
 from clae_fast.methods import METHODS
-from clae_fast.optimizer import build_optimizer
-from clae_fast.parts import StepOptions
-from clae_fast.settings import resolve
-from clae_fast.trainer import build_attack, build_method
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
+from clae_fast.training import cost
+from clae_fast.training.build import build_attack, build_method
+from clae_fast.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 KINDS = [

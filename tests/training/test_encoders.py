@@ -10,11 +10,12 @@ from PIL import Image
 from torch import nn
 
 import clae_fast
-from clae_fast import checkpoint, encoders
-from clae_fast.encoders import load_encoder
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer, build_method
+from clae_fast.config.layers import resolve
+from clae_fast.training import checkpoint, encoders
+from clae_fast.training.build import build_method
+from clae_fast.training.encoders import load_encoder
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.trainer import Trainer
 
 TINY = {"limit": 16, "image_size": 8, "batch_size": 8, "epochs": 1, "device": "cpu"}
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from clae_fast.batch import Batch
-from clae_fast.engine import Engine
-from clae_fast.optimizer import build_optimizer
-from clae_fast.parts import StepOptions
-from clae_fast.settings import resolve
-from clae_fast.trainer import build_attack, build_method
+from clae_fast.config.layers import resolve
+from clae_fast.steps.batch import Batch
+from clae_fast.steps.options import StepOptions
+from clae_fast.training.build import build_attack, build_method
+from clae_fast.training.engine import Engine
+from clae_fast.training.optimizer import build_optimizer
 
 SETTINGS = {"device": "cpu", "image_size": 8, "hidden_dim": 16, "proj_dim": 8}
 CPU = torch.device("cpu")

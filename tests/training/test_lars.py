@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clae_fast.lars import LARS
+from clae_fast.training.lars import LARS
 
 
 def parameter(*values, shape=None):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from clae_fast.config import Config
-from clae_fast.lars import LARS
-from clae_fast.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
-from clae_fast.settings import resolve
-from clae_fast.trainer import build_method
+from clae_fast.config.layers import resolve
+from clae_fast.training.build import build_method
+from clae_fast.training.lars import LARS
+from clae_fast.training.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
 
 
 def tiny(**settings):

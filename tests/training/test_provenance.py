@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 import clae_fast
-from clae_fast import checkpoint, data, evaluate, provenance, train
-from clae_fast.run_folder import RunFolder, RunFolderError
-from clae_fast.settings import resolve
+from clae_fast import data, evaluate, train
+from clae_fast.config.layers import resolve
+from clae_fast.errors import RunFolderError
+from clae_fast.training import checkpoint, provenance
+from clae_fast.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 TINY = [

@@ -11,11 +11,12 @@ import time
 import pytest
 import torch
 
-from clae_fast import checkpoint, train
+from clae_fast import train
+from clae_fast.config.layers import resolve
 from clae_fast.methods import METHODS, SimCLR
-from clae_fast.run_folder import RunFolder
-from clae_fast.settings import resolve
-from clae_fast.trainer import Trainer
+from clae_fast.training import checkpoint
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.trainer import Trainer
 
 # three epochs of two steps on 16 images of 8x8
 TINY = {

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from clae_fast import checkpoint, data
+from clae_fast import data
 from clae_fast.config import Config
-from clae_fast.device import pick_device
-from clae_fast.optimizer import lr_factor
-from clae_fast.run_folder import RunFolder, RunFolderError
-from clae_fast.settings import resolve
-from clae_fast.trainer import NonFiniteError, Trainer, build_attack, build_method, hold_out
+from clae_fast.config.layers import resolve
+from clae_fast.distributed.device import pick_device
+from clae_fast.errors import NonFiniteError, RunFolderError
+from clae_fast.training import checkpoint
+from clae_fast.training.build import build_attack, build_method, hold_out
+from clae_fast.training.optimizer import lr_factor
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.trainer import Trainer
 
 # two epochs of four steps on 32 images of 8x8
 TINY = {"limit": 32, "image_size": 8, "batch_size": 8, "epochs": 2, "log_every": 3}
@@ -161,7 +164,7 @@ class TestResume:
             method.encoder.head.insert(0, nn.Dropout(0.5))
             return method
 
-        monkeypatch.setattr("clae_fast.trainer.build_method", build)
+        monkeypatch.setattr("clae_fast.training.trainer.build_method", build)
         config = tiny(attack="none", checkpoint_every=1)
         whole = fit(tmp_path / "whole", config)
         with monkeypatch.context() as patch:
@@ -275,7 +278,7 @@ class TestKeptCheckpoints:
 
     def test_the_best_in_validation_stays(self, tmp_path, monkeypatch):
         accuracies = iter([50.0, 70.0, 60.0, 70.0])
-        monkeypatch.setattr("clae_fast.trainer.knn_accuracy", lambda *_: next(accuracies))
+        monkeypatch.setattr("clae_fast.training.trainer.knn_accuracy", lambda *_: next(accuracies))
         config = tiny(epochs=8, limit=16, val_size=8, val_every=2)
         folder = fit(tmp_path / "run", config)
         assert kept(folder) == ["best.pt", "last.pt"]
@@ -393,7 +396,7 @@ def test_a_folder_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatc
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("clae_fast.run_folder.write_atomically", full)
+    monkeypatch.setattr("clae_fast.training.run_folder.write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         RunFolder.create(tmp_path / "run", tiny())
     assert list(tmp_path.iterdir()) == []
