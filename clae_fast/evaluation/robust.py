@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from clae_fast.attack import LinfAttack
 from clae_fast.evaluation.features import seeded
-from clae_fast.steps.passes import PassRunner, gradient
+from clae_fast.steps.runner import PassRunner, gradient
 
 # radii in pixels of 0..1, by name
 RADII = {"8/255": 8 / 255, "4/255": 4 / 255}
@@ -44,7 +44,7 @@ def attacked(
         # a sum, so that no image's gradient depends on how many there are
         return gradient(lambda z: F.cross_entropy(z, labels, reduction="sum"), logits)
 
-    return PassRunner().attacked(classifier, x, attack, rise)
+    return PassRunner().attack(classifier, x, attack, rise)
 
 
 def robust_accuracies(

@@ -13,7 +13,7 @@ from clae_fast.config import Config
 from clae_fast.evaluation.features import seeded, views
 from clae_fast.nn import Encoder
 from clae_fast.ops import nt_xent
-from clae_fast.steps.passes import PassRunner, gradient
+from clae_fast.steps.runner import PassRunner, gradient
 
 
 def susceptibility(
@@ -68,4 +68,4 @@ def _attacked(
     def rise(z: Tensor) -> Tensor:
         return gradient(lambda z_b: nt_xent(anchor, z_b, temperature=temperature), z)
 
-    return PassRunner().attacked(encoder, x, attack, rise)
+    return PassRunner().attack(encoder, x, attack, rise)
