@@ -60,7 +60,7 @@ MEASURED = {
     "UEL, 4,096 rows": {"case": "uel"},
     "HCL, 4,096 rows": {"case": "hard"},
     "SupCon, 4,096 rows": {"case": "classes"},
-    "step of a bank of 65,536 keys": {"case": "bank"},
+    "update of a bank of 65,536 keys": {"case": "bank"},
     "gradient for the self attack, 4,096 rows": {"case": "tied"},
 }
 
