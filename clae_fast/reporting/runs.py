@@ -144,10 +144,10 @@ def _log(path: Path) -> list[dict[str, float]]:
 
 
 def _rates(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The images per second that TensorBoard has, which no rerun repeats, and their steps."""
+    """The images per second that TensorBoard has recorded, and their steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # all of them: by default it draws a sample
+    # by default it would load a sample
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     name = "images_per_second"
