@@ -25,7 +25,7 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// So many pixels are colored or finished at a time: their three channels stay in the L1 cache.
+// How many pixels are colored or finished at a time. Their three channels stay in the L1 cache.
 constexpr int64_t kChunk = 1024;
 constexpr int64_t kColumns = 16;
 

@@ -1,11 +1,14 @@
 // A step of the bank in two passes over its rows, neither of which stores a matrix of similarities.
 //
-// The first pass sums exponentials for every anchor's denominator, 2 N K D FLOPs. It is left out
+// p is the softmax of an anchor over its negatives and its positive, c what the anchor counts, and q
+// the share of its negatives. q is 1 - p of the positive, but it is computed from the negatives, so
+// that nothing cancels.
+//
+// The first pass sums exponentials for every anchor's denominator, in 2 N K D FLOPs. It is left out
 // where the anchors' losses are known. In the second pass a tile of the bank's rows meets all
-// anchors. p is the softmax of an anchor and c what the anchor counts: the weights c p are
-// multiplied with the anchors while they are in the cache, 4 N K D FLOPs, and the tile's rows go
-// through gradient, velocity and update before the next tile comes. For an anchor's positive, 1 - p
-// is computed as the share q of its negatives, so that nothing cancels.
+// anchors: their weights c p are multiplied with the anchors while these are in the cache, in
+// 4 N K D FLOPs. Then the tile's rows go through gradient, velocity and update before the next tile
+// comes.
 #include "bank_step.h"
 #include "row_sums.h"
 

@@ -20,8 +20,8 @@ int64_t positive_of(const InfoNceArgs& args, int64_t i) {
 
 double weight_of(const InfoNceArgs& args, int64_t i) { return args.weight ? args.weight[i] : 1.; }
 
-// The gradient of the loss by the cosines of a row that counts 1 is this times that of the row's
-// own loss.
+// The gradient by the logits of a row's own loss is multiplied with this to become the gradient by
+// the cosines of the whole loss, for a row that counts 1.
 double share_of_row(const InfoNceArgs& args) {
   return 1 / ((args.mean ? double(args.N) : 1.) * double(args.temperature));
 }
@@ -107,7 +107,7 @@ int64_t run_pass(const InfoNceArgs& args) {
   return 0;
 }
 
-// A panel has at most so many numbers.
+// How many numbers a panel has at most.
 constexpr int64_t kPanel = int64_t(1) << 21;
 
 struct Panel {

@@ -45,8 +45,8 @@ struct LinfLayout {
   int64_t x0[4];
 };
 
-// The bounds of so many channels fit into the arguments of a launch; those of more channels have to
-// be on the device.
+// For up to this many channels, the bounds fit into the arguments of a launch. With more channels
+// they have to be on the device.
 constexpr int kLinfChannels = 4;
 
 struct LinfStepCudaArgs : LinfStep {

@@ -120,7 +120,7 @@ __global__ void linf_step_kernel(const X* __restrict__ x,
   }
 }
 
-// Whether kPacked may be set, which takes aligned operands too.
+// Whether kPacked may be set: all operands have the memory layout of out, and are aligned.
 bool packed(const LinfStepCudaArgs& args) {
   const LinfLayout& layout = args.layout;
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };

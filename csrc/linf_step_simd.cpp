@@ -112,9 +112,9 @@ void step_run(const typename X::Storage* __restrict__ x,
   }
 }
 
-// The elements of a run where there are no channels. Fewer are not worth another thread.
+// How many elements a run has where there are no channels. Fewer are not worth another thread.
 constexpr int64_t kRun = 16384;
-// Where neighbors are of different channels, the table is repeated for runs of about so many
+// Where neighbors are of different channels, the table is repeated for runs of about this many
 // elements.
 constexpr int64_t kRepeated = 256;
 

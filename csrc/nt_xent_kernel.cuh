@@ -22,9 +22,9 @@
 //  1. A warp takes a pair of rows: it computes their norms and the logit of the pair in fp32, and
 //     scales the rows to fp16.
 //  2. A block takes a unit: kRows rows by a part of all columns. It sums the exponentials of the
-//     negatives, one sum for each row and part. There are as many parts as give most
-//     multiprocessors a unit. With up to 2048 rows of 128 elements, the columns of a unit then fit
-//     into an H200's shared memory, and are read once for this phase and the next.
+//     negatives, one sum for each row and part. There are enough parts for most multiprocessors to
+//     have a unit. With up to 2048 rows of 128 elements, the columns of a unit then fit into an
+//     H200's shared memory, and are read once for this phase and the next.
 //  3. A block takes the same unit. From all sums it makes the statistics of its rows and columns,
 //     which costs less than another barrier. Then it makes the weights P, and du for each row and
 //     part.
@@ -34,9 +34,9 @@
 // No sum is added in an order that can change, so results repeat bit for bit.
 //
 // An fp16 row is the raw row times a power of two, so fp16 and bf16 input reaches the tensor cores
-// without rounding. What it lacks to a unit row is a factor for the row. Weights are scaled before
-// they become fp16. The scale of a row follows its largest weight so far, because the sign of the
-// gradient matters in rows with small weights too.
+// without rounding. A factor for each row makes up for the difference to a unit row. Weights are
+// scaled before they become fp16. The scale of a row follows its largest weight so far, because the
+// sign of the gradient matters in rows with small weights too.
 #pragma once
 
 #include <cooperative_groups.h>

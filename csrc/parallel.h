@@ -47,7 +47,7 @@ static inline Range share(int64_t count, const Team& team, int rank, int64_t blo
   return {blocks * rank / team.size() * block, blocks * (rank + 1) / team.size() * block};
 }
 
-// To be called in a loop that waits for another thread: yields the processor after many spins.
+// Call this in a loop that waits for another thread: after many spins it yields the processor.
 void relax(int spins);
 
 }  // namespace clae_fast

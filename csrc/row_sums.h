@@ -18,7 +18,7 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// So many rows and their sums stay in the L2 cache while columns go by.
+// How many rows a group has. They and their sums stay in the L2 cache while columns go by.
 constexpr int64_t kGroup = 4 * kMaxBlock;
 // Threads share the work in tasks of one group of rows and one chunk of columns. Every chunk has
 // sums of its own, and how many chunks there are does not depend on the number of threads: so

@@ -189,7 +189,7 @@ bool on_sides(const Scratch<T>& s, int64_t i, int64_t rows, int64_t j, int64_t c
   return same ? (above && left) || (below && right) : (above && right) || (below && left);
 }
 
-// Whether the register tile at (i, j) has any pair that is no negative one.
+// Whether the register tile at (i, j) has any pair that is not a negative one.
 template <class T>
 bool is_special(const Scratch<T>& s, int64_t i, int64_t j) {
   auto crosses = [&](int64_t shift) { return j < i + shift + kRows && i + shift < j + kCols; };
@@ -394,7 +394,7 @@ void grad_tile(const Scratch<T>& s, const SymmetricArgs& args, float scale, int6
 // plays every other.
 template <class T, class Tile>
 void play(const Scratch<T>& s, int pass, Tile tile) {
-  const int64_t players = s.blocks + s.blocks % 2;  // with one that is no block if they are odd
+  const int64_t players = s.blocks + s.blocks % 2;  // an odd number gets a player that is no block
   const int64_t matches = players / 2;
   const int64_t total = s.blocks + (players - 1) * matches;
   int* done = s.done + pass * s.blocks;

@@ -111,7 +111,7 @@ Packed<T> carve_rows(Carver& carver, int64_t count, int64_t D) {
   return p;
 }
 
-// A register holds so many fp64 numbers.
+// How many fp64 numbers a register holds.
 constexpr int kNarrow = kWidth / 2;
 typedef float NarrowVec __attribute__((vector_size(kNarrow * 4)));
 

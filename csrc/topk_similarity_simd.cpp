@@ -18,9 +18,9 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// A tile of keys has about so many numbers, to stay in the L2 cache.
+// About how many numbers a tile of keys has, which has to stay in the L2 cache.
 constexpr int64_t kTile = 1 << 17;
-// A buffer has room for at least so many candidates beyond k.
+// A buffer has room for k candidates and for at least this many more.
 constexpr int64_t kMinRoom = 64;
 
 template <class T>

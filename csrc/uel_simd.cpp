@@ -8,8 +8,8 @@
 //
 //     -log p_pos - sum of log(1 - p_k) over the negatives k
 //
-// `top` is the most similar negative of the row, q the softmax without top, and t the sum of w_k =
-// p_k / (1 - p_k) over the other negatives. The gradient by the logits is
+// `top` is the most similar negative of the row, q the softmax without top, and t the sum of
+// w_k = p_k / (1 - p_k) over the other negatives. The gradient by the logits is
 //
 // clang-format off
 //
@@ -32,11 +32,11 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// A panel has at most so many numbers, to stay in the cache: 32 rows of 8192 columns.
+// How many numbers a panel has at most, to stay in the cache: 32 rows of 8192 columns.
 constexpr int64_t kPanel = 1 << 18;
 constexpr int64_t kMaxRows = kMaxBlock / 2;
 static_assert(kMaxRows % kRows == 0, "a panel holds whole tiles");
-// So many columns are added up in fp32, and so many rows of columns are multiplied at once.
+// How many columns are added up in fp32, and how many rows of columns are multiplied at once.
 constexpr int64_t kSpan = 256;
 
 template <class T>

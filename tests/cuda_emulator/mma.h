@@ -1,5 +1,5 @@
-// In place of csrc/mma.cuh, before which it is included: the same functions, element by element as
-// the PTX ISA lays them out.
+// The functions of csrc/mma.cuh, element by element, in the layout of the PTX ISA. It is included
+// before that file and takes its place.
 #pragma once
 #define CLAE_FAST_MMA_CUH
 
