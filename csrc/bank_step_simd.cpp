@@ -1,8 +1,8 @@
 // A step of the bank in two passes over its rows, neither of which stores a matrix of similarities.
 //
-// p is the softmax of an anchor over its negatives and its positive, c what the anchor counts, and q
-// the share of its negatives. q is 1 - p of the positive, but it is computed from the negatives, so
-// that nothing cancels.
+// p is the softmax of an anchor over its negatives and its positive, c what the anchor counts, and
+// q the share of its negatives. q is 1 - p of the positive, but it is computed from the negatives,
+// so that nothing cancels.
 //
 // The first pass sums exponentials for every anchor's denominator, in 2 N K D FLOPs. It is left out
 // where the anchors' losses are known. In the second pass a tile of the bank's rows meets all
