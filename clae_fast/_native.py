@@ -88,8 +88,8 @@ def nt_xent(
     N, D = z0.shape
     loss = torch.empty((), dtype=torch.float32)
     dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
-    workspace = _workspace(_C.nt_xent_workspace(_isa, _DTYPES[z0.dtype], N, D, grad))
-    _C.nt_xent(
+    call = partial(
+        _C.nt_xent,
         _isa,
         _rows(z0),
         _rows(z1),
@@ -99,8 +99,9 @@ def nt_xent(
         torch.get_num_threads(),
         loss.data_ptr(),
         0 if dz is None else dz.data_ptr(),
-        workspace.data_ptr(),
     )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
     return loss, dz
 
 
@@ -112,8 +113,8 @@ def tied_nt_xent(
     z = _in_rows(z)
     N, D = z.shape
     dz = torch.empty((N, D), dtype=torch.float32)
-    workspace = _workspace(_C.tied_nt_xent_workspace(_isa, _DTYPES[z.dtype], N, D))
-    _C.tied_nt_xent(
+    call = partial(
+        _C.tied_nt_xent,
         _isa,
         _rows(z),
         N,
@@ -121,8 +122,9 @@ def tied_nt_xent(
         temperature,
         torch.get_num_threads(),
         dz.data_ptr(),
-        workspace.data_ptr(),
     )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
     return dz
 
 
@@ -256,22 +258,22 @@ def uel(
     """As `nt_xent`."""
     z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
-    threads = torch.get_num_threads()
     loss = torch.empty((), dtype=torch.float32)
     dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
-    workspace = _workspace(_C.uel_workspace(_isa, _DTYPES[z0.dtype], N, D, threads, grad))
-    _C.uel(
+    call = partial(
+        _C.uel,
         _isa,
         _rows(z0),
         _rows(z1),
         N,
         D,
         temperature,
-        threads,
+        torch.get_num_threads(),
         loss.data_ptr(),
         0 if dz is None else dz.data_ptr(),
-        workspace.data_ptr(),
     )
+    workspace = _workspace(call(0))
+    call(workspace.data_ptr())
     return loss, dz
 
 
@@ -360,9 +362,8 @@ def nt_xent_cuda(
     loss = torch.empty((), dtype=torch.float32, device=z0.device)
     dz = torch.empty((2 * N, D), dtype=torch.float32, device=z0.device) if grad else None
     with torch.cuda.device(z0.device):
-        size = _C.nt_xent_cuda_workspace(N, D, grad)
-        workspace = torch.empty(size, dtype=torch.uint8, device=z0.device)
-        _C.nt_xent_cuda(
+        call = partial(
+            _C.nt_xent_cuda,
             z0.data_ptr(),
             z1.data_ptr(),
             _DTYPES[z0.dtype],
@@ -375,9 +376,10 @@ def nt_xent_cuda(
             temperature,
             loss.data_ptr(),
             0 if dz is None else dz.data_ptr(),
-            workspace.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
         )
+        stream = torch.cuda.current_stream().cuda_stream
+        workspace = torch.empty(call(0, stream), dtype=torch.uint8, device=z0.device)
+        call(workspace.data_ptr(), stream)
     return loss, dz
 
 
