@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _cli, machine, memory, timing
+from benchmarks.case import CPU
 from benchmarks.cases.nt_xent import released_nt_xent
 from benchmarks.cases.views import TwoViews
 from benchmarks.results import Row, table, write_json
@@ -280,7 +281,7 @@ _PEERS: dict[str, Callable[[Setting], Callable[[], object]]] = {
 
 def _operations(setting: Setting) -> float:
     """Of one plain step, counted on a few images."""
-    few = Setting(setting.arch, 4, setting.image_size, timing.CPU)
+    few = Setting(setting.arch, 4, setting.image_size, CPU)
     call = ours("plain", few, precision="fp32", compile="no")
     with FlopCounterMode(display=False) as counter:
         call()

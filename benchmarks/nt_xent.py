@@ -136,7 +136,8 @@ def _judge(rows: list[Row], args: Any) -> dict[str, str]:
     lean = None
     if args.memory:
         lean = harness.peak(CASES["nt_xent"], _size(MEMORY_N, args), OURS, "", args)
-        print(f"\n{OURS} at n = {MEMORY_N}: {lean or float('nan'):.1f} MiB above the inputs")
+        told = "-" if lean is None else f"{lean:.1f}"
+        print(f"\n{OURS} at n = {MEMORY_N}: {told} MiB above the inputs")
     valid = (args.dim, args.temperature, args.threads) == (128, 0.5, 2)
     row_of = {(row["n"], row["impl"]): row for row in rows} if valid else {}
     values: dict[Bar, float | None] = {}
