@@ -1,18 +1,20 @@
-"""What the benchmark commands share: one-line errors, argument types, the JSON file."""
+"""What the benchmark commands share: complaints of one line, argument types, the run over cases."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import timing
+from benchmarks import machine
+from benchmarks.case import UnavailableError
+from benchmarks.results import Results, Row, command
+from benchmarks.setting import Setting
 from clae_fast import nn
 
 
@@ -39,8 +41,9 @@ def int_list(text: str) -> list[int]:
     return [positive_int(part) for part in text.split(",")]
 
 
-def name_list(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+def name_list(known: Iterable[str]) -> Callable[[str], list[str]]:
     """A type for names out of `known`, separated by commas and each given once."""
+    known = tuple(known)
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
@@ -54,60 +57,6 @@ def name_list(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
-def parse_training(
-    parser: Parser, argv: list[str] | None, *, batch_size: int, rounds: int
-) -> argparse.Namespace:
-    """Parse `argv` with the arguments of a benchmark of training steps, and check them."""
-    add = parser.add_argument
-    add("--arch", default="resnet18", help="resnet18 ... resnet152, resnet-narrow or timm/NAME")
-    add("--batch-size", type=positive_int, default=batch_size)
-    add("--image-size", type=positive_int, default=32)
-    add("--device", default="cpu")
-    add("--rounds", type=positive_int, default=rounds)
-    add("--json", type=json_path, metavar="FILE", help="write the results there too")
-    args = parser.parse_args(argv)
-    try:
-        args.device = torch.device(args.device)
-        torch.empty(0, device=args.device)
-        nn.build_encoder(args.arch, args.image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        parser.error(str(error).splitlines()[0])
-    return args
-
-
-def run_cases(
-    args: argparse.Namespace,
-    measure: Callable[[str, argparse.Namespace], list[dict[str, Any]]],
-    judge: Callable[[list[dict[str, Any]]], dict[str, tuple[str, bool]]],
-    setting: dict[str, Any],
-) -> int:
-    """Measure the cases of `args`, print the bars, write the file; the exit status.
-
-    Args:
-        args: With `threads`, `case`, `json` and `bars`.
-        measure: Makes the rows of a case, none where ours is wrong.
-        judge: Gives every bar its verdict, and whether it was missed.
-        setting: What the file says of the measurement besides.
-    """
-    torch.set_num_threads(args.threads)
-    machine = timing.machine()
-    print(timing.header(machine))
-    rows: list[dict[str, Any]] = []
-    for name in args.case:
-        measured = measure(name, args)
-        if not measured:
-            return 1
-        rows += measured
-    verdicts = judge(rows)
-    print("\nbars:")
-    for bar, (verdict, _) in verdicts.items():
-        print(f"  {verdict:<24} {bar}")
-    if args.json:
-        bars = {bar: verdict for bar, (verdict, _) in verdicts.items()}
-        write_json(args.json, {"machine": machine, **setting, "rows": rows, "bars": bars})
-    return 1 if args.bars and any(missed for _, missed in verdicts.values()) else 0
-
-
 def json_path(text: str) -> Path:
     """A file that can be written, found out before the measurement and not after it."""
     path = Path(text)
@@ -118,23 +67,85 @@ def json_path(text: str) -> Path:
     return path
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write the result beside `path` and rename it, so that a file is whole or absent.
+def add_json(parser: Parser) -> None:
+    """Add the flag that every command has."""
+    parser.add_argument(
+        "--json", type=json_path, metavar="FILE", help="write the results there too"
+    )
 
-    The command that made it is added under `command`, with paths as seen from this folder.
-    """
-    spec = sys.modules["__main__"].__spec__
-    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    command = " ".join([program, *sys.argv[1:]]).replace(f"{Path.cwd()}/", "")
-    result = {"command": command, **result}
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    partial = path.with_name(path.name + ".partial")
+
+def add_cases(parser: Parser, names: Iterable[str]) -> None:
+    """Add the flag that chooses among cases."""
+    names = tuple(names)
+    help = ", ".join(names)
+    parser.add_argument("--case", type=name_list(names), default=list(names), help=help)
+
+
+def add_timing(parser: Parser, *, rounds: int, threads: str | None = None) -> None:
+    """Add the flags of a command that times cases on the CPU and holds them to bars."""
+    add = parser.add_argument
+    add("--threads", type=positive_int, default=2, help=threads)
+    add("--rounds", type=positive_int, default=rounds)
+    add_json(parser)
+    add("--bars", action="store_true", help="exit with status 1 when a bar is missed")
+
+
+def parse_training(
+    parser: Parser, argv: list[str] | None, *, batch_size: int, rounds: int
+) -> tuple[argparse.Namespace, Setting]:
+    """The arguments of a benchmark of training steps, checked, and the setting among them."""
+    add = parser.add_argument
+    add("--arch", default="resnet18", help="resnet18 ... resnet152, resnet-narrow or timm/NAME")
+    add("--batch-size", type=positive_int, default=batch_size)
+    add("--image-size", type=positive_int, default=32)
+    add("--device", default="cpu")
+    add("--rounds", type=positive_int, default=rounds)
+    add_json(parser)
+    args = parser.parse_args(argv)
     try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as error:
-        sys.exit(f"error: {path} cannot be written: {error.strerror}")
-    print(f"wrote {path}")
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+        nn.build_encoder(args.arch, args.image_size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
+    return args, Setting(args.arch, args.batch_size, args.image_size, device)
+
+
+def run_cases(
+    args: argparse.Namespace,
+    cases: Mapping[str, Any],
+    measure: Callable[[Any, argparse.Namespace], list[Row]],
+    judge: Callable[[list[Row], argparse.Namespace], dict[str, str]],
+    setting: dict[str, Any],
+) -> int:
+    """Measure the cases, write their rows as they come, print the bars, return the exit status.
+
+    `measure` returns the rows of one of the `cases`, or raises an `UnavailableError` where ours is
+    wrong; `judge` returns the verdict on every bar; `setting` is what the file says besides.
+    """
+    torch.set_num_threads(args.threads)
+    facts = machine.shown()
+    results = Results(args.json, {"command": command(), "machine": facts, **setting})
+    for name, case in cases.items():
+        try:
+            results.add(*measure(case, args))
+        except UnavailableError as error:
+            print(f"error: clae_fast at {name}: {error}", file=sys.stderr)
+            return 1
+    verdicts = judge(results.rows, args)
+    results.write(bars=verdicts)
+    print_bars(verdicts)
+    if args.json:
+        print(f"wrote {args.json}")
+    missed = any(verdict.startswith("missed") for verdict in verdicts.values())
+    return 1 if args.bars and missed else 0
+
+
+def print_bars(verdicts: Mapping[str, str]) -> None:
+    """Print a line for every bar."""
+    print("\nbars:")
+    for text, verdict in verdicts.items():
+        print(f"  {verdict:<24} {text}")
 
 
 def _number(text: str, kind: type, wanted: str, valid: Callable[[Any], bool]) -> Any:

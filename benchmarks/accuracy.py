@@ -1,4 +1,4 @@
-"""What adversarial views do to accuracy: attack none, pair and self, a few seeds each.
+"""Measures what adversarial views do to accuracy: training with attack none, pair and self.
 
     python -m benchmarks.accuracy                                    # digits, 3 seeds, minutes
     python -m benchmarks.accuracy --seeds 5 --dataset parquet --data-dir DIR --epochs 20
@@ -6,18 +6,18 @@
     python -m benchmarks.accuracy --equal-time --plot accuracy.png
 
 Flags other than the ones below go to `python -m clae_fast.train`, which trains and evaluates every
-run. Beside them stand the same encoder untrained and a probe on raw pixels. Each accuracy is the
-mean over the seeds with its 95 % interval (Student's t), on the whole test set after the last
-epoch. A seed decides weights, order and augmentation, so the runs of one seed are paired:
+run. The same encoder untrained and a probe on raw pixels stand beside the runs. Each accuracy is
+the mean over the seeds with its 95 % interval (Student's t), on the whole test set after the last
+epoch. A seed decides weights, order and augmentation, so the runs of one seed are paired, and
 `over none` is the mean of the differences within seeds.
 
-An attack costs time, in which a run without one could have trained on: `--equal-time` adds
-`none for pair's time`, as many epochs without an attack as take as long as the run with the pair
-attack did, the learning rate's schedule stretched over them. Seconds are those of training steps,
-from the rates that the run has logged; evaluation and checkpoints do not count.
+An attack costs time in which a run without one could have trained on. `--equal-time` therefore adds
+`none for pair's time`: it trains without an attack for as many epochs as take as long as the run
+with the pair attack did, and stretches the learning rate's schedule over them. Seconds are those of
+training steps, from the rates that the run has logged; evaluation and checkpoints do not count.
 
-`--approximations` adds the pair attack on a part of the batch or of the steps, which costs less:
-beside each gain in time stands what it does to accuracy.
+`--approximations` adds the pair attack on a part of the batch or of the steps, which costs less,
+and shows what each gain in time does to accuracy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import _cli, timing
+from benchmarks import _cli, machine
+from benchmarks.results import write_json
 from clae_fast import data, train
 from clae_fast.config import Config
 from clae_fast.evaluation import (
@@ -51,12 +52,8 @@ from clae_fast.training.trainer import Trainer
 
 ATTACKS = ("none", "pair", "self")
 APPROXIMATIONS = {
-    f"pair {' '.join(flags)}": ("pair", flags)
-    for flags in (
-        ("--adv-fraction", "0.2"),
-        ("--adv-fraction", "0.2", "--adv-replace"),
-        ("--adv-every", "5"),
-    )
+    f"pair {flags}": ("pair", flags.split())
+    for flags in ("--adv-fraction 0.2", "--adv-fraction 0.2 --adv-replace", "--adv-every 5")
 }
 OURS = ("--attack", "--seed", "--out", "--resume", "--print-config")
 LONGER = "none for pair's time"
@@ -64,11 +61,7 @@ METRICS = ("knn", "linear")
 
 
 class TrainError(Exception):
-    """`python -m clae_fast.train` ended with an error, which it has printed."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
+    """`python -m clae_fast.train` ended with this status, and has printed why."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,19 +70,16 @@ def main(argv: list[str] | None = None) -> int:
         config = Config.from_dict(json.loads(_train([*flags, "--print-config"])))
         scores = _measure(args, flags, config)
     except TrainError as error:
-        return error.status
+        return int(error.args[0])
     rows = [_row(name, values, scores["none"]) for name, values in scores.items()]
-    machine = timing.machine()
-    print(timing.header(machine))
+    facts = machine.shown()
     print("\n" + _markdown(rows))
     if args.plot:
         _plot(rows, args.plot)
     if args.json:
-        settings = config.to_dict()
-        for name in ("attack", "seed"):
-            del settings[name]
-        result = {"machine": machine, "seeds": args.seeds, "config": settings, "rows": rows}
-        _cli.write_json(args.json, result)
+        settings = {k: v for k, v in config.to_dict().items() if k not in ("attack", "seed")}
+        result = {"machine": facts, "seeds": args.seeds, "config": settings, "rows": rows}
+        write_json(args.json, result)
     return 0
 
 
@@ -100,28 +90,16 @@ def _parse(argv: list[str] | None) -> tuple[Any, list[str]]:
         epilog="Other flags go to python -m clae_fast.train.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--seeds", type=_cli.positive_int, default=3, help="how many; they are 0, 1, ..."
-    )
-    parser.add_argument(
-        "--runs", type=Path, metavar="DIR", help="keep the run folders in this new folder"
-    )
-    parser.add_argument(
-        "--equal-time",
-        action="store_true",
-        help="also train without an attack for as long as the pair attack takes",
-    )
-    parser.add_argument(
-        "--approximations",
-        action="store_true",
-        help="also attack a fifth of the batch, added or in its place, and every fifth step",
-    )
-    parser.add_argument(
-        "--plot", type=_cli.json_path, metavar="FILE", help="draw accuracy over time, .png or .svg"
-    )
-    parser.add_argument(
-        "--json", type=_cli.json_path, metavar="FILE", help="write the results there too"
-    )
+    add = parser.add_argument
+    add("--seeds", type=_cli.positive_int, default=3, help="how many; they are 0, 1, ...")
+    add("--runs", type=Path, metavar="DIR", help="keep the run folders in this new folder")
+    help = "also train without an attack for as long as the pair attack takes"
+    add("--equal-time", action="store_true", help=help)
+    help = "also attack a fifth of the batch, added or in its place, and every fifth step"
+    add("--approximations", action="store_true", help=help)
+    help = "draw accuracy over time, .png or .svg"
+    add("--plot", type=_cli.json_path, metavar="FILE", help=help)
+    _cli.add_json(parser)
     args, flags = parser.parse_known_args(argv)
     for flag in flags:
         if flag.split("=")[0] in OURS:
@@ -136,7 +114,7 @@ def _parse(argv: list[str] | None) -> tuple[Any, list[str]]:
 
 
 def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[dict[str, float]]]:
-    """Of every row's runs {"knn", "linear"} and, where trained, "seconds"; a dict a seed."""
+    """The accuracies of every row, and its seconds where it was trained, a dict for each seed."""
     # the attack and the flags of each row
     trained: dict[str, tuple[str, Sequence[str]]] = {attack: (attack, ()) for attack in ATTACKS}
     if args.approximations:
@@ -160,7 +138,7 @@ def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[
                 scores[name].append(found | {"seconds": read([out])[0].duration})
                 print(f"{name}, seed {seed}: {scores[name][-1]}", flush=True)
             fresh = Trainer(dataclasses.replace(config, seed=seed, attack="none"))
-            scores["untrained"].append(_probe(fresh, _features))
+            scores["untrained"].append(_probe(fresh, features))
             if seed == 0:
                 scores["raw pixels"].append(_probe(fresh, _pixels))
     return scores
@@ -176,15 +154,16 @@ def _train(flags: Sequence[str]) -> str:
     return printed.getvalue()
 
 
-def _probe(
-    trainer: Trainer, features: Callable[[Trainer, data.Split], tuple[Tensor, Tensor]]
-) -> dict[str, float]:
-    sets = (*features(trainer, trainer.labelled), *features(trainer, trainer.test))
+def _probe(trainer: Trainer, transform: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Both accuracies of what `transform` makes of the training and of the test images."""
+    splits = (trainer.labelled, trainer.test)
+    sets = [part for split in splits for part in transform(trainer, split)]
     seed = trainer.config.seed
     return {"knn": knn_accuracy(*sets), "linear": linear_accuracy(*sets, seed=seed)}
 
 
-def _features(trainer: Trainer, split: data.Split) -> tuple[Tensor, Tensor]:
+def features(trainer: Trainer, split: data.Split) -> tuple[Tensor, Tensor]:
+    """The encoder's features [N, F] of a split's images, and labels [N]."""
     return extract_features(trainer.method.encoder, split, trainer.config, trainer.device)
 
 
@@ -213,20 +192,15 @@ def _row(
 
 
 def _markdown(rows: Iterable[dict[str, Any]]) -> str:
+    signs = {"seconds": "", "knn": "", "linear": "", "knn_over_none": "+", "linear_over_none": "+"}
     lines = [
         "| encoder | n | seconds | kNN, % | linear, % | kNN over none | linear over none |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
-            with_interval(row[metric], row[f"{metric}_ci95"], f"{sign}.1f") if metric in row else ""
-            for metric, sign in (
-                ("seconds", ""),
-                ("knn", ""),
-                ("linear", ""),
-                ("knn_over_none", "+"),
-                ("linear_over_none", "+"),
-            )
+            with_interval(row[key], row[f"{key}_ci95"], f"{sign}.1f") if key in row else ""
+            for key, sign in signs.items()
         ]
         lines.append(f"| {row['encoder']} | {row['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -7,14 +6,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a benchmark its module's SMALL sizes, and with --large its LARGE ones."""
+    """Give a benchmark its small sizes, and with --large its large ones."""
     if "size" in metafunc.fixturenames:
-        sizes = metafunc.module.SMALL
-        if metafunc.config.getoption("--large", default=False):
-            sizes = sizes + metafunc.module.LARGE
-        metafunc.parametrize("size", sizes, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _random_numbers() -> None:
-    torch.manual_seed(0)
+        small, large = metafunc.module.SIZES[metafunc.function.__name__]
+        chosen = small + large * metafunc.config.getoption("--large", default=False)
+        metafunc.parametrize("size", chosen, ids=str)

@@ -1,25 +1,24 @@
-"""What the training engine makes of a machine: a step's cost over plain's, and over its peers'.
+"""Measures the training engine's steps, plain, pair and self, and those of its peers.
 
     python -m benchmarks.engine --device cuda                        # ResNet-18, 512 of 32x32
     python -m benchmarks.engine --device cuda --arch resnet50 --batch-size 256 --image-size 224
     python -m benchmarks.engine --batch-size 32 --image-size 16      # the CPU, to try it
 
-A step goes from two views to the moved weights, with Adam. Ours run as `python -m clae_fast.train`
-runs them, by default in fp16, compiled and captured on a GPU:
+A step goes from two views to the moved weights, with Adam. Our steps run as
+`python -m clae_fast.train` runs them, by default in fp16, compiled and captured on a GPU:
 
     plain, plain batched, pair, self    on views that are on the device
     pair from images                    on 8-bit images there, augmented at every step
 
-and the peers in the same rounds, each in its best form:
+The peers run in the same rounds, each in its best form:
 
     released                released CLAE's step and loss, fp32 as released (TF32 on a GPU)
     released with loader    the same on images that four workers augment with torchvision and PIL
     lightly plain           a plain step with lightly's head and loss, fp32 or fp16 autocast,
                             contiguous or channels_last: the fastest of the four
 
-Ratios are medians of the ratios within rounds. Operations are those of one plain step, by torch's
-FLOP counter. Peak memory is that of one step, not captured, above weights and views, in a process
-of its own.
+Operations are those of one plain step, by torch's FLOP counter. Peak memory is that of one step,
+not captured, above weights and views, in a process of its own.
 """
 
 from __future__ import annotations
@@ -28,18 +27,21 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import _cli, memory, timing
-from benchmarks.peers import released_nt_xent
+from benchmarks import _cli, machine, memory, timing
+from benchmarks.case import CPU
+from benchmarks.cases.nt_xent import released_nt_xent
+from benchmarks.cases.views import TwoViews
+from benchmarks.results import Row, table, write_json
+from benchmarks.setting import Setting
 from clae_fast import data, nn
 from clae_fast.attack import LinfAttack
 from clae_fast.config.layers import resolve
@@ -63,50 +65,23 @@ RELEASED, WITH_LOADER, LIGHTLY = "released", "released with loader", "lightly pl
 _AGAINST = ("plain", "pair", FROM_IMAGES)
 # images that a data set of these benchmarks has, and processes that load it as released
 IMAGES, WORKERS = 8192, 4
-_FORMS = [
-    (autocast, layout)
-    for autocast in (False, True)
-    for layout in (torch.contiguous_format, torch.channels_last)
-]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained on what."""
-
-    arch: str
-    batch_size: int
-    image_size: int
-    device: torch.device
-
-    @property
-    def images(self) -> int:
-        """Images in the data set: some batches, whatever their size."""
-        return max(IMAGES // (8 if self.image_size > 64 else 1), 4 * self.batch_size)
-
-    def views(self, dtype: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
-        """Two views of a batch in [0, 1]."""
-        shape = (self.batch_size, 3, self.image_size, self.image_size)
-        return [
-            torch.rand(shape, device=self.device).to(dtype, memory_format=layout) for _ in range(2)
-        ]
+_LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
-    machine = timing.machine(args.device)
-    print(timing.header(machine))
-    setting = Setting(args.arch, args.batch_size, args.image_size, args.device)
+    args, setting = _parse(argv)
+    facts = machine.shown(setting.device)
     rows = measure(setting, rounds=args.rounds, peers=args.peers)
-    print(f"\n{setting.arch}, {setting.batch_size} of {setting.image_size}x{setting.image_size}")
-    _report(rows)
+    print(f"\n{setting}")
+    keys = "ms p20_ms p80_ms images_per_second over_plain tflops peak_mib"
+    print(table(rows, "step", keys))
     if args.json:
-        result = {"machine": machine, **asdict(setting), "device": str(setting.device)}
-        _cli.write_json(args.json, {**result, "rounds": args.rounds, "rows": rows})
+        result = {"machine": facts, **setting.facts(), "rounds": args.rounds, "rows": rows}
+        write_json(args.json, result)
     return 0
 
 
-def measure(setting: Setting, *, rounds: int, peers: Sequence[str]) -> list[dict[str, Any]]:
+def measure(setting: Setting, *, rounds: int, peers: Sequence[str]) -> list[Row]:
     """A row of times, ratios and peaks for each of our steps and of the peers that are here."""
     steps = {name: ours(name, setting) for name in (*OURS, FROM_IMAGES)}
     for name in peers:
@@ -123,18 +98,16 @@ def measure(setting: Setting, *, rounds: int, peers: Sequence[str]) -> list[dict
     )
     plain = min(("plain", "plain batched"), key=lambda name: timings[name].ms)
     operations = _operations(setting)
+    # the allocator does not count the memory that a graph holds
+    uncaptured = partial(ours, setting=setting, capture="no")
     peaks = {
-        name: memory.in_fresh_process(_peak_here, name, asdict(setting))
+        name: memory.peak_of(uncaptured, name, device=setting.device, calls=3)
         for name in ("plain", "pair")
     }
     return [
         {
             "step": name,
-            "ms": timings[name].ms,
-            "p20_ms": timings[name].p20_p80_ms[0],
-            "p80_ms": timings[name].p20_p80_ms[1],
-            "samples": len(timings[name].seconds),
-            "quiet": timings[name].quiet,
+            **timings[name].row(),
             "images_per_second": 1e3 * setting.batch_size / timings[name].ms,
             "over_plain": timings[name].over(timings[plain]),
             "plain": plain,
@@ -178,7 +151,8 @@ def _engine(name: str, setting: Setting, **settings: Any) -> Engine:
 
 def _batches(setting: Setting, dtype: torch.dtype) -> Iterator[Batch]:
     """Views of a data set that lies on the device, without end."""
-    split = data.Split.whole(Arrays(_images(setting)), np.arange(setting.images) % 10)
+    images = _images(setting)
+    split = data.Split.whole(Arrays(images), np.arange(len(images)) % 10)
     return iter(
         data.view_source(
             split,
@@ -197,8 +171,9 @@ def _batches(setting: Setting, dtype: torch.dtype) -> Iterator[Batch]:
 
 
 def _images(setting: Setting) -> np.ndarray:
-    """Random images as bytes, [S, H, W, 3]."""
-    shape = (setting.images, setting.image_size, setting.image_size, 3)
+    """Random images as bytes, [S, H, W, 3]: some batches, whatever their size."""
+    count = max(IMAGES // (8 if setting.image_size > 64 else 1), 4 * setting.batch_size)
+    shape = (count, setting.image_size, setting.image_size, 3)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -210,11 +185,7 @@ def _released(setting: Setting) -> Callable[[], object]:
 
 def _released_with_loader(setting: Setting) -> Callable[[], object]:
     train, views = _released_step(setting), _loaded(setting)
-
-    def call() -> None:
-        train(*(view.to(setting.device, non_blocking=True) for view in next(views)))
-
-    return call
+    return lambda: train(*(view.to(setting.device, non_blocking=True) for view in next(views)))
 
 
 def _released_step(setting: Setting) -> Callable[[Tensor, Tensor], None]:
@@ -238,29 +209,15 @@ def _released_step(setting: Setting) -> Callable[[Tensor, Tensor], None]:
     return train
 
 
-class _TwoViews(Dataset):
-    """A data set as released: PIL images in memory, augmented twice by torchvision."""
-
-    def __init__(self, setting: Setting) -> None:
-        from torchvision import transforms as T
-
-        self.images = _images(setting)
-        jitter = T.RandomApply([T.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8)
-        crop, flip = T.RandomResizedCrop(setting.image_size), T.RandomHorizontalFlip()
-        self.view = T.Compose([crop, flip, jitter, T.RandomGrayscale(0.2), T.ToTensor()])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        from PIL import Image
-
-        image = Image.fromarray(self.images[index])
-        return self.view(image), self.view(image)
-
-
 def _loaded(setting: Setting) -> Iterator[list[Tensor]]:
-    dataset = _TwoViews(setting)
+    """A data set as released: PIL images in memory, augmented twice by torchvision."""
+    from PIL import Image
+    from torchvision import transforms as T
+
+    jitter = T.RandomApply([T.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8)
+    crop, flip = T.RandomResizedCrop(setting.image_size), T.RandomHorizontalFlip()
+    view = T.Compose([crop, flip, jitter, T.RandomGrayscale(0.2), T.ToTensor()])
+    dataset = TwoViews([Image.fromarray(image) for image in _images(setting)], [view, view])
     # one epoch without end, so that no worker starts anew between two timed steps
     endless = RandomSampler(dataset, replacement=True, num_samples=10**9)
     loader = DataLoader(
@@ -280,7 +237,8 @@ def _lightly(setting: Setting) -> Callable[[], object]:
     from lightly.models.modules import SimCLRProjectionHead
 
     calls = {}
-    for autocast, layout in _FORMS if setting.device.type == "cuda" else _FORMS[:2]:
+    halves = (False, True) if setting.device.type == "cuda" else (False,)
+    for autocast, layout in itertools.product(halves, _LAYOUTS):
         torch.manual_seed(0)
         backbone, features = nn.build_encoder(setting.arch, setting.image_size)
         head = SimCLRProjectionHead(features, 512, 128)
@@ -296,7 +254,7 @@ def _lightly(setting: Setting) -> Callable[[], object]:
         for _ in range(3):
             call()
         calls[f"autocast {autocast}, {layout}"] = call
-    return calls[timing.fastest(calls)]
+    return calls[timing.fastest(calls, setting.device)]
 
 
 def _plain_by_hand(
@@ -324,53 +282,17 @@ _PEERS: dict[str, Callable[[Setting], Callable[[], object]]] = {
 
 def _operations(setting: Setting) -> float:
     """Of one plain step, counted on a few images."""
-    few = Setting(setting.arch, 4, setting.image_size, torch.device("cpu"))
+    few = Setting(setting.arch, 4, setting.image_size, CPU)
     call = ours("plain", few, precision="fp32", compile="no")
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() * setting.batch_size / 4
 
 
-def _peak_here(name: str, setting: dict[str, Any]) -> float | None:
-    """Peak of one step in this process, or None where memory is too short for it."""
-    here = Setting(**setting)
-    call = ours(name, here, capture="no")
-    try:
-        for _ in range(3):
-            call()
-        return memory.peak_mib(call, here.device)
-    except (RuntimeError, MemoryError):
-        return None
-
-
-def _report(rows: list[dict[str, Any]]) -> None:
-    print(
-        f"  {'':<22}{'ms':>10}{'p20':>10}{'p80':>10}{'images/s':>11}{'x plain':>9}{'TFLOP/s':>9}"
-        f"{'MiB':>9}{'quiet':>8}"
-    )
-    for row in rows:
-        tflops = "" if row["tflops"] is None or "plain" not in row["step"] else row["tflops"]
-        numbers = [
-            f"{value:>{width}.{digits}f}" if isinstance(value, float) else f"{'':>{width}}"
-            for value, width, digits in (
-                (row["ms"], 10, 2),
-                (row["p20_ms"], 10, 2),
-                (row["p80_ms"], 10, 2),
-                (row["images_per_second"], 11, 0),
-                (row["over_plain"], 9, 3),
-                (tflops, 9, 1),
-                (row["peak_mib"], 9, 0),
-            )
-        ]
-        print(f"  {row['step']:<22}{''.join(numbers)}{row['quiet']:>5}/{row['samples']:<2}")
-
-
-def _parse(argv: list[str] | None) -> Any:
+def _parse(argv: list[str] | None) -> tuple[Any, Setting]:
     parser = _cli.Parser(prog="python -m benchmarks.engine", description=__doc__.splitlines()[0])
-    known = tuple(_PEERS)
-    parser.add_argument(
-        "--peers", type=_cli.name_list(known), default=list(known), metavar=",".join(known)
-    )
+    known = _cli.name_list(_PEERS)
+    parser.add_argument("--peers", type=known, default=list(_PEERS), metavar=",".join(_PEERS))
     return _cli.parse_training(parser, argv, batch_size=512, rounds=9)
 
 

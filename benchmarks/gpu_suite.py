@@ -5,12 +5,12 @@
     python -m benchmarks.gpu_suite --rehearse                          # tiny sizes, on the CPU
 
 One process; peers are timed interleaved with ours. Every row is in `results/<gpu>-<date>.json` as
-soon as it is measured, after the rows that the day's file holds already. A case that would outlast
+soon as it is measured, after the rows that the day's file holds already. A task that would outlast
 the budget is not begun. At the end stands a table of the bars, each met, missed or not measured, by
 the latest row in the file. Without a GPU the suite rehearses: it runs every stage at tiny sizes,
 writes `rehearsal-<date>.json`, and claims no bar. Nothing is fetched from a network.
 
-Exit status: 0; 1 when a case failed or a bar of the stage `correctness` is missed; 2 for bad
+Exit status: 0; 1 when a task failed or a bar of the stage `correctness` is missed; 2 for bad
 arguments.
 """
 
@@ -33,12 +33,13 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import _cli, timing
+from benchmarks import _cli, machine
 from benchmarks.gpu import augment, bank, checks, engine, images, losses, sweep
-from benchmarks.gpu.results import Results, file_name
-from benchmarks.gpu.stage import Case, Suite, first_line
+from benchmarks.gpu.results import DayResults, file_name
+from benchmarks.gpu.stage import Suite, Task
+from benchmarks.harness import first_line
 
-STAGES: dict[str, Callable[[Suite], Iterable[Case]]] = {
+STAGES: dict[str, Callable[[Suite], Iterable[Task]]] = {
     "build": checks.build,
     "correctness": checks.correctness,
     "nt_xent": losses.nt_xent,
@@ -60,11 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     args = _parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.rehearse else "cpu")
-    machine = timing.machine(device)
-    print(timing.header(machine), flush=True)
-    path = args.results / file_name(str(machine["gpu"]) if "gpu" in machine else None)
+    facts = machine.shown(device)
+    path = args.results / file_name(str(facts["gpu"]) if "gpu" in facts else None)
     try:
-        results = Results(path, machine, device.type == "cpu")
+        results = DayResults(path, facts, device.type == "cpu")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,21 +73,21 @@ def main(argv: list[str] | None = None) -> int:
     skipped, failed = [], []
     for stage in args.stage:
         print(f"\n{stage}", flush=True)
-        for case in STAGES[stage](suite):
-            if suite.remaining() < (0.0 if suite.rehearsal else case.seconds):
-                skipped.append(f"{stage}: {case.name}")
+        for task in STAGES[stage](suite):
+            if suite.remaining() < (0.0 if suite.rehearsal else task.seconds):
+                skipped.append(f"{stage}: {task.name}")
                 continue
             began = time.monotonic()
             try:
-                case.run()
-            except Exception as failure:  # whatever went wrong in one case, the others count
+                task.run()
+            except Exception as failure:  # whatever went wrong in one task, the others count
                 message = f"{type(failure).__name__}: {first_line(failure)}"
-                print(f"  failed: {case.name}: {message}", flush=True)
-                failed.append(f"{stage}: {case.name}")
-                suite.results.add({"stage": stage, "case": case.name, "error": message})
+                print(f"  failed: {task.name}: {message}", flush=True)
+                failed.append(f"{stage}: {task.name}")
+                suite.results.add({"stage": stage, "case": task.name, "error": message})
             if not suite.rehearsal:
                 torch.cuda.empty_cache()
-            print(f"  {time.monotonic() - began:6.1f} s  {case.name}", flush=True)
+            print(f"  {time.monotonic() - began:6.1f} s  {task.name}", flush=True)
     return _report(suite, args.stage, skipped, failed)
 
 
@@ -107,7 +107,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _report(suite: Suite, stages: list[str], skipped: list[str], failed: list[str]) -> int:
     results = suite.results
-    bars = [bar for stage in STAGES.values() for case in stage(suite) for bar in case.bars]
+    bars = [bar for stage in STAGES.values() for task in stage(suite) for bar in task.bars]
     print("\nbars, by the latest measurement of the day:")
     print(results.table(bars))
     for title, names in (
@@ -122,8 +122,8 @@ def _report(suite: Suite, stages: list[str], skipped: list[str], failed: list[st
     wrong = [
         bar
         for bar in bars
-        if bar.stage == "correctness" and bar.stage in stages
-        if (results.latest(bar=str(bar)) or {}).get("verdict") == "missed"
+        if bar.text.startswith("correctness: ") and "correctness" in stages
+        if (results.latest(bar=bar.text) or {}).get("verdict") == "missed"
     ]
     return 1 if failed or wrong else 0
 

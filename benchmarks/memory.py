@@ -13,10 +13,25 @@ from typing import Any
 import torch
 
 
-def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
-    """Run a module-level function in a new interpreter and return what it returns.
+def peak_of(
+    build: Callable[..., Callable[[], object]],
+    *args: object,
+    device: torch.device | None = None,
+    calls: int = 0,
+) -> float | None:
+    """`peak_mib` of the call that `build(*args)` makes, in a process of its own.
 
-    Returns None when the process was killed, as the kernel does to one that wants too much memory.
+    The call runs `calls` times before it is measured. The result is None where memory is too short.
+    """
+    peak: float | None = in_fresh_process(_peak_here, build, args, device, calls)
+    return peak
+
+
+def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
+    """Run a function of a module in a new interpreter and return what it returns.
+
+    The result is None when the process was killed, as the kernel does to one that wants too much
+    memory.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
@@ -29,8 +44,8 @@ def peak_mib(call: Callable[[], object], device: torch.device | None = None) -> 
     """MiB that `call` needs at its peak above what is held before it.
 
     On the CPU this is the resident set's high-water mark (VmHWM, reset just before the call) above
-    the resident set; freed memory the heap still holds is given back first, so that the call pays
-    for what it uses. On a CUDA device it is the caching allocator's peak.
+    the resident set. What the heap still holds of freed memory is given back first, so that the
+    call pays for what it uses. On a CUDA device it is the caching allocator's peak.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -41,21 +56,33 @@ def peak_mib(call: Callable[[], object], device: torch.device | None = None) -> 
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM
-    before = _status_kib("VmRSS")
+    before = _kib("/proc/self/status", "VmRSS")
     call()
-    return (_status_kib("VmHWM") - before) / 2**10
+    return (_kib("/proc/self/status", "VmHWM") - before) / 2**10
 
 
 def available_bytes() -> int:
     """Main memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/meminfo has no line MemAvailable")
+    return 1024 * _kib("/proc/meminfo", "MemAvailable")
 
 
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
+def _peak_here(
+    build: Callable[..., Callable[[], object]],
+    args: tuple[object, ...],
+    device: torch.device | None,
+    calls: int,
+) -> float | None:
+    try:
+        call = build(*args)
+        for _ in range(calls):
+            call()
+        return peak_mib(call, device)
+    except (RuntimeError, MemoryError):
+        return None
+
+
+def _kib(file: str, name: str) -> int:
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(name):
             return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no line {field}")
+    raise RuntimeError(f"{file} has no line {name}")

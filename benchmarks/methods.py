@@ -1,15 +1,15 @@
-"""What every method learns on digits: the README's table of methods.
+"""Measures what every method learns on digits, for the README's table of methods.
 
     python -m benchmarks.methods                               # a quarter of an hour on one core
     python -m benchmarks.methods --methods moco,caco --seeds 5
 
-Each method trains on scikit-learn's digits, without an attack and with the pair attack, with what
-`python -m clae_fast.train --method NAME --image-size 8` comes to. Beside them stands the encoder
-untrained. Accuracy is that of a kNN vote on the encoder's features, on the whole test set after the
-last epoch, the mean over seeds; a seed decides weights, order and augmentation.
-Settings are defaults, made for data as small as this (CaCo's temperature was chosen on digits, by
-other seeds), and digits are easy: a row says that a method learns, and not that it is better than
-another.
+Each method trains on scikit-learn's digits, without an attack and with the pair attack, with the
+settings that `python -m clae_fast.train --method NAME --image-size 8` comes to. The untrained
+encoder stands beside them. Accuracy is that of a kNN vote on the encoder's features, on the whole
+test set after the last epoch, and the mean over seeds. A seed decides weights, order and
+augmentation. The settings are defaults, made for data as small as this (CaCo's temperature was
+chosen on digits, by other seeds), and digits are easy. So a row says that a method learns, and not
+that it is better than another.
 
 DeACL learns from the encoder that SimCLR has trained without an attack with the same seed, and has
 no projection head.
@@ -24,9 +24,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _cli, timing
+from benchmarks import _cli, machine
+from benchmarks.accuracy import features
+from benchmarks.results import write_json
 from clae_fast.config.layers import resolve
-from clae_fast.evaluation import extract_features, knn_accuracy
+from clae_fast.evaluation import knn_accuracy
 from clae_fast.methods import METHODS
 from clae_fast.training.run_folder import RunFolder
 from clae_fast.training.trainer import Trainer
@@ -36,8 +38,7 @@ ATTACKS = ("none", "pair")
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    machine = timing.machine()
-    print(timing.header(machine))
+    facts = machine.shown()
     settings = {"device": "cpu", "image_size": args.image_size, "epochs": args.epochs}
     kinds = [("untrained", "none")]
     kinds += [(name, attack) for name in args.methods for attack in ATTACKS]
@@ -61,24 +62,24 @@ def main(argv: list[str] | None = None) -> int:
     ]
     print("\n" + _markdown(rows))
     if args.json:
-        result = {"machine": machine, "seeds": args.seeds, "config": settings, "rows": rows}
-        _cli.write_json(args.json, result)
+        result = {"machine": facts, "seeds": args.seeds, "config": settings, "rows": rows}
+        write_json(args.json, result)
     return 0
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _cli.Parser(prog="python -m benchmarks.methods", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--methods", type=_cli.name_list(tuple(METHODS)), default=list(METHODS), metavar="NAMES")
+    add("--methods", type=_cli.name_list(METHODS), default=list(METHODS), metavar="NAMES")
     add("--seeds", type=_cli.positive_int, default=2, help="how many; they are 0, 1, ...")
     add("--epochs", type=_cli.positive_int, default=30)
     add("--image-size", type=_cli.positive_int, default=8)
-    add("--json", type=_cli.json_path, metavar="FILE", help="write the results there too")
+    _cli.add_json(parser)
     return parser.parse_args(argv)
 
 
 def _accuracy(name: str, attack: str, settings: dict[str, Any], runs: Path) -> float:
-    """Of a method's encoder once it is trained, or of one that is not; in %."""
+    """The accuracy in % of a method's encoder once it is trained, or of an untrained one."""
     if name == "untrained":
         return _knn(Trainer(resolve(settings)))
     if METHODS[name].needs_teacher:
@@ -97,19 +98,16 @@ def _trained(settings: dict[str, Any], folder: Path) -> Trainer:
 
 
 def _knn(trainer: Trainer) -> float:
-    sets = (
-        extract_features(trainer.method.encoder, split, trainer.config, trainer.device)
-        for split in (trainer.labelled, trainer.test)
-    )
-    return knn_accuracy(*(part for features in sets for part in features))
+    splits = (trainer.labelled, trainer.test)
+    return knn_accuracy(*(part for split in splits for part in features(trainer, split)))
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    """A line a method: what a step costs and what was learnt, without and with the attack."""
-    lines = ["| method | units | kNN, % |", "|---|---|---|"]
+    """A line for each method: the units of a step and the accuracy, without and with the attack."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
+    lines = ["| method | units | kNN, % |", "|---|---|---|"]
     for name, own in by_method.items():
         units = ", ".join(str(row["units"]) for row in own if row["units"] is not None)
         accuracies = ", ".join(f"{row['knn']:.1f}" for row in own)

@@ -19,121 +19,59 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import clae_fast
-from benchmarks import _cli, memory, peers, timing
-from benchmarks.peers import Loss, Prepared, UnavailableError
+from benchmarks import _cli, harness, machine
+from benchmarks.case import DTYPES, OURS, Case, Operands
+from benchmarks.cases import CASES
+from benchmarks.results import Bar, Row, table, verdicts
 from clae_fast import _native
 
-IMPLS = ("clae_fast", *peers.PEERS)
-DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp64": torch.float64,
-}
-WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+PEERS = tuple(harness.cpu_peers(CASES["nt_xent"](2)))
+IMPLS = (OURS, *PEERS)
 MM = "torch.mm"
 MM_SIZE = 2048
-MEMORY_BAR_N = 16384
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bound that a run is held to; it is set for D = 128, temperature 0.5, two threads.
-
-    Attributes:
-        peers: The bound is on the fastest of these.
-        speedup: At least this, as the peer's time over ours.
-        warm: True or False: the state of the heap the bar is for.
-        dtype: Of the projections.
-        isa: The instruction set that the bar is for, "" for every one.
-    """
-
-    n: int
-    peers: tuple[str, ...]
-    speedup: float
-    warm: bool = False
-    dtype: str = "fp32"
-    isa: str = ""
-
-    def __str__(self) -> str:
-        who = self.peers[0] if len(self.peers) == 1 else "every peer"
-        heap = "warm heap" if self.warm else "default heap"
-        setting = ", ".join(word for word in (self.dtype, self.isa, heap) if word)
-        return f"n = {self.n}, {setting}: >= {self.speedup:.2f} x {who}"
-
-
-_TORCH = tuple(name for name in peers.PEERS if name.startswith("torch_"))
+MEMORY_N = 16384
 # ours on the same numbers in fp32, beside projections in half precision
 OURS_IN_FP32 = "clae_fast_fp32"
-BARS = (
-    Bar(8192, ("lightly",), 6.0),
-    Bar(8192, ("torch_compile",), 1.6),
-    Bar(8192, ("torch_chunked_symmetric",), 1.0),
-    Bar(512, ("lightly",), 2.5),
-    Bar(512, ("torch_eager",), 1.5),
-    Bar(128, tuple(peers.PEERS), 1 / 1.05),
-    Bar(8192, ("lightly",), 2.2, warm=True),
-    Bar(8192, ("torch_eager",), 1.4, warm=True),
-    # all that fit into memory at this size
-    Bar(8192, ("lightly", *_TORCH), 1.0, dtype="bf16"),
-    Bar(8192, (OURS_IN_FP32,), 1.5, dtype="bf16", isa="avx512_bf16"),
-)
-MM_BAR_NS, MM_BAR_SHARE = (2048, 8192), 0.75
-MEMORY_BAR_MIB = 64.0
+
+
+_TORCH = tuple(name for name in PEERS if name.startswith("torch_"))
+# n, peers, the bar on the time of the fastest of them over ours, and whether the heap is warm; for
+# D = 128, temperature 0.5 and two threads, by data type and instruction set ("": every one)
+SPEED_UPS = {
+    ("fp32", ""): (
+        (8192, ("lightly",), 6.0, False),
+        (8192, ("torch_compile",), 1.6, False),
+        (8192, ("torch_chunked_symmetric",), 1.0, False),
+        (512, ("lightly",), 2.5, False),
+        (512, ("torch_eager",), 1.5, False),
+        (128, PEERS, 1 / 1.05, False),
+        (8192, ("lightly",), 2.2, True),
+        (8192, ("torch_eager",), 1.4, True),
+    ),
+    # lightly and torch fit into memory at this size
+    ("bf16", ""): ((8192, ("lightly", *_TORCH), 1.0, False),),
+    ("bf16", "avx512_bf16"): ((8192, (OURS_IN_FP32,), 1.5, False),),
+}
+MM_SHARES = {
+    n: Bar(f"n = {n}: >= 75% of torch.mm's rate", 0.75, form="{:.2f}") for n in (2048, 8192)
+}
+MEMORY = Bar(f"n = {MEMORY_N}: peak <= 64 MiB above the inputs", at_most=64.0, form="{:.2f} MiB")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    if args.warm_heap and not timing.warm_heap():
+    if args.warm_heap and not machine.warm_heap():
         words = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "benchmarks.nt_xent", *words]
-        os.execve(sys.executable, command, {**os.environ, **WARM_HEAP})
-    torch.set_num_threads(args.threads)
-    machine = timing.machine()
-    print(timing.header(machine))
-    rows: list[dict[str, Any]] = []
-    for n in args.n:
-        try:
-            rows += _measure(n, args)
-        except UnavailableError as error:
-            print(f"error: clae_fast at n = {n}: {error}", file=sys.stderr)
-            return 1
-    lean = None
-    if args.memory:
-        lean = _peak("clae_fast", "", MEMORY_BAR_N, args)
-        print(f"\nclae_fast at n = {MEMORY_BAR_N}: {_mib(lean)} MiB above the inputs")
-    verdicts = _judge(rows, lean, args)
-    print("\nbars (speed-ups are the peer's time over ours):")
-    for bar, verdict in verdicts.items():
-        print(f"  {verdict:<24} {bar}")
-    if args.json:
-        setting = {"temperature": args.temperature, "dtype": args.dtype, "rounds": args.rounds}
-        result = {"machine": machine, **setting, "rows": rows, "bars": verdicts}
-        _cli.write_json(args.json, result)
-    missed = any(verdict.startswith("missed") for verdict in verdicts.values())
-    return 1 if args.bars and missed else 0
-
-
-def prepare(
-    impl: str, z0: Tensor, z1: Tensor, temperature: float, truth: tuple[Tensor, Tensor, Tensor]
-) -> Prepared:
-    """An implementation of IMPLS, checked and in its fastest form.
-
-    Raises:
-        UnavailableError: It is a peer that cannot run at this size, or it is wrong.
-    """
-    if impl == "clae_fast":
-        return peers.prepare(_ours(2 * len(z0), temperature), z0, z1, truth)
-    return peers.prepare_peer(impl, z0, z1, temperature, truth)
+        os.execve(sys.executable, command, {**os.environ, **machine.WARM_HEAP})
+    setting = {"temperature": args.temperature, "dtype": args.dtype, "rounds": args.rounds}
+    return _cli.run_cases(args, {f"n = {n}": n for n in args.n}, _measure, _judge, setting)
 
 
 def _parse(argv: list[str] | None) -> Any:
@@ -144,154 +82,79 @@ def _parse(argv: list[str] | None) -> Any:
     add("--temperature", type=_cli.positive_float, default=0.5)
     add("--dtype", choices=DTYPES, default="fp32")
     add("--impls", type=_cli.name_list(IMPLS), default=list(IMPLS), help=", ".join(IMPLS))
-    add("--threads", type=_cli.positive_int, default=2)
-    add("--rounds", type=_cli.positive_int, default=15)
-    add("--json", type=_cli.json_path, metavar="FILE", help="write the results there too")
     add("--memory", action="store_true", help="also peak memory, each in a fresh process")
-    add("--bars", action="store_true", help="exit with status 1 when a bar is missed")
     add("--warm-heap", action="store_true", help="run with malloc told to keep its memory")
+    _cli.add_timing(parser, rounds=15)
     args = parser.parse_args(argv)
     for n in args.n:
         if n % 2:
             parser.error(f"argument --n: {n} is odd, but n = 2N counts the rows of both views")
-    if "clae_fast" not in args.impls:
-        args.impls.insert(0, "clae_fast")
     return args
 
 
-def _measure(n: int, args: Any) -> list[dict[str, Any]]:
+def _size(n: int, args: Any) -> dict[str, Any]:
+    return {"n": n, "D": args.dim, "temperature": args.temperature}
+
+
+def _measure(n: int, args: Any) -> list[Row]:
     """Check and time every implementation at one size, print the table, return the rows."""
     print(f"\nn = {n}, D = {args.dim}, T = {args.temperature}, {args.dtype}")
-    z0, z1 = peers.paired_views(n, args.dim, DTYPES[args.dtype])
-    truth = peers.oracle(z0, z1, args.temperature)
-    prepared = {}
-    for impl in args.impls:
-        try:
-            prepared[impl] = prepare(impl, z0, z1, args.temperature, truth)
-        except UnavailableError as error:
-            if impl == "clae_fast":
-                raise
-            print(f"  left out: {impl}: {error}")
-    del truth
-    calls: dict[str, Callable[[], object]] = {
-        impl: partial(peers.value_and_grad, p.loss, z0, z1) for impl, p in prepared.items()
-    }
-    if args.dtype in ("fp16", "bf16"):
-        full = [z.detach().float().requires_grad_() for z in (z0, z1)]
-        prepared[OURS_IN_FP32] = prepared["clae_fast"]
-        calls[OURS_IN_FP32] = partial(peers.value_and_grad, prepared["clae_fast"].loss, *full)
-    calls[MM] = _mm()
-    timings = timing.interleave(calls, rounds=args.rounds)
-
-    ours, mm = timings["clae_fast"], timings[MM]
+    names = [name for name in args.impls if name != OURS]
+    extra = partial(_beside, args.dtype in ("fp16", "bf16"))
+    found, timings = harness.compare(CASES["nt_xent"], _size(n, args), names, args, extra)
+    mm = timings[MM]
+    if OURS_IN_FP32 in timings:
+        error = found[OURS]["error"]
+        found[OURS_IN_FP32] = harness.row(OURS_IN_FP32, timings, "", error) | {"peak_mib": None}
     # mm's time for 4 n^2 D operations, over its time for the 2 m^3 it was given
-    mm_work = 4 * n * n * args.dim / (2 * MM_SIZE**3)
-    rows = []
-    for impl, p in prepared.items():
-        t = timings[impl]
-        row = {
-            "n": n,
-            "D": args.dim,
-            "impl": impl,
-            "ms": t.ms,
-            "peak_mib": _peak(impl, p.form, n, args) if args.memory and impl in IMPLS else None,
-            "p20_ms": t.p20_p80_ms[0],
-            "p80_ms": t.p20_p80_ms[1],
-            "over_clae_fast": t.over(ours),
-            "share_of_mm": mm.over(t) * mm_work,
-            "samples": len(t.seconds),
-            "quiet": t.quiet,
-            "error": p.error,
-            "form": p.form,
-        }
-        rows.append(row)
-    _print_table(rows)
+    work = CASES["nt_xent"](**_size(n, args)).flops / (2 * MM_SIZE**3)
+    rows = [
+        {"n": n, "D": args.dim, **row, "share_of_mm": mm.over(timings[name]) * work}
+        for name, row in found.items()
+    ]
+    keys = "ms p20_ms p80_ms over_clae_fast share_of_mm peak_mib form"
+    print(table(rows, "impl", keys))
     gflops = 2 * MM_SIZE**3 / mm.ms / 1e6
     print(f"  {MM} at {MM_SIZE}^3: {gflops:.0f} GFLOP/s, quiet {mm.quiet}/{len(mm.seconds)}")
     return rows
 
 
-def _ours(n: int, temperature: float) -> dict[str, Loss]:
-    return {"": partial(clae_fast.nt_xent, temperature=temperature)}
-
-
-def _mm() -> Callable[[], Tensor]:
-    """torch.mm at its best: fp32, square, into memory that is there already."""
+def _beside(half: bool, case: Case, operands: Operands) -> dict[str, Callable[[], object]]:
+    """What is timed beside the peers: torch.mm at its best, and ours in fp32."""
+    # fp32 and square, into memory that is there already
     a, b, out = torch.randn(3, MM_SIZE, MM_SIZE).unbind()
     torch.mm(a, b, out=out)
-    return partial(torch.mm, a, b, out=out)
+    calls: dict[str, Callable[[], object]] = {MM: partial(torch.mm, a, b, out=out)}
+    if half:
+        full = [z.detach().float().requires_grad_() for z in operands]
+        calls[OURS_IN_FP32] = partial(case.call, case.op, tuple(full))
+    return calls
 
 
-def _print_table(rows: Iterable[dict[str, Any]]) -> None:
-    print(
-        f"  {'':<24}{'ms':>10}{'p20':>10}{'p80':>10}{'x ours':>8}{'% of mm':>9}{'MiB':>8}"
-        f"{'quiet':>8}  form"
-    )
-    for row in rows:
-        print(
-            f"  {row['impl']:<24}{row['ms']:>10.3f}{row['p20_ms']:>10.3f}{row['p80_ms']:>10.3f}"
-            f"{row['over_clae_fast']:>8.2f}{100 * row['share_of_mm']:>9.1f}"
-            f"{_mib(row['peak_mib']):>8}{row['quiet']:>5}/{row['samples']:<2}  {row['form']}"
-        )
-
-
-def _mib(peak: float | None) -> str:
-    return "-" if peak is None else f"{peak:.1f}"
-
-
-def _peak(impl: str, form: str, n: int, args: Any) -> float | None:
-    setting = (impl, form, n, args.dim, args.temperature, args.dtype, args.threads)
-    peak: float | None = memory.in_fresh_process(_peak_here, *setting)
-    return peak
-
-
-def _peak_here(
-    impl: str, form: str, n: int, dim: int, temperature: float, dtype: str, threads: int
-) -> float | None:
-    """Peak of one call above the inputs, or None where memory is too short for it."""
-    torch.set_num_threads(threads)
-    forms = _ours if impl == "clae_fast" else peers.PEERS[impl].forms
-    loss = forms(n, temperature)[form]
-    # a first call loads the code and starts the threads: a small one, but compiled code is made
-    # for one size alone
-    warm_n = n if impl == "torch_compile" else min(n, 64)
-    warm_up = loss if warm_n == n else next(iter(forms(warm_n, temperature).values()))
-    try:
-        peers.value_and_grad(warm_up, *peers.paired_views(warm_n, dim, DTYPES[dtype]))
-        z0, z1 = peers.paired_views(n, dim, DTYPES[dtype])
-        return memory.peak_mib(partial(peers.value_and_grad, loss, z0, z1))
-    except (RuntimeError, MemoryError):
-        return None
-
-
-def _judge(rows: list[dict[str, Any]], lean: float | None, args: Any) -> dict[str, str]:
-    """Every bar's text with `met`, `missed` or `not measured`."""
+def _judge(rows: list[Row], args: Any) -> dict[str, str]:
+    """The verdict on every bar."""
+    lean = None
+    if args.memory:
+        lean = harness.peak(CASES["nt_xent"], _size(MEMORY_N, args), OURS, "", args)
+        told = "-" if lean is None else f"{lean:.1f}"
+        print(f"\n{OURS} at n = {MEMORY_N}: {told} MiB above the inputs")
     valid = (args.dim, args.temperature, args.threads) == (128, 0.5, 2)
     row_of = {(row["n"], row["impl"]): row for row in rows} if valid else {}
-    warm = timing.warm_heap()
-    verdicts = {}
-    for bar in BARS:
-        found = [row_of[bar.n, peer] for peer in bar.peers if (bar.n, peer) in row_of]
-        here = bar.warm == warm and bar.dtype == args.dtype and bar.isa in ("", _native.isa())
-        measured = here and len(found) == len(bar.peers)
-        speedup = min(row["over_clae_fast"] for row in found) if measured else None
-        verdicts[str(bar)] = _verdict(speedup, lambda got, bar=bar: got >= bar.speedup, "x")
+    values: dict[Bar, float | None] = {}
+    for (dtype, isa), bars in SPEED_UPS.items():
+        for n, peers, at_least, warm in bars:
+            who = peers[0] if len(peers) == 1 else "every peer"
+            where = [f"n = {n}", dtype, isa, "warm heap" if warm else "default heap"]
+            text = f"{', '.join(filter(None, where))}: >= {at_least:.2f} x {who}"
+            found = [row_of[n, peer]["over_clae_fast"] for peer in peers if (n, peer) in row_of]
+            here = (warm, dtype) == (machine.warm_heap(), args.dtype) and isa in ("", _native.isa())
+            measured = here and len(found) == len(peers)
+            values[Bar(text, at_least)] = min(found) if measured else None
     valid = valid and args.dtype == "fp32"
-    for n in MM_BAR_NS:
-        share = row_of.get((n, "clae_fast"), {}).get("share_of_mm") if valid else None
-        verdicts[f"n = {n}: >= {MM_BAR_SHARE:.0%} of torch.mm's rate"] = _verdict(
-            share, lambda got: got >= MM_BAR_SHARE, ""
-        )
-    verdicts[f"n = {MEMORY_BAR_N}: peak <= {MEMORY_BAR_MIB:.0f} MiB above the inputs"] = _verdict(
-        lean if valid else None, lambda got: got <= MEMORY_BAR_MIB, " MiB"
-    )
-    return verdicts
-
-
-def _verdict(got: float | None, met: Callable[[float], bool], unit: str) -> str:
-    if got is None:
-        return "not measured"
-    return f"{'met' if met(got) else 'missed'} ({got:.2f}{unit})"
+    for n, bar in MM_SHARES.items():
+        values[bar] = row_of.get((n, OURS), {}).get("share_of_mm") if valid else None
+    values[MEMORY] = lean if valid else None
+    return verdicts(values)
 
 
 if __name__ == "__main__":

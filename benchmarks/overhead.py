@@ -1,11 +1,11 @@
-"""What adversarial training costs: step time and peak memory of the schedules, over plain's.
+"""Measures what adversarial training costs: step time and peak memory, over plain training's.
 
     python -m benchmarks.overhead                           # ResNet-18, 64 images of 32x32
     python -m benchmarks.overhead --arch resnet50 --batch-size 256 --image-size 224 --device cuda
     python -m benchmarks.overhead --methods all             # or moco,caco: every method instead
 
-A step is forward, backward, Adam and zero_grad on two views that are there already, in fp32. One
-process, interleaved rounds; ratios are medians of the ratios within rounds. The schedules:
+A step is forward, backward, Adam and zero_grad on two views that are there already, in fp32. The
+schedules are:
 
     plain           SimCLR, 6 units (a unit is one encoder forward of one view)
     plain_batched   both its views in one pass, BatchNorm by views, 6 units
@@ -17,20 +17,17 @@ process, interleaved rounds; ratios are medians of the ratios within rounds. The
     pair_replaced   pair, a fifth of the rows with an adversarial view for the clean one, 6.4
     pair_micro      pair in four chunks with cached embeddings, 12 units
 
-With `--methods` the rows are the steps of methods, without an attack and with the pair attack of
-one step, with the settings that their classes default to.
+With `--methods` the rows are the steps of methods instead, without an attack and with the pair
+attack of one step, with the settings that their classes default to.
 
 So that no ratio is bought with a slow baseline, time is over the faster of the two plain steps, and
 plain is held against a SimCLR step written by hand in torch, on the same network, in the same
-rounds. Every step uses channels_last where that is faster for plain and by hand, the contiguous
-layout otherwise. Units are counted by torch's FLOP counter. Peak memory is that of one step above
-weights, optimiser state and views: on the CPU the VmHWM of a fresh process, on a GPU the
-allocator's peak.
+rounds. Every step uses channels_last where that is faster for plain and by hand, and the contiguous
+layout otherwise. Peak memory is that of one step above weights, optimizer state and views.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
@@ -43,8 +40,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import clae_fast
-from benchmarks import _cli, memory, timing
-from benchmarks.peers import released_nt_xent
+from benchmarks import _cli, machine, memory, timing
+from benchmarks.cases.nt_xent import released_nt_xent
+from benchmarks.results import Bar, Row, table, verdicts, write_json
+from benchmarks.setting import Setting
 from clae_fast import nn
 from clae_fast.attack import LinfAttack
 from clae_fast.methods import METHODS, Method
@@ -54,14 +53,8 @@ from clae_fast.steps.options import StepOptions
 
 PLAIN = ("plain", "plain_batched")
 SCHEDULES = (
-    *PLAIN,
-    "pair",
-    "self",
-    "released",
-    "released_as_is",
-    "pair_added",
-    "pair_replaced",
-    "pair_micro",
+    *(*PLAIN, "pair", "self", "released", "released_as_is"),
+    *("pair_added", "pair_replaced", "pair_micro"),
 )
 BY_HAND = "by hand"
 CLASSES = 10
@@ -70,43 +63,31 @@ TEMPERATURE = 0.5
 FRACTION = 0.2
 CHUNKS = 4
 ATTACK = LinfAttack(eps=8 / 255, lo=0.0, hi=1.0)
-BARS = {"pair": 1.6, "self": 2.0}
-PLAIN_BAR = 1.03
+BARS = {
+    name: Bar(f"{name} <= {bound} x the faster plain", at_most=bound, form="{:.3f}")
+    for name, bound in (("pair", 1.6), ("self", 2.0))
+}
+PLAIN_BAR = Bar("plain <= 1.03 x a step by hand", at_most=1.03, form="{:.3f}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
-    machine = timing.machine(args.device)
-    print(timing.header(machine))
-    setting = (args.arch, args.image_size, args.device)
-    layout = _faster_layout(args.batch_size, setting)
-    print(
-        f"\n{args.arch}, {args.batch_size} x 3 x {args.image_size} x {args.image_size}, fp32, "
-        f"{str(layout).removeprefix('torch.')}"
-    )
-    rows_of = (*PLAIN, *_steps_of(args.methods)) if args.methods else SCHEDULES
-    names = (*rows_of, BY_HAND)
-    steps = {name: build(name, args.batch_size, layout, *setting) for name in names}
+    args, setting = _parse(argv)
+    facts = machine.shown(setting.device)
+    layout = _faster_layout(setting)
+    layout_name = str(layout).removeprefix("torch.")
+    print(f"\n{setting}, fp32, {layout_name}")
+    names = _rows_of(args.methods)
+    steps = {name: build(name, setting, layout) for name in (*names, BY_HAND)}
     flops = {name: _flops(training_step) for name, training_step in steps.items()}
     timings = timing.interleave(
-        steps, rounds=args.rounds, device=args.device, min_seconds=0.2, max_seconds=float("inf")
+        steps, rounds=args.rounds, device=setting.device, min_seconds=0.2, max_seconds=float("inf")
     )
     del steps
-    peaks = {
-        name: memory.in_fresh_process(_peak_here, name, args.batch_size, layout, setting)
-        for name in names
-    }
     measured = {
-        name: {
-            "ms": timings[name].ms,
-            "p20_ms": timings[name].p20_p80_ms[0],
-            "p80_ms": timings[name].p20_p80_ms[1],
-            "peak_mib": peaks[name],
-            "samples": len(timings[name].seconds),
-            "quiet": timings[name].quiet,
-        }
-        for name in names
+        name: {**timed.row(), "peak_mib": _peak(name, setting, layout)}
+        for name, timed in timings.items()
     }
+    peaks = {name: row["peak_mib"] for name, row in measured.items()}
     faster = min(PLAIN, key=lambda name: timings[name].ms)
     rows = [
         {
@@ -116,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             "memory_ratio": _ratio(peaks[name], peaks["plain"]),
             **measured[name],
         }
-        for name in rows_of
+        for name in names
     ]
     by_hand = {
         "plain_time_ratio": timings["plain"].over(timings[BY_HAND]),
@@ -124,44 +105,32 @@ def main(argv: list[str] | None = None) -> int:
         **measured[BY_HAND],
     }
     print(f"  x time: over {faster}")
-    verdicts = _report(rows, by_hand)
+    print(_table(rows, by_hand))
+    got = {row["schedule"]: row["time_ratio"] for row in rows}
+    values = {bar: got[name] for name, bar in BARS.items() if name in got}
+    found = verdicts({**values, PLAIN_BAR: by_hand["plain_time_ratio"]})
+    _cli.print_bars(found)
     if args.json:
-        result = {
-            "machine": machine,
-            "arch": args.arch,
-            "batch_size": args.batch_size,
-            "image_size": args.image_size,
-            "device": str(args.device),
-            "layout": str(layout).removeprefix("torch."),
-            "time_over": faster,
-            "rows": rows,
-            "by_hand": by_hand,
-            "bars": verdicts,
-        }
-        _cli.write_json(args.json, result)
+        how = {"layout": layout_name, "time_over": faster}
+        result = {"machine": facts, **setting.facts(), **how}
+        write_json(args.json, {**result, "rows": rows, "by_hand": by_hand, "bars": found})
     return 0
 
 
-def _steps_of(methods: Sequence[str]) -> list[str]:
-    """Rows such as "moco: none" and "moco: pair"."""
-    return [f"{method}: {kind}" for method in methods for kind in ("none", "pair")]
+def _rows_of(methods: Sequence[str]) -> tuple[str, ...]:
+    """The schedules, or plain ones and rows such as "moco: none" and "moco: pair"."""
+    methods = METHODS if "all" in methods else methods
+    steps = [f"{method}: {kind}" for method in methods for kind in ("none", "pair")]
+    return (*PLAIN, *steps) if steps else SCHEDULES
 
 
-def build(
-    schedule: str,
-    batch_size: int,
-    layout: torch.memory_format,
-    arch: str,
-    image_size: int,
-    device: torch.device,
-) -> Callable[[], None]:
+def build(schedule: str, setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
     """One training step of a schedule, ready to be called again and again."""
     torch.manual_seed(0)
-    backbone, features = nn.build_encoder(arch, image_size)
+    backbone, features = nn.build_encoder(setting.arch, setting.image_size)
     encoder = nn.Encoder(backbone, nn.ProjectionHead(features, features, 128))
-    encoder = encoder.to(device, memory_format=layout)
-    shape = (batch_size, 3, image_size, image_size)
-    x_p, x_q = (torch.rand(shape, device=device).to(memory_format=layout) for _ in range(2))
+    encoder = encoder.to(setting.device, memory_format=layout)
+    x_p, x_q = setting.views(torch.float32, layout)
     method, of_method, kind = schedule.partition(": ")
     if of_method:
         return _method_step(METHODS[method], kind, encoder, (x_p, x_q))
@@ -170,28 +139,20 @@ def build(
     clean = (encoder, x_p, x_q)
     adversarial = (encoder, adv_encoder, x_p, x_q)
     pair = partial(schedules.pair_step, *adversarial, loss, attack=ATTACK)
+    released = partial(schedules.released_step, *adversarial, attack=ATTACK)
+    tied = partial(clae_fast.tied_nt_xent, temperature=TEMPERATURE)
+    as_is = released_nt_xent(2 * setting.batch_size, TEMPERATURE)
     passes: dict[str, Callable[[], object]] = {
         BY_HAND: partial(_simclr_by_hand, *clean),
         "plain": partial(schedules.plain_step, *clean, loss),
         "plain_batched": partial(schedules.plain_step, *clean, loss, batched=True),
         "pair": pair,
-        "self": partial(
-            schedules.self_step,
-            *adversarial,
-            loss,
-            attack=ATTACK,
-            attack_grad=partial(clae_fast.tied_nt_xent, temperature=TEMPERATURE),
-        ),
-        "released": partial(schedules.released_step, *adversarial, loss, attack=ATTACK),
-        "released_as_is": partial(
-            schedules.released_step,
-            *adversarial,
-            released_nt_xent(2 * batch_size, TEMPERATURE),
-            attack=ATTACK,
-        ),
+        "self": partial(schedules.self_step, *adversarial, loss, attack=ATTACK, attack_grad=tied),
+        "released": partial(released, loss=loss),
+        "released_as_is": partial(released, loss=as_is),
         "pair_added": partial(pair, adv_fraction=FRACTION),
         "pair_replaced": partial(pair, adv_fraction=FRACTION, adv_replace=True),
-        "pair_micro": partial(pair, micro_batch=-(-batch_size // CHUNKS)),
+        "pair_micro": partial(pair, micro_batch=-(-setting.batch_size // CHUNKS)),
     }
     trained = list(encoder.parameters())
     if schedule not in (BY_HAND, *PLAIN):
@@ -240,106 +201,47 @@ def _simclr_by_hand(encoder: torch.nn.Module, x_p: Tensor, x_q: Tensor) -> None:
     F.cross_entropy(logits, torch.arange(n, device=z.device).roll(n // 2)).backward()
 
 
-def _faster_layout(batch_size: int, setting: tuple[str, int, torch.device]) -> torch.memory_format:
+def _faster_layout(setting: Setting) -> torch.memory_format:
+    """channels_last, if it is faster for plain and by hand."""
     layouts = (torch.contiguous_format, torch.channels_last)
-    steps = {
-        f"{name} {layout}": build(name, batch_size, layout, *setting)
-        for name in (BY_HAND, "plain")
-        for layout in layouts
-    }
+    names = (BY_HAND, "plain")
+    steps = {(name, layout): build(name, setting, layout) for name in names for layout in layouts}
     for training_step in steps.values():
         training_step()
-    timings = timing.interleave(steps, rounds=3, device=setting[2])
-    gains = [
-        timings[f"{name} {layouts[0]}"].over(timings[f"{name} {layouts[1]}"])
-        for name in (BY_HAND, "plain")
-    ]
+    timings = timing.interleave(steps, rounds=3, device=setting.device)
+    gains = [timings[name, layouts[0]].over(timings[name, layouts[1]]) for name in names]
     return torch.channels_last if min(gains) > 1 else torch.contiguous_format
 
 
 def _flops(training_step: Callable[[], None]) -> int:
-    """Operations of one step, which is also its first: it makes the optimiser's state."""
+    """Operations of one step, which is also its first: it makes the optimizer's state."""
     with FlopCounterMode(display=False) as counter:
         training_step()
     return counter.get_total_flops()
 
 
-def _peak_here(
-    schedule: str,
-    batch_size: int,
-    layout: torch.memory_format,
-    setting: tuple[str, int, torch.device],
-) -> float | None:
-    """Peak of one step in this process, or None where memory is too short for it."""
-    device = setting[2]
-    training_step = build(schedule, batch_size, layout, *setting)
-    try:
-        training_step()  # makes the optimiser's state and loads the code
-        return memory.peak_mib(training_step, device)
-    except (RuntimeError, MemoryError):
-        return None
+def _peak(schedule: str, setting: Setting, layout: torch.memory_format) -> float | None:
+    # a first call makes the optimizer's state and loads the code
+    return memory.peak_of(build, schedule, setting, layout, device=setting.device, calls=1)
 
 
 def _ratio(peak: float | None, plain: float | None) -> float | None:
     return None if peak is None or not plain else peak / plain
 
 
-def _report(rows: list[dict[str, Any]], by_hand: dict[str, Any]) -> dict[str, str]:
-    """Print the table and the bars; return the bars."""
-    print(
-        f"  {'':<18}{'ms':>10}{'p20':>10}{'p80':>10}{'units':>8}{'x units':>9}{'x time':>8}"
-        f"{'MiB':>9}{'x memory':>10}{'quiet':>8}"
-    )
-
-    def line(name: str, row: dict[str, Any], units: str, ratios: tuple[str, str, str]) -> None:
-        peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        print(
-            f"  {name:<18}{row['ms']:>10.1f}{row['p20_ms']:>10.1f}{row['p80_ms']:>10.1f}"
-            f"{units:>8}{ratios[0]:>9}{ratios[1]:>8}{peak:>9}{ratios[2]:>10}"
-            f"{row['quiet']:>5}/{row['samples']:<2}"
-        )
-
-    line(BY_HAND, by_hand, "6.00", ("", "", ""))
-    for row in rows:
-        memory_ratio = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.3f}"
-        ratios = (f"{row['units_ratio']:.3f}", f"{row['time_ratio']:.3f}", memory_ratio)
-        line(row["schedule"], row, f"{PLAIN_UNITS * row['units_ratio']:.2f}", ratios)
-
-    got = {row["schedule"]: row["time_ratio"] for row in rows}
-    bounds = {
-        f"{name} <= {bound} x the faster plain": (got[name], bound)
-        for name, bound in BARS.items()
-        if name in got
-    }
-    bounds[f"plain <= {PLAIN_BAR} x a step by hand"] = (by_hand["plain_time_ratio"], PLAIN_BAR)
-    verdicts = {
-        bar: f"{'met' if ratio <= bound else 'missed'} ({ratio:.3f})"
-        for bar, (ratio, bound) in bounds.items()
-    }
-    print("\nbars:")
-    for bar, verdict in verdicts.items():
-        print(f"  {verdict:<16} {bar}")
-    return verdicts
+def _table(rows: list[Row], by_hand: Row) -> str:
+    units = [{**row, "units": PLAIN_UNITS * row["units_ratio"]} for row in rows]
+    keys = "ms p20_ms p80_ms units units_ratio time_ratio peak_mib memory_ratio"
+    first = {"schedule": BY_HAND, "units": PLAIN_UNITS, **by_hand}
+    return table([first, *units], "schedule", keys)
 
 
-def _parse(argv: list[str] | None) -> Any:
+def _parse(argv: list[str] | None) -> tuple[Any, Setting]:
     parser = _cli.Parser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--methods",
-        type=_methods,
-        default=(),
-        metavar="NAMES",
-        help=f"their steps instead of the schedules: all, or of {', '.join(METHODS)}",
-    )
+    help = f"their steps instead of the schedules: all, or of {', '.join(METHODS)}"
+    names = _cli.name_list(("all", *METHODS))
+    parser.add_argument("--methods", type=names, default=(), metavar="NAMES", help=help)
     return _cli.parse_training(parser, argv, batch_size=64, rounds=5)
-
-
-def _methods(text: str) -> tuple[str, ...]:
-    names = tuple(METHODS) if text == "all" else tuple(text.split(","))
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no method {unknown[0]!r}: {', '.join(METHODS)}")
-    return names
 
 
 if __name__ == "__main__":

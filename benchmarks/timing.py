@@ -1,9 +1,9 @@
-"""How times are taken: interleaved rounds in one process, medians, disturbed samples set aside.
+"""How times are taken: in interleaved rounds of one process, as medians of undisturbed samples.
 
 A *round* calls every candidate in turn, so that a change of the machine's speed meets all of them
-alike; a *sample* is one candidate's time per call within a round. On the CPU a sample is *quiet*
-when the threads of this process waited for a core for less than 3 % of its time, as the scheduler
-counts it. Medians are taken over the quiet samples where there are enough of them, and
+alike. A *sample* is the time of one candidate within a round. On the CPU a sample is *quiet* when
+the threads of this process waited for a core during less than 3 % of it, as the scheduler counts
+the waiting. Medians are taken over the quiet samples where there are enough of them, and
 `Timing.quiet` tells how many there were.
 """
 
@@ -11,28 +11,32 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-import clae_fast
-from clae_fast import _impl
+from benchmarks.case import CPU
 
 QUIET_DELAY = 0.03
 ENOUGH = 3
 
+Key = TypeVar("Key")
+
 
 @dataclass
 class Timing:
-    """The samples of one candidate: seconds a call, by round."""
+    """The samples of one candidate.
+
+    Attributes:
+        calls: How often a sample repeats the call.
+        seconds: The time of one call, by round.
+        disturbed: The rounds in which the sample was not quiet.
+    """
 
     calls: int
     seconds: dict[int, float] = field(default_factory=dict)
@@ -63,30 +67,36 @@ class Timing:
         rounds = _enough(common - self.disturbed - other.disturbed, common)
         return statistics.median(self.seconds[r] / other.seconds[r] for r in rounds)
 
+    def row(self, unit: str = "ms") -> dict[str, Any]:
+        """The entries of a result's row, in milliseconds or, for "us", in microseconds."""
+        scale, (low, high) = {"ms": 1, "us": 1000}[unit], self.p20_p80_ms
+        times = {unit: self.ms, f"p20_{unit}": low, f"p80_{unit}": high}
+        times = {name: scale * time for name, time in times.items()}
+        return {**times, "samples": len(self.seconds), "quiet": self.quiet}
+
     def _kept(self) -> list[float]:
         rounds = _enough(self.seconds.keys() - self.disturbed, self.seconds.keys())
         return [self.seconds[r] for r in rounds]
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], object]],
+    candidates: Mapping[Key, Callable[[], object]],
     *,
     rounds: int,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
     min_seconds: float = 0.05,
     max_seconds: float = 20.0,
-) -> dict[str, Timing]:
+) -> dict[Key, Timing]:
     """Time every candidate in each round, in an order that rotates.
 
     Args:
-        candidates: Calls to time, each called before and so compiled and warm.
-        rounds: Number of rounds.
-        device: Where the calls run; a CUDA device is timed by events.
+        candidates: The calls to time. Each was called before, and so is compiled and warm.
+        rounds: The number of rounds.
+        device: Where the calls run. A CUDA device is timed by its events.
         min_seconds: A short call is repeated within a sample until about this time is filled.
-        max_seconds: A call so long that `rounds` of it take more is left out of rounds, evenly, but
-            takes part in three at least.
+        max_seconds: A call so long that `rounds` of it take more time than this sits out some
+            rounds, evenly, but takes part in at least three.
     """
-    device = device or torch.device("cpu")
     cost = {name: _sample(call, 1, device)[0] for name, call in candidates.items()}
     timings = {
         name: Timing(calls=min(1000, max(1, math.ceil(min_seconds / cost[name])))) for name in cost
@@ -114,7 +124,7 @@ def interleave(
 
 
 def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """One call that makes all of `calls`, as over inputs that rotate."""
+    """One call that makes all of `calls`, for instance on inputs that rotate."""
 
     def all_of_them() -> None:
         for call in calls:
@@ -124,7 +134,7 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
 
 
 def replayed(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """One CUDA graph of all `calls`: the GPU's time, without Python's."""
+    """One CUDA graph of all `calls`. Replaying it takes the GPU's time without Python's."""
     every = in_turn(calls)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -138,11 +148,11 @@ def replayed(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     return graph.replay
 
 
-def fastest(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 3) -> str:
+def fastest(candidates: Mapping[str, Callable[[], object]], device: torch.device = CPU) -> str:
     """The name of the candidate with the shortest median time."""
     if len(candidates) == 1:
         return next(iter(candidates))
-    timings = interleave(candidates, rounds=rounds, min_seconds=0.02, max_seconds=2.0)
+    timings = interleave(candidates, rounds=3, device=device, min_seconds=0.02, max_seconds=2.0)
     return min(timings, key=lambda name: timings[name].ms)
 
 
@@ -155,54 +165,6 @@ def run_queue_delay() -> float:
         except (OSError, IndexError):
             continue  # the thread has just ended
     return nanoseconds * 1e-9
-
-
-def machine(device: torch.device | None = None) -> dict[str, str | int]:
-    """What a result depends on: processor, threads, versions, allocator state, commit."""
-    device = device or torch.device("cpu")
-    facts: dict[str, str | int] = {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "clae_fast": clae_fast.__version__,
-        "ops": _impl.describe(device),
-        "allocator": allocator(),
-        "commit": _commit(),
-        "date": date.today().isoformat(),
-    }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = str(torch.version.cuda)
-    return facts
-
-
-def header(facts: dict[str, str | int]) -> str:
-    """The machine as the lines that stand above a table."""
-    return "\n".join(f"{name:>9}: {value}" for name, value in facts.items())
-
-
-def warm_heap() -> bool:
-    """Whether glibc's malloc was told to map nothing and to keep what is freed."""
-    keeps = float(os.environ.get("MALLOC_TRIM_THRESHOLD_", "0") or 0) >= 1 << 30
-    return os.environ.get("MALLOC_MMAP_MAX_") == "0" and keeps
-
-
-def allocator() -> str:
-    """The C library's malloc, the settings in force and the kernel's huge-page mode.
-
-    Fresh pages cost five to ten times what warm ones do, so a CPU ratio holds for one such state.
-    """
-    library = " ".join(platform.libc_ver()).strip() or "unknown C library"
-    prefixes = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC", "PYTORCH_CUDA_ALLOC")
-    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(prefixes)]
-    try:
-        pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-        huge = pages.split("[")[1].split("]")[0]
-    except (OSError, IndexError):
-        huge = "unknown"
-    return f"{library}, {' '.join(settings) or 'default settings'}, huge pages {huge}"
 
 
 def _sample(call: Callable[[], object], calls: int, device: torch.device) -> tuple[float, bool]:
@@ -224,27 +186,6 @@ def _sample(call: Callable[[], object], calls: int, device: torch.device) -> tup
     return seconds / calls, run_queue_delay() - waited < QUIET_DELAY * seconds
 
 
-def _enough(quiet: Iterable[int], every: Iterable[int]) -> Iterable[int]:
+def _enough(quiet: Collection[int], every: Collection[int]) -> Collection[int]:
     """The quiet rounds, or all of them where fewer than three were quiet."""
-    quiet = set(quiet)
     return quiet if len(quiet) >= ENOUGH else every
-
-
-def _cpu_model() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        name = next(line for line in info.splitlines() if line.startswith("model name"))
-        return f"{name.split(':')[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-    except (OSError, StopIteration):
-        return f"{platform.processor() or platform.machine()}"
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit} with changes" if changed else commit

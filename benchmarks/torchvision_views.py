@@ -1,4 +1,4 @@
-"""The views of a recipe by torchvision's transforms v2: what `augment` is held against."""
+"""Makes the views of a recipe by torchvision's transforms v2, which `augment` is held against."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from clae_fast.data import Recipe
 
 
 def augmentation(image_size: int, recipe: Recipe, view: int) -> v2.Compose:
-    """The random view 0 or 1 of an image: crop, flip, colour jitter, grey, blur, solarization.
+    """The random view 0 or 1 of an image: crop, flip, color jitter, grey, blur, solarization.
 
     Args:
-        image_size: Side of the view in pixels.
-        recipe: With what strengths and probabilities.
-        view: Which of the two; a recipe may treat them differently.
+        image_size: The side of the view in pixels.
+        recipe: The strengths and probabilities.
+        view: Which of the two views it is; a recipe may treat them differently.
 
     Returns:
         A transform from a PIL image or a float tensor [3, H, W] to a float tensor

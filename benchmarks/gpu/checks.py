@@ -1,4 +1,4 @@
-"""Stages that build, test, profile and watch: whether all is as it should be."""
+"""The stages that describe the machine, run the tests, profile, and look for bad accesses."""
 
 from __future__ import annotations
 
@@ -15,47 +15,45 @@ from pathlib import Path
 
 import torch
 
-import clae_fast
 from benchmarks import overhead
-from benchmarks.gpu import peers
-from benchmarks.gpu.results import Bar, Row
-from benchmarks.gpu.stage import ERROR_BAR, OURS, ROOT, Case, Suite
-from benchmarks.peers import value_and_grad
+from benchmarks.case import OURS, relative_error
+from benchmarks.cases import CASES
+from benchmarks.gpu.stage import ERROR_BAR, ROOT, Suite, Task, judged
+from benchmarks.results import Bar, Row
+from benchmarks.setting import Setting
 from clae_fast import _impl, _native
 
 
-def build(suite: Suite) -> Iterator[Case]:
+def build(suite: Suite) -> Iterator[Task]:
     """The machine's facts, and the two rates that shares are taken of."""
 
     def run() -> None:
         facts: Row = {"stage": "build", "what": "machine", "has_cuda": _native.has_cuda()}
         facts |= {"triton": version("triton"), "isas": _native.isas()}
         if not suite.rehearsal:
-            properties = torch.cuda.get_device_properties(suite.device)
-            facts["capability"] = f"{properties.major}.{properties.minor}"
-            facts["multiprocessors"] = properties.multi_processor_count
-            facts["l2_bytes"] = properties.L2_cache_size
-            facts["memory_bytes"] = properties.total_memory
+            card = torch.cuda.get_device_properties(suite.device)
+            facts |= {"capability": f"{card.major}.{card.minor}"}
+            facts |= {"multiprocessors": card.multi_processor_count}
+            facts |= {"l2_bytes": card.L2_cache_size, "memory_bytes": card.total_memory}
         for op in ("nt_xent", "info_nce", "linf_step", "stem_step"):
             facts[op] = _impl.available(op, suite.device.type)
         suite.results.add(facts)
         if not _native.has_cuda():
             suite.results.lacks("CUDA C++ kernels", "built without nvcc")
-        suite.results.add(suite.measure_ceilings())
+        suite.ceilings(measure=True)
 
-    yield Case("build", "machine and ceilings", 20, run)
+    yield Task("build", "machine and ceilings", 20, run)
 
 
 PRECISION_TEMPERATURES = (0.5, 0.1, 0.07, 0.05)
 
 
-def correctness(suite: Suite) -> Iterator[Case]:
+def correctness(suite: Suite) -> Iterator[Task]:
     """The tests of what runs on a GPU, and the gradient's precision."""
-    tests = Bar("correctness", "tests failed", at_most=0)
-    yield Case("correctness", "tests", 150, partial(_run_tests, suite, tests), (tests,))
+    yield judged("correctness", "tests failed", 150, _run_tests, suite, at_most=0)
     for T in PRECISION_TEMPERATURES:
-        bar = Bar("correctness", f"error of nt_xent's gradient, T={T}", at_most=ERROR_BAR)
-        yield Case("correctness", bar.text, 15, partial(_precision, suite, T, bar), (bar,))
+        what = f"error of nt_xent's gradient, T={T}"
+        yield judged("correctness", what, 15, _precision, suite, T, at_most=ERROR_BAR)
 
 
 def _run_tests(suite: Suite, bar: Bar) -> None:
@@ -64,22 +62,15 @@ def _run_tests(suite: Suite, bar: Bar) -> None:
     if suite.rehearsal:
         on_gpu = ["tests/ops/test_check.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *on_gpu]
-    timeout = min(500.0, suite.remaining())
-    try:
-        # the tests poison memory by torch's deterministic mode, in which cuBLAS wants this
-        done = _run(*command, timeout=timeout, CUBLAS_WORKSPACE_CONFIG=":4096:8")
-        output, failed = done.stdout + done.stderr, 0 if done.returncode == 0 else 1
-    except subprocess.TimeoutExpired as expired:
-        output, failed = f"{expired}", 1
+    # the tests poison memory by torch's deterministic mode, in which cuBLAS wants this
+    variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    status, output = _run(command, min(500.0, suite.remaining()), variables)
     counts = {
         word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", output)
     }
-    failed = max(failed, counts.get("failed", 0) + counts.get("error", 0))
+    failed = max(int(status != 0), counts.get("failed", 0) + counts.get("error", 0))
     row = {"stage": "correctness", "what": "tests", "files": on_gpu, **counts}
-    if failed:
-        row["output"] = output[-4000:]
-        print(row["output"])
-    suite.results.judge(bar, failed, row)
+    suite.results.judge(bar, failed, row | _shown(output, failed))
 
 
 def _precision(suite: Suite, T: float, bar: Bar) -> None:
@@ -90,11 +81,11 @@ def _precision(suite: Suite, T: float, bar: Bar) -> None:
         z0, other = torch.randn(2, n // 2, 128, device=suite.device)
         z = [t.half().float() for t in (z0, other if noise is None else z0 + noise * other)]
         z0, z1 = (t.requires_grad_() for t in z)
-        loss, *truth = peers.oracle("nt_xent", z0, z1, T)
-        true_dz = torch.cat(truth)
+        case = CASES["nt_xent"](n, 128, T)
+        loss, *truth = case.exact((z0, z1))
         for impl in suite.implementations("nt_xent", z0, z1):
-            got = value_and_grad(partial(clae_fast.nt_xent, temperature=T, impl=impl), z0, z1)
-            error = ((torch.cat(got[1:]).double() - true_dz).norm() / true_dz.norm()).item()
+            _, *got = case.call(partial(case.op, impl=impl), (z0, z1))
+            error = relative_error((torch.cat(got),), (torch.cat(truth),))
             # NaN stays, where max() would drop it
             worst = error if not error <= worst else worst
             row = {"stage": "correctness", "what": "precision", "impl": impl, "n": n, "D": 128}
@@ -103,25 +94,22 @@ def _precision(suite: Suite, T: float, bar: Bar) -> None:
     suite.results.judge(bar, worst, {"stage": "correctness", "what": "precision", "T": T})
 
 
-def profile(suite: Suite) -> Iterator[Case]:
+def profile(suite: Suite) -> Iterator[Task]:
     """Launches of a loss, and what touches images between the projections and x_adv."""
-    launches = Bar("profile", f"launches of {OURS}'s own in a loss and its gradient", at_most=3)
-    yield Case("profile", launches.text, 10, partial(_launches, suite, launches), (launches,))
-    passes = Bar("profile", "other operations on images between the loss and x_adv", at_most=0)
-    yield Case("profile", passes.text, 30, partial(_passes, suite, passes), (passes,))
+    what = f"launches of {OURS}'s own in a loss and its gradient"
+    yield judged("profile", what, 10, _launches, suite, at_most=3)
+    what = "other operations on images between the loss and x_adv"
+    yield judged("profile", what, 30, _passes, suite, at_most=0)
 
 
 def _launches(suite: Suite, bar: Bar) -> None:
-    z = peers.views(suite.size(8192), 128, suite.device)
-    call = partial(value_and_grad, peers.ours("nt_xent", 0.5), *z)
+    case = CASES["nt_xent"](suite.size(8192))
+    call = partial(case.call, case.op, case.inputs(torch.float32, suite.device, 0))
     call()
     with torch.profiler.profile() as profiler:
         call()
-    names = [
-        event.name
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
+    on_gpu = torch.autograd.DeviceType.CUDA
+    names = [event.name for event in profiler.events() if event.device_type == on_gpu]
     own = [name for name in names if not re.search(r"at::|Memset|Memcpy|cutlass|cublas", name)]
     row = {"stage": "profile", "what": "launches", "kernels": names, "own": own}
     suite.results.judge(bar, len(own), row)
@@ -130,15 +118,15 @@ def _launches(suite: Suite, bar: Bar) -> None:
 def _passes(suite: Suite, bar: Bar) -> None:
     side, batch = suite.size(32, 8), suite.size(256, 4)
     arch = "resnet-narrow" if suite.rehearsal else "resnet18"
-    step = overhead.build("pair", batch, torch.channels_last, arch, side, suite.device)
+    setting = Setting(arch, batch, side, suite.device)
+    step = overhead.build("pair", setting, torch.channels_last)
     dtype = torch.bfloat16 if suite.rehearsal else torch.float16
     with torch.autocast(suite.device.type, dtype):
         step()
         with torch.profiler.profile(record_shapes=True) as profiler:
             step()
-    events = [
-        event for event in profiler.events() if event.name.startswith(("aten::", "clae_fast::"))
-    ]
+    ours = ("aten::", "clae_fast::")
+    events = [event for event in profiler.events() if event.name.startswith(ours)]
     events.sort(key=lambda event: event.time_range.start)
     names = [event.name for event in events]
     loss = next((i for i, name in enumerate(names) if "nt_xent" in name), 0)
@@ -157,24 +145,28 @@ def _passes(suite: Suite, bar: Bar) -> None:
     suite.results.judge(bar, value, row | {"operations": between})
 
 
-def sanitizer(suite: Suite) -> Iterator[Case]:
+def sanitizer(suite: Suite) -> Iterator[Task]:
     """Every kernel once at awkward sizes under compute-sanitizer."""
     for tool in ("memcheck", "racecheck"):
-        bar = Bar("sanitizer", f"errors of {tool}", at_most=0)
-        yield Case("sanitizer", tool, 180, partial(_sanitize, suite, tool, bar), (bar,))
+        yield judged("sanitizer", f"errors of {tool}", 180, _sanitize, suite, tool, at_most=0)
 
 
-def _run(*command: str, timeout: float, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, in the project's root."""
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=max(1.0, timeout),
-    )
+def _run(command: list[str], timeout: float, variables: dict[str, str]) -> tuple[int | None, str]:
+    """The status and the output of a command in the project's root; no status after `timeout`."""
+    options = {"cwd": ROOT, "env": {**os.environ, **variables}, "timeout": max(1.0, timeout)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    except subprocess.TimeoutExpired as expired:
+        return None, str(expired)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _shown(output: str, errors: int) -> Row:
+    """The end of the output for a row, printed too, where there were errors."""
+    if not errors:
+        return {}
+    print(output[-4000:])
+    return {"output": output[-4000:]}
 
 
 def _sanitize(suite: Suite, tool: str, bar: Bar) -> None:
@@ -184,18 +176,13 @@ def _sanitize(suite: Suite, tool: str, bar: Bar) -> None:
         if not Path(program).exists():
             return suite.results.lacks("compute-sanitizer", "is not on the PATH")
         command = [program, "--tool", tool, "--error-exitcode", "9", *command]
-    timeout = min(400.0, suite.remaining())
-    try:
-        done = _run(*command, timeout=timeout, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    except subprocess.TimeoutExpired:
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status, output = _run(command, min(400.0, suite.remaining()), variables)
+    if status is None:
         return suite.results.lacks(f"compute-sanitizer, {tool}", "ran out of time")
-    output = done.stdout + done.stderr
     found = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
-    if not (found or done.returncode or suite.rehearsal):
+    if not (found or status or suite.rehearsal):
         return suite.results.lacks(f"compute-sanitizer, {tool}", "printed no summary")
-    errors = int(found[1] or found[2]) if found else 0
-    row = {"stage": "sanitizer", "tool": tool, "status": done.returncode}
-    if errors or done.returncode:
-        row["output"] = output[-4000:]
-        print(row["output"])
-    suite.results.judge(bar, max(errors, int(done.returncode != 0)), row)
+    errors = max(int(status != 0), int(found[1] or found[2]) if found else 0)
+    row = {"stage": "sanitizer", "tool": tool, "status": status}
+    suite.results.judge(bar, errors, row | _shown(output, errors))

@@ -1,4 +1,4 @@
-"""The stage of the training step: what an attack adds to it, and how it compares with its peers."""
+"""The stage of the training step: what an attack adds to it, and how fast the peers are."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks import engine
-from benchmarks.engine import FROM_IMAGES, LIGHTLY, RELEASED, WITH_LOADER, Setting
-from benchmarks.gpu.results import Bar
-from benchmarks.gpu.stage import Case, Suite
+from benchmarks.engine import FROM_IMAGES, LIGHTLY, RELEASED, WITH_LOADER
+from benchmarks.gpu.stage import Suite, Task, bar
+from benchmarks.results import Bar
+from benchmarks.setting import Setting
 
-# dense 16-bit operations a second of an H200, as measured
+# the dense 16-bit rate of an H200, as measured, in 10^12 operations a second
 PEAK_TFLOPS = 790
 # what a step may cost over the faster of the two plain ones
 RATIOS = {"pair": 1.55, "self": 1.95}
@@ -24,22 +25,22 @@ CASES = (
 )
 
 
-def steps(suite: Suite) -> Iterator[Case]:
+def steps(suite: Suite) -> Iterator[Task]:
     """Plain, batched, pair and self steps, and the peers'."""
     for arch, batch_size, image_size, seconds, peers, share in CASES:
         what = f"{arch}, {batch_size} of {image_size}x{image_size}"
         bars: dict[object, Bar] = {}
         if share:
             text = f"plain step's share of {PEAK_TFLOPS} TFLOP/s, {what}"
-            bars["share"] = Bar("engine", text, at_least=0.30)
+            bars["share"] = bar("engine", text, at_least=0.30)
         else:
             for name, bound in RATIOS.items():
-                bars[name] = Bar("engine", f"{name} over plain, {what}", at_most=bound)
+                bars[name] = bar("engine", f"{name} over plain, {what}", at_most=bound)
             text = f"peak memory of pair over plain, {what}"
-            bars["memory"] = Bar("engine", text, at_most=1.02)
+            bars["memory"] = bar("engine", text, at_most=1.02)
         for pair in SPEEDUPS if peers else ():
             text = f"{pair[0]} against {pair[1]}, {what}"
-            bars[pair] = Bar("engine", text, at_least=SPEEDUPS[pair])
+            bars[pair] = bar("engine", text, at_least=SPEEDUPS[pair])
         setting = Setting(
             arch if not suite.rehearsal else "resnet-narrow",
             suite.size(batch_size, 8),
@@ -47,7 +48,7 @@ def steps(suite: Suite) -> Iterator[Case]:
             suite.device,
         )
         run = partial(_steps, suite, what, setting, bars)
-        yield Case("engine", what, seconds, run, tuple(bars.values()))
+        yield Task("engine", what, seconds, run, tuple(bars.values()))
 
 
 def _steps(suite: Suite, what: str, setting: Setting, bars: dict[object, Bar]) -> None:
@@ -56,14 +57,14 @@ def _steps(suite: Suite, what: str, setting: Setting, bars: dict[object, Bar]) -
     found = {row["step"]: row for row in rows}
     for row in rows:
         suite.results.add({"stage": "engine", "setting": what, **row})
-    for key, bar in bars.items():
+    for key, bound in bars.items():
         value = _value(key, found)
         if value is not None:
-            suite.results.judge(bar, value, {"stage": "engine", "setting": what})
+            suite.results.judge(bound, value, {"stage": "engine", "setting": what})
 
 
 def _value(key: object, found: dict[str, dict]) -> float | None:
-    """What a bar bounds; None where a peer is not here or memory did not suffice."""
+    """What a bar bounds, or None where a peer is not here or memory did not suffice."""
     if key == "share":
         fastest = min((found["plain"], found["plain batched"]), key=lambda row: row["ms"])
         return fastest["tflops"] / PEAK_TFLOPS

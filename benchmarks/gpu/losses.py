@@ -1,181 +1,137 @@
-"""Stages of the losses: against peers, the hand-over between kernels, memory."""
+"""The stages of the losses: peers, the hand-over between kernels, and memory."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 import clae_fast
-from benchmarks import memory
-from benchmarks.gpu import peers
-from benchmarks.gpu.results import Bar
-from benchmarks.gpu.stage import ERROR_BAR, OURS, Candidate, Case, Suite, dtype_name
-from benchmarks.peers import Loss, UnavailableError, value_and_grad
+from benchmarks import harness, memory
+from benchmarks.case import OURS, dtype_name
+from benchmarks.cases import CASES
+from benchmarks.gpu.stage import Suite, Task, bar, judged
+from benchmarks.results import Bar
 
 TEMPERATURES = (0.5, 0.1)
+EAGER = "mm + cross_entropy, TF32"
+# rows at which ours and a peer are checked: ours has other kernels for many rows
+OUR_CHECKED_ROWS, CHECKED_ROWS = 8192, 256
 
 
-@dataclass(frozen=True)
-class Versus:
-    """Ours against a peer at a size, for each temperature.
-
-    Attributes:
-        ours: "eager" or "replayed".
-        at_least: The bar on the peer's time over ours, None where there is none.
-    """
-
-    stage: str
-    work: str
-    n: int
-    D: int
-    peer: str
-    ours: str = "replayed"
-    at_least: float | None = None
-
-    def bar(self, T: float) -> Bar:
-        """Its bar at a temperature."""
-        text = f"{self.peer} over {self.ours} {OURS}, n={self.n}, D={self.D}, T={T}"
-        return Bar(self.stage, text, at_least=self.at_least)
-
-
-VERSUS = (
-    Versus("nt_xent", "nt_xent", 512, 64, "released", "eager", 30),
-    Versus("nt_xent", "nt_xent", 512, 64, "released", "replayed", 100),
-    Versus("nt_xent", "nt_xent", 512, 64, "released, mask on the GPU"),
-    Versus("nt_xent", "nt_xent", 2048, 128, "released", "replayed", 1000),
-    Versus("nt_xent", "nt_xent", 2048, 128, "released, mask on the GPU"),
-    Versus("nt_xent", "nt_xent", 8192, 128, "lightly", "replayed", 12),
-    Versus("nt_xent", "nt_xent", 8192, 128, "mm + cross_entropy, TF32", "replayed", 12),
-    *(
-        Versus("nt_xent", "nt_xent", n, 128, f"torch.compile, {kind}", "replayed", 4)
+# the bars on a peer's time over ours at every temperature, by the peer and by how ours runs, for a
+# stage, a case, n (of one side for two-way InfoNCE), D and seconds; what compiles long comes last
+VERSUS: dict[tuple[str, str, int, int, int], dict[tuple[str, str], float | None]] = {
+    ("nt_xent", "nt_xent", 512, 64, 20): {
+        ("released", "eager"): 30,
+        ("released", "replayed"): 100,
+        ("released, mask on the GPU", "replayed"): None,
+    },
+    ("nt_xent", "nt_xent", 2048, 128, 20): {
+        ("released", "replayed"): 1000,
+        ("released, mask on the GPU", "replayed"): None,
+    },
+    ("nt_xent", "nt_xent", 8192, 128, 20): {("lightly", "replayed"): 12, (EAGER, "replayed"): 12},
+    **{
+        ("nt_xent", "nt_xent", n, 128, 150): {
+            ("torch.compile, TF32", "replayed"): 4,
+            ("torch.compile, fp16", "replayed"): 4,
+        }
         for n in (8192, 16384)
-        for kind in ("TF32", "fp16")
-    ),
-    *(
-        Versus("info_nce", "two_way", n, D, peer, "replayed", at_least)
+    },
+    **{
+        ("info_nce", "both_ways", n, D, 20): {
+            ("cut-cross-entropy", "replayed"): 1.5,
+            ("Inf-CL", "replayed"): 4,
+        }
         for n in (16384, 32768)
         for D in (128, 256)
-        for peer, at_least in (("cut-cross-entropy", 1.5), ("Inf-CL", 4))
-    ),
-    Versus("info_nce", "unmasked", 16384, 128, "cut-cross-entropy, unmasked", "replayed", 3),
-    Versus("info_nce", "unmasked", 16384, 128, "Liger, unmasked", "replayed", 10),
-)
+    },
+    ("info_nce", "unmasked", 16384, 128, 20): {
+        ("cut-cross-entropy, unmasked", "replayed"): 3,
+        ("Liger, unmasked", "replayed"): 10,
+    },
+}
+# what rows call a case
+WORK_NAMES = {"both_ways": "two_way"}
 FLOOR_SIZES = (16384, 32768)
 FLOOR_SHARE = 0.4
 
 
-def nt_xent(suite: Suite) -> Iterator[Case]:
+def nt_xent(suite: Suite) -> Iterator[Task]:
     """NT-Xent against its peers, and as a share of the 4 n^2 D floor."""
     for T, dtype, n in itertools.product(TEMPERATURES, (torch.float32, torch.float16), FLOOR_SIZES):
-        text = f"share of the 4 n^2 D floor, {dtype_name(dtype)}, n={n}, D=128, T={T}"
-        bar = Bar("nt_xent", text, at_least=FLOOR_SHARE)
-        yield Case("nt_xent", bar.text, 5, partial(_floor, suite, n, T, dtype, bar), (bar,))
+        what = f"share of the 4 n^2 D floor, {dtype_name(dtype)}, n={n}, D=128, T={T}"
+        yield judged("nt_xent", what, 5, _floor, suite, n, T, dtype, at_least=FLOOR_SHARE)
     yield from _against_peers(suite, "nt_xent")
 
 
-def info_nce(suite: Suite) -> Iterator[Case]:
+def info_nce(suite: Suite) -> Iterator[Task]:
     """Two-way InfoNCE against kernels for language models; NT-Xent against them as other work."""
     yield from _against_peers(suite, "info_nce")
 
 
-def _against_peers(suite: Suite, stage: str) -> Iterator[Case]:
-    """A case for each size and temperature; what compiles for minutes comes last."""
-
-    def group(versus: Versus) -> tuple[bool, str, int, int]:
-        slow = peers.PEERS[versus.peer].compiled
-        return slow, versus.work, versus.n, versus.D
-
-    for key, found in itertools.groupby(
-        sorted((v for v in VERSUS if v.stage == stage), key=group), key=group
-    ):
-        versus = tuple(found)
-        slow, work, n, D = key
-        for T in TEMPERATURES:
-            yield Case(
-                stage,
-                f"{work}, n={n}, D={D}, T={T}",
-                # the second temperature finds everything compiled
-                150 if slow and TEMPERATURES[0] == T else 20,
-                partial(_compare, suite, versus, T),
-                tuple(v.bar(T) for v in versus if v.at_least is not None),
-            )
+def _against_peers(suite: Suite, wanted: str) -> Iterator[Task]:
+    """A task for each size and temperature."""
+    for (key, bounds), T in itertools.product(VERSUS.items(), TEMPERATURES):
+        stage, work, n, D, seconds = key
+        if stage == wanted:
+            where = f"n={n}, D={D}, T={T}"
+            bars = {
+                (peer, how): bound
+                and bar(stage, f"{peer} over {how} {OURS}, {where}", at_least=bound)
+                for (peer, how), bound in bounds.items()
+            }
+            run = partial(_compare, suite, stage, work, (n, D, T), bars)
+            # the second temperature finds everything compiled
+            seconds = seconds if TEMPERATURES[0] == T else 20
+            name = f"{WORK_NAMES.get(work, work)}, {where}"
+            yield Task(stage, name, seconds, run, tuple(filter(None, bars.values())))
 
 
-def _compare(suite: Suite, versus: Sequence[Versus], T: float) -> None:
-    stage, work = versus[0].stage, versus[0].work
-    # two-way InfoNCE counts the rows of one side
-    n, D = suite.size(versus[0].n), suite.size(versus[0].D, 16)
-    rows = 2 * n if work == "two_way" else n
-    ours = peers.ours(work, T)
-    same = "nt_xent" if work == "unmasked" else work
-    _check_ours(suite, same, ours, rows, D, T)
-    sets = suite.sets(rows * D * 4)
-    inputs = [peers.views(rows, D, suite.device, seed=seed) for seed in range(sets)]
-
-    def candidate(loss: Loss, captured: bool) -> Candidate:
-        return Candidate([partial(value_and_grad, loss, *z) for z in inputs], captured)
-
-    candidates = {(OURS, "replayed"): candidate(ours, True)}
-    if any(v.ours == "eager" for v in versus):
-        candidates[OURS, "eager"] = candidate(ours, False)
-    for name in dict.fromkeys(v.peer for v in versus):
-        peer = peers.PEERS[name]
-        try:
-            loss = peers.load(name, rows, T, D, suite.device)
-        except UnavailableError as failure:
-            suite.results.lacks(name, str(failure))
-            continue
-        how = "replayed" if peer.captured else "eager"
-        candidates[name, how] = candidate(loss, peer.captured)
-    measured = suite.measure(candidates)
-    for (name, how), row in measured.items():
-        over = row.pop("over")
-        row = {"stage": stage, "work": work, "n": n, "D": D, "T": T, "dtype": "fp32"} | row
-        row |= {"candidate": name, "how": how, "input_sets": sets}
+def _compare(
+    suite: Suite,
+    stage: str,
+    work: str,
+    size: tuple[int, int, float],
+    bars: dict[tuple[str, str], Bar | None],
+) -> None:
+    n, D, T = suite.size(size[0]), suite.size(size[1], 16), size[2]
+    case = CASES[work](n, D, T)
+    measured, sets = suite.against_peers(
+        case,
+        CASES[work](min(n, CHECKED_ROWS), D, T),
+        dict.fromkeys(peer for peer, _ in bars),
+        # against a peer of another work, ours is checked at its own
+        CASES["nt_xent" if work == "unmasked" else work](min(n, OUR_CHECKED_ROWS), D, T),
+        eager=any(how == "eager" for _, how in bars),
+    )
+    facts = {"stage": stage, "work": WORK_NAMES.get(work, work), "n": n, "D": D, "T": T}
+    for (name, how), timed in measured.items():
+        row = {**facts, "dtype": "fp32", **timed.row("us"), "candidate": name, "how": how}
+        row |= {"input_sets": sets}
         if name == OURS:
             suite.results.add(row | {"version": clae_fast.__version__})
             continue
-        row["version"] = peers.PEERS[name].version
-        for v in versus:
-            if v.peer != name:
-                continue
-            against = (OURS, v.ours)
-            row |= {"against": f"{OURS}, {v.ours}", "against_us": measured[against]["us"]}
-            row["ratio"] = over[against]
-            if v.at_least is None:
-                suite.results.add(row)
-            else:
-                suite.results.judge(v.bar(T), over[against], row)
+        row["version"] = case.peers[name].version
+        for ours in (ours for peer, ours in bars if peer == name):
+            against = measured[OURS, ours]
+            row |= {"against": f"{OURS}, {ours}", "against_us": 1e3 * against.ms}
+            row["ratio"] = timed.over(against)
+            suite.results.judge(bars[name, ours], row["ratio"], row)
 
 
-def _check_ours(suite: Suite, work: str, loss: Loss, n: int, D: int, T: float) -> None:
-    # enough rows for the kernels of many
-    z = peers.views(min(n, 8192), D, suite.device)
-    error = peers.error_of(work, loss, T, *z)
-    if not error <= ERROR_BAR:
-        raise ArithmeticError(f"{work} is {error:.1e} off the float64 reference")
-
-
-def _floor(suite: Suite, n: int, T: float, dtype: torch.dtype, bar: Bar) -> None:
+def _floor(suite: Suite, n: int, T: float, dtype: torch.dtype, share: Bar) -> None:
     n, D = suite.size(n), 128
-    inputs = [
-        peers.views(n, D, suite.device, dtype=dtype, seed=seed)
-        for seed in range(suite.sets(n * D * dtype.itemsize))
-    ]
-    loss = peers.ours("nt_xent", T)
-    calls = [partial(value_and_grad, loss, *z) for z in inputs]
-    row = suite.measure({OURS: Candidate(calls, True)})[OURS]
-    del row["over"]
-    share = 4 * n * n * D / suite.ceilings()[1] / (1e-6 * row["us"])
+    case = CASES["nt_xent"](n, D, T)
+    timed = suite.measure({OURS: suite.candidate(case, case.op, suite.inputs(case, dtype))})[OURS]
+    value = case.flops / suite.ceilings()[1] / (1e-3 * timed.ms)
     what = {"stage": "nt_xent", "work": "nt_xent", "candidate": OURS, "how": "replayed"}
-    suite.results.judge(
-        bar, share, what | {"n": n, "D": D, "T": T, "dtype": dtype_name(dtype)} | row
-    )
+    what |= {"n": n, "D": D, "T": T, "dtype": dtype_name(dtype)}
+    suite.results.judge(share, value, what | timed.row("us"))
 
 
 # D and n; the first n is that of the bar
@@ -183,69 +139,62 @@ SMALL = tuple(itertools.product((128, 64, 256), (512, 128, 256, 1024, 2048, 4096
 SMALL_BAR_US = 12
 
 
-def small(suite: Suite) -> Iterator[Case]:
-    """Where the single launch hands over to the three, and its time at n = 512."""
+def small(suite: Suite) -> Iterator[Task]:
+    """The sizes about which one launch hands over to three, and the time of one at n = 512."""
     for D, n in SMALL:
         bars = tuple(
-            Bar("small", f"us of the single launch, n={n}, D={D}, T={T}", at_most=SMALL_BAR_US)
+            bar("small", f"us of the single launch, n={n}, D={D}, T={T}", at_most=SMALL_BAR_US)
             for T in TEMPERATURES
             if (n, D) == (512, 128)
         )
-        yield Case("small", f"n={n}, D={D}", 5, partial(_hand_over, suite, n, D, bars), bars)
+        yield Task("small", f"n={n}, D={D}", 5, partial(_hand_over, suite, n, D, bars), bars)
 
 
 def _hand_over(suite: Suite, n: int, D: int, bars: Sequence[Bar]) -> None:
     n = suite.size(n)
-    inputs = [peers.views(n, D, suite.device, seed=seed) for seed in range(suite.sets(n * D * 4))]
+    inputs = suite.inputs(CASES["nt_xent"](n, D))
     op = torch.ops.clae_fast.nt_xent_fwd_bwd.default
     for index, T in enumerate(TEMPERATURES):
+        case = CASES["nt_xent"](n, D, T)
         candidates = {}
         for impl in suite.implementations("nt_xent", *inputs[0]):
-            loss = peers.ours("nt_xent", T, impl=impl)
-            autograd = [partial(value_and_grad, loss, *z) for z in inputs]
-            candidates[impl, "loss and gradient"] = Candidate(autograd, True)
+            loss = partial(case.op, impl=impl)
+            candidates[impl, "loss and gradient"] = suite.candidate(case, loss, inputs)
             if impl != "reference":
                 alone = [partial(op, *(t.detach() for t in z), T, False, impl) for z in inputs]
-                candidates[impl, "op alone"] = Candidate(alone, True)
-        for (impl, what), row in suite.measure(candidates).items():
-            over = row.pop("over")
-            row = {"stage": "small", "n": n, "D": D, "T": T, "impl": impl, "what": what} | row
-            row |= {"over_others": {f"{name}, {kind}": r for (name, kind), r in over.items()}}
-            if bars and (impl, what) == ("cuda", "op alone"):
-                suite.results.judge(bars[index], row["us"], row)
-            else:
-                suite.results.add(row)
+                candidates[impl, "op alone"] = harness.Candidate(alone, True)
+        measured = suite.measure(candidates)
+        for (impl, what), timed in measured.items():
+            row = {"stage": "small", "n": n, "D": D, "T": T, "impl": impl, "what": what}
+            row |= timed.row("us")
+            row["over_others"] = {", ".join(key): timed.over(t) for key, t in measured.items()}
+            barred = bars and (impl, what) == ("cuda", "op alone")
+            suite.results.judge(bars[index] if barred else None, row["us"], row)
 
 
 EXTRA_BAR = 8.0
 
 
-def memory_use(suite: Suite) -> Iterator[Case]:
+def memory_use(suite: Suite) -> Iterator[Task]:
     """Peak memory of the loss and its gradient above its inputs, up to a million rows."""
     for n, seconds in ((8192, 5), (65536, 5), (1 << 20, 30)):
-        text = f"extra memory over the inputs' bytes, n={n}, D=128"
-        bar = Bar("memory", text, at_most=EXTRA_BAR)
-        yield Case("memory", f"n={n}", seconds, partial(_memory, suite, n, bar), (bar,))
+        what = f"extra memory over the inputs' bytes, n={n}, D=128"
+        yield judged("memory", what, seconds, _memory, suite, n, at_most=EXTRA_BAR)
 
 
 def _memory(suite: Suite, n: int, bar: Bar) -> None:
     n, D, T = suite.size(n), 128, 0.5
-    z = peers.views(n, D, suite.device)
-    losses = {OURS: peers.ours("nt_xent", T)}
-    if n <= 8192:
-        losses["mm + cross_entropy, TF32"] = peers.load(
-            "mm + cross_entropy, TF32", n, T, D, suite.device
-        )
-    for name, loss in losses.items():
-        call = partial(value_and_grad, loss, *z)
+    case = CASES["nt_xent"](n, D, T)
+    z = case.inputs(torch.float32, suite.device, 0)
+    for name in (OURS, EAGER) if n <= 8192 else (OURS,):
+        (loss,) = harness.forms_of(case, name, suite.device).values()
+        call = partial(case.call, loss, z)
         call()
         extra = 2**20 * memory.peak_mib(call, suite.device)
         start = time.perf_counter()
         value = call()[0].item()
         row = {"stage": "memory", "candidate": name, "n": n, "D": D, "T": T, "loss": value}
         row |= {"extra_bytes": extra, "seconds": time.perf_counter() - start}
-        if name == OURS:
-            # a loss that is not finite fails the bar
-            suite.results.judge(bar, extra / (4 * n * D) + 0 * value, row)
-        else:
-            suite.results.add(row)
+        # a loss that is not finite fails the bar
+        ratio = extra / (4 * n * D) + 0 * value
+        suite.results.judge(bar if name == OURS else None, ratio, row)

@@ -1,96 +1,63 @@
-"""The file that a day's measurements on one GPU go to, a row at a time, and the bars they meet."""
+"""The file that a day's measurements on one GPU go to. Several runs add up in it."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks import timing
-
-Row = dict[str, Any]
+from benchmarks.results import UNMEASURED, Bar, Results, Row
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bound on a number that the suite measures; one of the two is given.
+class DayResults(Results):
+    """What was measured today on this machine; the rows that the file holds already are kept.
 
     Attributes:
-        stage: The stage that measures it.
-        text: What is bounded, unique among the bars.
-    """
-
-    stage: str
-    text: str
-    at_least: float | None = None
-    at_most: float | None = None
-
-    def __str__(self) -> str:
-        sign, bound = (">=", self.at_least) if self.at_most is None else ("<=", self.at_most)
-        return f"{self.stage}: {self.text} {sign} {bound:g}"
-
-    def met_by(self, value: float) -> bool:
-        """Whether `value` is within the bound; NaN never is."""
-        if self.at_most is None:
-            return self.at_least is not None and value >= self.at_least
-        return value <= self.at_most
-
-
-@dataclass
-class Results:
-    """What was measured today on this machine, on disk as soon as it is known.
-
-    Attributes:
-        path: The file; rows that it holds already are kept.
         machine: What the results depend on.
-        rehearsal: The rows prove the suite and nothing else: no bar is claimed.
+        rehearsal: Whether the rows prove the suite and nothing else, so that no bar is claimed.
         missing: What this run lacks, and why.
+
+    Raises:
+        ValueError: The file is of a rehearsal and this run is not, or the other way round, or it
+            holds no results.
     """
 
-    path: Path
-    machine: dict[str, Any]
-    rehearsal: bool
-    rows: list[Row] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.path.exists():
+    def __init__(self, path: Path, machine: dict[str, Any], rehearsal: bool) -> None:
+        self.machine, self.rehearsal = machine, rehearsal
+        self.missing: dict[str, str] = {}
+        head = {"rehearsal": rehearsal, "machine": machine, "missing": self.missing}
+        super().__init__(path, head)
+        if path.exists():
             try:
-                earlier = json.loads(self.path.read_text())
-                rehearsal, self.rows = earlier["rehearsal"], earlier["rows"]
+                earlier = json.loads(path.read_text())
+                kind, self.rows = earlier["rehearsal"], earlier["rows"]
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path} holds no results of the suite: move it away, or mend it"
+                    f"{path} holds no results of the suite: move it away, or mend it"
                 ) from error
-            if rehearsal != self.rehearsal:
-                raise ValueError(f"{self.path} is of a {'GPU' if self.rehearsal else 'rehearsal'}")
+            if kind != rehearsal:
+                raise ValueError(f"{path} is of a {'GPU' if rehearsal else 'rehearsal'}")
 
-    def add(self, row: Row) -> None:
-        """Append a row and write the file anew, in one step."""
-        # JSON has no NaN and no infinity
-        finite = {
-            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
-        self.rows.append({"commit": self.machine["commit"], **finite})
-        self._write()
+    def add(self, *rows: Row) -> None:
+        """Append rows, each with the commit that it was measured at, and write the file anew."""
+        super().add(*({"commit": self.machine["commit"], **row} for row in rows))
 
-    def judge(self, bar: Bar, value: float, row: Row) -> None:
-        """Append `row` with what it says of a bar."""
+    def judge(self, bar: Bar | None, value: float, row: Row) -> None:
+        """Append `row` with what it says of a bar, if there is one."""
+        if bar is None:
+            return self.add(row)
         verdict = "met" if bar.met_by(value) else "missed"
         verdict = "rehearsed" if self.rehearsal else verdict
-        self.add({**row, "bar": str(bar), "value": value, "verdict": verdict})
+        self.add({**row, "bar": bar.text, "value": value, "verdict": verdict})
 
     def lacks(self, what: str, why: str) -> None:
         """Note a peer or a tool that is not here."""
         if self.missing.get(what) != why:
             print(f"  left out: {what}: {why}", flush=True)
             self.missing[what] = why
-            self._write()
+            self.write()
 
     def latest(self, **keys: Any) -> Row | None:
         """The last row with these entries."""
@@ -100,41 +67,16 @@ class Results:
         return None
 
     def table(self, bars: Iterable[Bar]) -> str:
-        """A line a bar: met, missed or not measured, and by what."""
+        """A line for each bar: met, missed or not measured, and by what."""
         lines = []
         for bar in bars:
-            row = self.latest(bar=str(bar)) or {"verdict": "not measured", "value": "-"}
-            lines.append(f"{row['verdict']:<13}{_short(row['value']):>9}  {bar}")
+            row = self.latest(bar=bar.text) or {"verdict": UNMEASURED, "value": "-"}
+            value = row["value"] if isinstance(row["value"], str) else f"{row['value']:.3g}"
+            lines.append(f"{row['verdict']:<13}{value:>9}  {bar.text}")
         return "\n".join(lines)
-
-    def _write(self) -> None:
-        result = {
-            "rehearsal": self.rehearsal,
-            "machine": self.machine,
-            "missing": self.missing,
-            "rows": self.rows,
-        }
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(self.path)
-
-
-def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 def file_name(gpu: str | None) -> str:
     """<gpu>-<date>.json, of the machine or of a rehearsal."""
     name = "-".join((gpu or "rehearsal").lower().split())
     return f"{name}-{date.today().isoformat()}.json"
-
-
-def timed(timed: timing.Timing, calls: int) -> Row:
-    """A candidate's time for one of the `calls` that each of its samples makes."""
-    low, high = timed.p20_p80_ms
-    return {
-        "us": round(1e3 * timed.ms / calls, 3),
-        "p20_us": round(1e3 * low / calls, 3),
-        "p80_us": round(1e3 * high / calls, 3),
-        "samples": len(timed.seconds),
-    }

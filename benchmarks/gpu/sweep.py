@@ -1,4 +1,4 @@
-"""The stage that times tilings beside the default, and the gradient's other form."""
+"""The stage that times other tilings and the gradient's other form beside the default."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu import peers
-from benchmarks.gpu.stage import Candidate, Case, Suite
+from benchmarks.cases import CASES
+from benchmarks.gpu.stage import Suite, Task
+from benchmarks.harness import Candidate
 
 
-def sweep(suite: Suite) -> Iterator[Case]:
-    """Tilings of the Triton kernels beside the default, which is then edited by hand."""
+def sweep(suite: Suite) -> Iterator[Task]:
+    """Tilings of the Triton kernels beside the default; whoever reads them edits the default."""
     for D, n in itertools.product((128, 64, 256, 512), (16384, 2048)):
         # the second size finds most of it compiled
         seconds = 120 if n == 16384 else 40
-        yield Case("sweep", f"nt_xent, n={n}, D={D}", seconds, partial(_sweep, suite, n, D))
+        yield Task("sweep", f"nt_xent, n={n}, D={D}", seconds, partial(_sweep, suite, n, D))
         if suite.rehearsal:
             break  # the interpreter takes its time
     for n in (16384, 8192):
-        yield Case("sweep", f"symmetric gradient, n={n}", 30, partial(_symmetric, suite, n))
+        yield Task("sweep", f"symmetric gradient, n={n}", 30, partial(_symmetric, suite, n))
 
 
 def _symmetric(suite: Suite, n: int) -> None:
-    """The gradient from half of the similarities, beside the one that owns rows."""
+    """Time the gradient from half of the similarities beside the one whose programs own rows."""
     from benchmarks.gpu.symmetric_gradient import example, symmetric_gradient
     from clae_fast.kernels._launch import Tiling
     from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
 
     n, D = suite.size(n), suite.size(128, 16)
-    z = [t.detach() for t in peers.views(n, D, suite.device, dtype=torch.float16)]
+    z = _halves(suite, n, D)
     candidates = {
         "loss": Candidate([partial(nt_xent_fwd, *z, 0.5)], True),
         "loss, gradient by rows": Candidate([partial(nt_xent_fwd_bwd, *z, 0.5)], True),
@@ -53,24 +55,23 @@ def _symmetric(suite: Suite, n: int) -> None:
             [call], True
         )
     measured = suite.measure(candidates, rounds=5)
-    by_rows = measured["loss, gradient by rows"]["us"] - measured["loss"]["us"]
-    for name, row in measured.items():
-        del row["over"]
-        row = {"stage": "sweep", "candidate": name, "n": n, "D": D, "dtype": "fp16"} | row
+    by_rows = measured["loss, gradient by rows"].ms - measured["loss"].ms
+    for name, timed in measured.items():
+        row = {"stage": "sweep", "candidate": name, "n": n, "D": D, "dtype": "fp16"}
+        row |= timed.row("us")
         if name.startswith("symmetric"):
-            row["over_gradient_by_rows"] = row["us"] / by_rows
+            row["over_gradient_by_rows"] = timed.ms / by_rows
         suite.results.add(row)
 
 
 def _sweep(suite: Suite, n: int, D: int) -> None:
-    """Tilings of the sums first, then of the gradient beside the best of the sums."""
+    """Time tilings of the sums, and then of the gradient with the best tiling of the sums."""
     from clae_fast.kernels._softmax import tilings
     from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
 
     n, D = suite.size(n), suite.size(D, 16)
     default = tilings(D, exact=False)
-    inputs = [peers.views(n, D, suite.device, dtype=torch.float16) for _ in range(2)]
-    inputs = [tuple(t.detach() for t in z) for z in inputs]
+    inputs = [_halves(suite, n, D, seed) for seed in range(2)]
     best = default
     for part, launch in (("sums", nt_xent_fwd), ("gradient", nt_xent_fwd_bwd)):
         options = [getattr(default, part), *_tilings(suite, part, D)]
@@ -82,15 +83,22 @@ def _sweep(suite: Suite, n: int, D: int) -> None:
         }
         # some need more than the card has
         measured = suite.measure(candidates, rounds=5, tell=False)
-        for tiling, row in measured.items():
-            over = row.pop("over")
-            row = {"stage": "sweep", "part": part, "n": n, "D": D, "dtype": "fp16"} | row
-            row |= {"tiling": tiling._asdict(), "default_over_this": 1 / over[options[0]]}
+        usual = measured[options[0]]
+        for tiling, timed in measured.items():
+            row = {"stage": "sweep", "part": part, "n": n, "D": D, "dtype": "fp16"}
+            row |= timed.row("us")
+            row |= {"tiling": tiling._asdict(), "default_over_this": usual.over(timed)}
             suite.results.add(row)
-        fastest = min(measured, key=lambda tiling: measured[tiling]["us"])
+        fastest = min(measured, key=lambda tiling: measured[tiling].ms)
         best = best._replace(**{part: fastest})
-        gain = measured[options[0]]["us"] / measured[fastest]["us"]
+        gain = usual.ms / measured[fastest].ms
         print(f"  {part}: {gain:.2f}x by {fastest}", flush=True)
+
+
+def _halves(suite: Suite, n: int, D: int, seed: int = 0) -> list[Tensor]:
+    """Two views of half precision, without a gradient."""
+    operands = CASES["nt_xent"](n, D).inputs(torch.float16, suite.device, seed)
+    return [z.detach() for z in operands]
 
 
 def _tilings(suite: Suite, part: str, D: int) -> list[Any]:

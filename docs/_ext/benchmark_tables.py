@@ -1,10 +1,10 @@
-"""Tables of measurements, made of the files in benchmarks/results when the site is built.
+"""Makes tables out of the files in benchmarks/results when the site is built.
 
     ```{benchmark} losses
     ```
 
-stands for all files `losses-MACHINE-DATE.json`, the newest first; without a name, for those that no
-directive above it on the page has named.
+shows all files `losses-MACHINE-DATE.json`, the newest first. Without a name it shows the files that
+no directive above it on the page has shown.
 """
 
 import json
@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-# what a table begins with; other columns follow as they come
+# the columns that a table ends with, in this order; others stand before them as they come
 _HEADINGS = {
     "impl": "implementation",
     "form": "form",
@@ -45,7 +45,7 @@ _HIDDEN |= {name for pair in _INTERVALS.values() for name in pair}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Adds the directive."""
+    """Add the directive to the site."""
     app.add_directive("benchmark", _Benchmark)
     return {"parallel_read_safe": True}
 
@@ -77,13 +77,13 @@ def _date(file: Path) -> tuple[str, str]:
 def _measurement(file: Path) -> Iterator[nodes.Node]:
     result = json.loads(file.read_text())
     yield nodes.rubric("", file.stem)
-    # where its author kept it is no part of the command
+    # where the author kept the result is no part of the command
     command = re.sub(r" --json \S+", "", result.get("command", ""))
     if command:
         yield nodes.literal_block("", command, language="sh")
     machine = ", ".join(f"{key} {value}" for key, value in result.get("machine", {}).items())
     yield nodes.paragraph("", machine, classes=["machine"])
-    # a day's measurements on a GPU are of several stages
+    # a file of the GPU suite has the rows of several stages
     stages: dict[str, list[dict[str, Any]]] = {}
     bars = dict(result.get("bars", {}))
     for row in result["rows"]:
@@ -122,7 +122,7 @@ def _row(cells: list[str]) -> nodes.row:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    """A value with what belongs to it: the 20th and 80th percentile, or a 95 % interval."""
+    """The value as text, with its 20th and 80th percentile or its 95 % interval."""
     value = row.get(name)
     text = _text(value)
     if name == "quiet" and value is not None:

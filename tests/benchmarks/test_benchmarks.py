@@ -13,23 +13,29 @@ from pathlib import Path
 import pytest
 import torch
 
+import clae_fast
+
 ROOT = Path(__file__).parents[2]
 # behind everything else, so that clae_fast stays the installed one
 sys.path.append(str(ROOT))
 
 from benchmarks import (  # noqa: E402
-    _cli,
     accuracy,
     augment,
     engine,
+    harness,
     losses,
+    machine,
     memory,
     methods,
     nt_xent,
     overhead,
-    peers,
+    results,
     timing,
 )
+from benchmarks.case import CPU, Peer, UnavailableError, relative_error  # noqa: E402
+from benchmarks.cases import CASES  # noqa: E402
+from benchmarks.setting import Setting  # noqa: E402
 from benchmarks.timing import Timing  # noqa: E402
 from clae_fast.methods import METHODS  # noqa: E402
 
@@ -122,12 +128,12 @@ def test_run_queue_delay_only_grows():
 def test_machine_names_what_a_result_depends_on(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000000000")
-    machine = timing.machine()
+    facts = machine.facts()
     wanted = {"cpu", "cores", "threads", "torch", "ops", "allocator", "commit", "date"}
-    assert wanted <= machine.keys()
-    assert "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000" in machine["allocator"]
-    assert machine["threads"] == torch.get_num_threads()
-    assert f"torch: {torch.__version__}" in timing.header(machine)
+    assert wanted <= facts.keys()
+    assert "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000" in facts["allocator"]
+    assert facts["threads"] == torch.get_num_threads()
+    assert f"torch: {torch.__version__}" in machine.header(facts)
 
 
 @pytest.mark.parametrize(
@@ -137,15 +143,15 @@ def test_machine_names_what_a_result_depends_on(monkeypatch):
         ({"MALLOC_MMAP_MAX_": "0"}, False),
         ({"MALLOC_TRIM_THRESHOLD_": "1e11"}, False),
         ({"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "65536"}, False),
-        (nt_xent.WARM_HEAP, True),
+        (machine.WARM_HEAP, True),
     ],
 )
 def test_warm_heap_needs_both_settings(monkeypatch, settings, warm):
-    for name in nt_xent.WARM_HEAP:
+    for name in machine.WARM_HEAP:
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert timing.warm_heap() is warm
+    assert machine.warm_heap() is warm
 
 
 # memory
@@ -170,37 +176,44 @@ def test_fresh_process_returns_the_result_or_none_when_killed():
 # peers
 
 
+def prepared(n, dim, temperature, name, dtype=torch.float32):
+    case = CASES["nt_xent"](n, dim, temperature)
+    operands = case.inputs(dtype, CPU, 0)
+    return harness.prepare(case, name, operands, case.exact(operands))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [64, 130])  # 130 leaves a last block that is not full
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "torch_compile"])
+@pytest.mark.parametrize("name", [name for name in nt_xent.PEERS if name != "torch_compile"])
 def test_every_form_of_a_peer_matches_float64(name, n, dtype):
-    z0, z1 = peers.paired_views(n, 24, dtype)
-    truth = peers.oracle(z0, z1, 0.2)
+    case = CASES["nt_xent"](n, 24, 0.2)
+    operands = case.inputs(dtype, CPU, 0)
+    truth = case.exact(operands)
     try:
-        forms = peers.PEERS[name].forms(n, 0.2)
-    except peers.UnavailableError as error:
+        forms = harness.forms_of(case, name)
+    except UnavailableError as error:
         pytest.skip(str(error))
     for form, loss in forms.items():
-        error = peers.relative_error(loss, z0, z1, truth)
+        error = relative_error(case.call(loss, operands), truth)
         assert error < (2e-6 if dtype == torch.float32 else 1e-14), form
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own
 def test_compiled_peer_matches_float64():
-    z0, z1 = peers.paired_views(32, 16, torch.float32)
-    truth = peers.oracle(z0, z1, 0.5)
     try:
-        prepared = peers.prepare_peer("torch_compile", z0, z1, 0.5, truth)
-    except peers.UnavailableError as error:
+        found = prepared(32, 16, 0.5, "torch_compile")
+    except UnavailableError as error:
         pytest.skip(str(error))
-    assert prepared.error < 2e-6
+    assert found.error < 2e-6
 
 
 def test_wrong_peer_is_refused():
-    z0, z1 = peers.paired_views(16, 8, torch.float32)
-    truth = peers.oracle(z0, z1, 0.5)
-    right = peers.PEERS["torch_eager"].forms(16, 0.5)["straight"]
-    assert peers.prepare({"right": right}, z0, z1, truth).form == "right"
+    case = CASES["nt_xent"](16, 8, 0.5)
+    operands = case.inputs(torch.float32, CPU, 0)
+    truth = case.exact(operands)
+    right = harness.forms_of(case, "torch_eager")["straight"]
+    case.peers["right"] = Peer(lambda device: {"right": right})
+    assert harness.prepare(case, "right", operands, truth).form == "right"
     # the value of one, the gradient of the other
     wrong = {
         "right": right,
@@ -209,8 +222,10 @@ def test_wrong_peer_is_refused():
         "nan": lambda a, b: right(a, b) * torch.nan,
     }
     for form in ("value", "gradient", "nan"):
-        with pytest.raises(peers.UnavailableError, match=rf"wrong, .*\({form}\)"):
-            peers.prepare({"right": right, form: wrong[form]}, z0, z1, truth)
+        forms = {"right": right, form: wrong[form]}
+        case.peers[form] = Peer(lambda device, forms=forms: forms)
+        with pytest.raises(UnavailableError, match=rf"wrong, .*\({form}\)"):
+            harness.prepare(case, form, operands, truth)
 
 
 @pytest.mark.parametrize(
@@ -219,23 +234,21 @@ def test_wrong_peer_is_refused():
 )
 def test_missing_package_is_named(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(peers.UnavailableError, match="not installed"):
-        peers.PEERS[name].forms(16, 0.5)
+    with pytest.raises(UnavailableError, match="not installed"):
+        harness.forms_of(CASES["nt_xent"](16), name)
 
 
 def test_peer_beyond_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(peers, "available_bytes", lambda: 2**20)
-    z0, z1 = peers.paired_views(256, 64, torch.float32)
-    truth = peers.oracle(z0, z1, 0.5)
-    with pytest.raises(peers.UnavailableError, match="GiB of memory"):
-        peers.prepare_peer("released", z0, z1, 0.5, truth)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
+    with pytest.raises(UnavailableError, match="GiB of memory"):
+        prepared(256, 64, 0.5, "released")
 
 
 # nt_xent
 
 
 def test_nt_xent_command(tmp_path, capsys, monkeypatch, same_process, one_thread):
-    monkeypatch.setattr(nt_xent, "MEMORY_BAR_N", 128)
+    monkeypatch.setattr(nt_xent, "MEMORY_N", 128)
     out = tmp_path / "result.json"
     flags = f"--n 16,64 --dim 16 --rounds 3 --threads 1 --memory --impls {PLAIN_TORCH}"
     assert run(nt_xent, f"{flags} --json {out}") == 0
@@ -265,21 +278,22 @@ def test_nt_xent_names_the_peers_it_leaves_out(capsys, monkeypatch, one_thread):
 
 
 def test_nt_xent_stops_when_ours_is_wrong(capsys, monkeypatch, one_thread):
-    monkeypatch.setattr(nt_xent.clae_fast, "nt_xent", lambda a, b, temperature: (a - b).sum())
+    monkeypatch.setattr("clae_fast.nt_xent", lambda a, b, temperature: (a - b).sum())
     assert run(nt_xent, f"{TINY} --impls clae_fast") == 1
     assert "clae_fast at n = 16: wrong" in capsys.readouterr().err
 
 
 def test_bars_are_met_missed_or_not_measured(monkeypatch):
-    args = nt_xent._parse([])
+    args = nt_xent._parse(["--memory"])
 
     def verdicts(speedup, share, lean):
+        monkeypatch.setattr(harness, "peak", lambda *_: lean)
         rows = [
             {"n": n, "impl": impl, "over_clae_fast": speedup, "share_of_mm": share}
             for n in (128, 8192)
             for impl in (*nt_xent.IMPLS, nt_xent.OURS_IN_FP32)
         ]
-        return nt_xent._judge(rows, lean, args)
+        return nt_xent._judge(rows, args)
 
     met = verdicts(7.0, 0.8, 40.0)
     assert met["n = 8192, fp32, default heap: >= 6.00 x lightly"] == "met (7.00x)"
@@ -321,7 +335,7 @@ def test_augment_command(tmp_path, capsys, one_thread):
     result = json.loads(out.read_text())
     rows = {(row["case"], row["impl"]): row for row in result["rows"]}
     assert set(rows) == {
-        (case, impl) for case in augment.CASES for impl in ("clae_fast", "torchvision")
+        (case, impl) for case in augment.IMAGES for impl in ("clae_fast", "torchvision")
     }
     assert all(row["views_per_s"] > 0 for row in rows.values())
     assert {row["error"] is None for row in rows.values()} == {True, False}
@@ -333,19 +347,19 @@ def test_augment_stops_when_ours_is_wrong(capsys, monkeypatch, one_thread):
         p, q = right(images, params, impl=impl, **options)
         return p + (impl == "auto") / 100, q
 
-    right = augment.clae_fast.augment
-    monkeypatch.setattr(augment.clae_fast, "augment", wrong)
+    right = clae_fast.augment
+    monkeypatch.setattr(clae_fast, "augment", wrong)
     assert run(augment, "--case 32 --scale 256 --threads 1") == 1
-    assert "off its reference at 32" in capsys.readouterr().err
+    assert "clae_fast at 32: wrong" in capsys.readouterr().err
 
 
 def test_bars_of_augment():
     def judge(ratio):
         row = {"case": "224", "impl": augment.PEER, "over_clae_fast": ratio}
-        return list(augment._judge([row]).values())
+        return list(augment._judge([row], None).values())
 
-    assert judge(2.5) == [("not measured", False), ("met (2.5x)", False)]
-    assert judge(1.9) == [("not measured", False), ("missed (1.9x)", True)]
+    assert judge(2.5) == ["not measured", "met (2.5x)"]
+    assert judge(1.9) == ["not measured", "missed (1.9x)"]
 
 
 # losses
@@ -353,7 +367,7 @@ def test_bars_of_augment():
 
 def test_losses_command(tmp_path, capsys, same_process, one_thread, monkeypatch):
     # the compiler takes longer than all the rest
-    monkeypatch.setattr(losses.torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     out = tmp_path / "result.json"
     assert run(losses, f"--scale 256 --rounds 1 --threads 1 --memory --json {out}") == 0
     assert "queue: >= 1.4 x torch" in capsys.readouterr().out
@@ -363,7 +377,7 @@ def test_losses_command(tmp_path, capsys, same_process, one_thread, monkeypatch)
     uncompiled = {"tied", "nearest", "hardest"}
     assert rows.keys() == {
         (case, impl)
-        for case in losses.cases()
+        for case in losses.SIZES
         for impl in everyone - ({"torch_compile"} if case in uncompiled else set())
     }
     for row in rows.values():
@@ -375,9 +389,9 @@ def test_losses_command(tmp_path, capsys, same_process, one_thread, monkeypatch)
 
 def test_losses_stops_when_ours_is_wrong(capsys, monkeypatch, one_thread):
     wrong = lambda z, temperature, impl="auto": z  # noqa: E731
-    monkeypatch.setattr(losses.clae_fast, "tied_nt_xent", wrong)
+    monkeypatch.setattr(clae_fast, "tied_nt_xent", wrong)
     assert run(losses, "--case tied --scale 256 --rounds 1 --threads 1") == 1
-    assert "clae_fast is wrong at tied" in capsys.readouterr().err
+    assert "clae_fast at tied: wrong" in capsys.readouterr().err
 
 
 def test_bars_of_losses():
@@ -390,11 +404,11 @@ def test_bars_of_losses():
                 ("torch_compile", speed, torch_peak),
             )
         ]
-        return [missed for _, missed in losses._judge(rows).values()]
+        return [verdict.startswith("missed") for verdict in losses._judge(rows, None).values()]
 
     assert judge(1.5, 1.0, 11.0) == [False, False]
     assert judge(1.3, 1.0, 9.0) == [True, True]
-    assert [text for text, _ in losses._judge([]).values()] == ["not measured"] * 2
+    assert list(losses._judge([], None).values()) == ["not measured"] * 2
 
 
 def test_bars_flag_decides_the_exit_status(monkeypatch, one_thread):
@@ -464,8 +478,8 @@ def test_steps_of_one_meaning_train_alike(one_thread):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim, "Adam", adam)
-            setting = (4, torch.contiguous_format, "resnet-narrow", 8, torch.device("cpu"))
-            overhead.build(schedule, *setting)()
+            setting = Setting("resnet-narrow", 4, 8, CPU)
+            overhead.build(schedule, setting, torch.contiguous_format)()
         return torch.cat([weight.detach().flatten() for weight in trained["weights"]])
 
     torch.testing.assert_close(weights("plain"), weights(overhead.BY_HAND))
@@ -585,7 +599,7 @@ def test_methods_command(tmp_path, capsys, one_thread):
         (nt_xent, "--fast", "--fast"),
         (overhead, "--batch-size 0", "argument --batch-size"),
         (overhead, "--arch resnet19", "resnet19"),
-        (overhead, "--methods simclr,clae", "no method 'clae'"),
+        (overhead, "--methods simclr,clae", "unknown 'clae', choose from all, simclr"),
         (overhead, "--device abacus", "abacus"),
         (overhead, "--json .", "argument --json"),
         (accuracy, "--seeds 0", "argument --seeds"),
@@ -613,11 +627,11 @@ def test_bad_arguments_get_one_line(command, flags, said, capsys, tmp_path, monk
 def test_json_is_whole_or_absent(tmp_path):
     path = tmp_path / "result.json"
     with pytest.raises(ValueError, match="JSON"):
-        _cli.write_json(path, {"ms": float("nan")})
+        results.write_json(path, {"ms": float("nan")})
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match=r"error: .* cannot be written: No such file"):
-        _cli.write_json(tmp_path / "gone" / "result.json", {"ms": 1.0})
-    _cli.write_json(path, {"ms": 1.0})
+        results.write_json(tmp_path / "gone" / "result.json", {"ms": 1.0})
+    results.write_json(path, {"ms": 1.0})
     assert json.loads(path.read_text())["ms"] == 1.0
 
 
@@ -625,5 +639,5 @@ def test_a_result_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path)])
-    _cli.write_json(path, {})
+    results.write_json(path, {})
     assert json.loads(path.read_text())["command"].endswith(" --json result.json")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,12 @@ sys.path.append(str(Path(__file__).parents[2]))
 pytest.importorskip("triton")
 
 from benchmarks import gpu_suite
+from benchmarks.case import CPU, Peer, UnavailableError, relative_error
+from benchmarks.cases import CASES, language_models
 from benchmarks.gpu import checks, images, losses
-from benchmarks.gpu import peers as gpu_peers
-from benchmarks.gpu.results import Bar, Results
-from benchmarks.gpu.stage import Case
-from benchmarks.peers import UnavailableError
-
-CPU = torch.device("cpu")
+from benchmarks.gpu.results import DayResults
+from benchmarks.gpu.stage import Suite, Task, bar
+from benchmarks.results import Bar
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +29,11 @@ def _few_cases(monkeypatch):
     monkeypatch.setattr(losses, "FLOOR_SIZES", (16384,))
     monkeypatch.setattr(images, "STEMS", images.STEMS[:1])
     monkeypatch.setattr(images, "LAYOUTS", dict(list(images.LAYOUTS.items())[2:3]))
-    kept = {("nt_xent", 512), ("two_way", 16384), ("unmasked", 16384)}
+    kept = {("nt_xent", 512), ("both_ways", 16384), ("unmasked", 16384)}
     monkeypatch.setattr(
         losses,
         "VERSUS",
-        [v for v in losses.VERSUS if (v.work, v.n) in kept and v.D != 256],
+        {k: v for k, v in losses.VERSUS.items() if k[1:3] in kept and k[3] != 256},
     )
     monkeypatch.setattr(losses, "SMALL", ((128, 512),))
 
@@ -67,42 +65,45 @@ def test_rehearsal(tmp_path, capsys, monkeypatch):
 
 
 def test_missing_peers_are_named(tmp_path, capsys, monkeypatch):
-    def version(package):
-        raise PackageNotFoundError(package)
-
-    monkeypatch.setattr(gpu_peers, "version", version)
+    for module in ("cut_cross_entropy", "inf_cl", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, module, None)
     _, _, found = run(tmp_path, "info_nce")
     assert found["missing"] == {
-        name: f"{gpu_peers.PEERS[name].package} is not installed"
-        for name in (
-            "cut-cross-entropy",
-            "Inf-CL",
-            "cut-cross-entropy, unmasked",
-            "Liger, unmasked",
-        )
+        "cut-cross-entropy": "cut-cross-entropy is not installed",
+        "Inf-CL": "inf-cl is not installed",
+        "cut-cross-entropy, unmasked": "cut-cross-entropy is not installed",
+        "Liger, unmasked": "liger-kernel is not installed",
     }
     assert "Inf-CL: inf-cl is not installed" in capsys.readouterr().out
 
 
-def test_a_wrong_peer_is_not_timed(monkeypatch):
-    peer = gpu_peers.GpuPeer("nt_xent", lambda *_: lambda z0, z1: (z0 * z1).sum())
-    monkeypatch.setitem(gpu_peers.PEERS, "wrong", peer)
+def test_a_wrong_peer_is_not_timed(tmp_path):
+    case = CASES["nt_xent"](16, 8, 0.5)
+    case.peers["wrong"] = Peer(lambda device: {"": lambda z0, z1: (z0 * z1).sum()})
+    suite = Suite(DayResults(tmp_path / "day.json", {}, True), CPU)
     with pytest.raises(UnavailableError, match="wrong"):
-        gpu_peers.load("wrong", 16, 0.5, 8, CPU)
+        suite.check(case, "wrong")
 
 
-@pytest.mark.parametrize("name", [n for n, peer in gpu_peers.PEERS.items() if not peer.package])
-def test_peers_in_torch_are_right(name):
-    gpu_peers.load(name, 16, 0.5, 8, CPU)
+_OF_TORCH = [n for n, p in CASES["nt_xent"](16).peers.items() if p.gpu_only or n == "released"]
 
 
-@pytest.mark.parametrize("work", ["two_way", "unmasked"])
+@pytest.mark.parametrize("name", _OF_TORCH)
+def test_peers_in_torch_are_right(name, tmp_path):
+    case = CASES["nt_xent"](16, 8, 0.5)
+    Suite(DayResults(tmp_path / "day.json", {}, True), CPU).check(case, name)
+
+
+@pytest.mark.parametrize("work", ["both_ways", "unmasked"])
 def test_adapters_of_linear_cross_entropies(work):
     def cross_entropy(rows, columns, labels):
         return torch.nn.functional.cross_entropy(rows @ columns.t(), labels)
 
-    loss = gpu_peers._linear_cross_entropy(work, cross_entropy, 0.5, torch.float32)
-    assert gpu_peers.error_of(work, loss, 0.5, *gpu_peers.views(32, 8, CPU)) < 1e-5
+    case = CASES[work](32, 8, 0.5)
+    two_way = work == "both_ways"
+    loss = language_models.loss_of(two_way, cross_entropy, 0.5, torch.float32)
+    operands = case.inputs(torch.float32, CPU, 0)
+    assert relative_error(case.call(loss, operands), case.exact(operands)) < 1e-5
 
 
 def test_budget(tmp_path, capsys):
@@ -139,8 +140,8 @@ def test_a_failing_case_is_told_and_the_others_run(tmp_path, capsys, monkeypatch
     def fails():
         raise ValueError("no such luck")
 
-    cases = [Case("memory", "bad", 1, fails)]
-    monkeypatch.setitem(gpu_suite.STAGES, "memory", lambda suite: cases)
+    tasks = [Task("memory", "bad", 1, fails)]
+    monkeypatch.setitem(gpu_suite.STAGES, "memory", lambda suite: tasks)
     status, _, found = run(tmp_path, "memory,build")
     assert status == 1
     assert found["rows"][0]["error"] == "ValueError: no such luck"
@@ -156,7 +157,7 @@ def test_bad_arguments_get_one_line(capsys):
 
 
 def test_bars():
-    speed, error = Bar("s", "a", at_least=2.0), Bar("s", "b", at_most=0.1)
+    speed, error = Bar("s: a", at_least=2.0), Bar("s: b", at_most=0.1)
     assert speed.met_by(2.0)
     assert not speed.met_by(1.9)
     assert error.met_by(0.1)
@@ -167,11 +168,11 @@ def test_bars():
 
 def test_the_table_takes_the_latest_row(tmp_path):
     bars = [
-        Bar("s", "speed", at_least=2.0),
-        Bar("s", "error", at_most=0.1),
-        Bar("s", "other", at_most=1),
+        bar("s", "speed", at_least=2.0),
+        bar("s", "error", at_most=0.1),
+        bar("s", "other", at_most=1),
     ]
-    results = Results(tmp_path / "gpu.json", {"commit": "abc"}, rehearsal=False)
+    results = DayResults(tmp_path / "gpu.json", {"commit": "abc"}, rehearsal=False)
     results.judge(bars[0], 1.0, {})
     results.judge(bars[0], 3.0, {})
     results.judge(bars[1], float("nan"), {})
@@ -180,4 +181,4 @@ def test_the_table_takes_the_latest_row(tmp_path):
     # strict JSON, and no rehearsal can follow
     json.loads(results.path.read_text(), parse_constant=pytest.fail)
     with pytest.raises(ValueError, match="GPU"):
-        Results(results.path, {"commit": "abc"}, rehearsal=True)
+        DayResults(results.path, {"commit": "abc"}, rehearsal=True)
