@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from clae_fast.methods.adco import AdCo
 
 BANK = {"bank_size": 18, "bank_lr": 0.4, "bank_momentum": 0.8, "bank_temperature": 0.02}
+BANK |= {"bank_decay": 0.01, "key_momentum": 0.9}
 
 
 def build(cls=AdCo, **others):

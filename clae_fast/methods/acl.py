@@ -1,6 +1,6 @@
 """ACL: clean and adversarial views in two streams, each with BatchNorm layers of its own."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ class ACL(Method):
     makes a step cost 12 + 4 k units.
     """
 
-    name: ClassVar[str] = "acl"
+    name = "acl"
     # an attack in eval mode needs statistics that keep up with the encoder's
-    twin_momentum: ClassVar[float] = 0.1
+    twin_momentum = 0.1
 
     @classmethod
     def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:

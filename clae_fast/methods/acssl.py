@@ -1,7 +1,7 @@
 """ACSSL: a student, a teacher, and the hardest negatives of each step. A reconstruction."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -59,12 +59,9 @@ class ACSSL(QueueMethod):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if 0 < self.queue_size < self.hard:
-                raise ValueError(
-                    f"hard must be at most queue_size ({self.queue_size}), got {self.hard}"
-                )
+            self.require_as_many(self.hard)
 
-    name: ClassVar[str] = "acssl"
+    name = "acssl"
     options: Options
 
     def loss(self, z: Tensor, target: Keys) -> Tensor:

@@ -1,7 +1,6 @@
 """AdCo: queries find their key among those of the batch and a bank of learned negatives."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,7 +40,7 @@ class AdCo(BankMethod):
             """Both views where `symmetric`."""
             return 1 + self.symmetric
 
-    name: ClassVar[str] = "adco"
+    name = "adco"
     options: Options
 
     def targets(self, batch: Batch, options: StepOptions) -> list[BankTarget]:

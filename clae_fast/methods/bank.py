@@ -42,11 +42,6 @@ class BankMethod(MomentumMethod):
     Once the bank is full, the key encoder is set to the encoder, and the bank learns by
     `clae_fast.bank_step`, one step of SGD after the losses of each step, from its clean queries.
 
-    Args:
-        encoder: As of `MomentumMethod`.
-        adversarial: As of `Method`.
-        options: As of `Method`.
-
     Attributes:
         bank: The bank W, not normalized, [K, D].
         velocity: Its velocity V, [K, D].

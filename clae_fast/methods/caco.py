@@ -1,7 +1,6 @@
 """CaCo: queries find an entry of a bank that learns, their positive there named by a key."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ class CaCo(BankMethod):
             """Both views."""
             return 2
 
-    name: ClassVar[str] = "caco"
+    name = "caco"
     options: Options
 
     def before_step(self, progress: float) -> None:

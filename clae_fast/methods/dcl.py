@@ -1,7 +1,6 @@
 """DCL: SimCLR with its negatives corrected for the positives among them."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,10 +33,8 @@ class DCL(PairMethod):
 
         tau_plus: BelowOne = 0.1
 
-    name: ClassVar[str] = "dcl"
-    options: Options
+    name = "dcl"
 
     def loss(self, z_a: Tensor, z_b: Tensor, context: StepContext = ALONE) -> Tensor:
         """`clae_fast.hard_nt_xent` of the two views, with equal weights."""
-        tau_plus = self.options.tau_plus
-        return hard_nt_xent(z_a, z_b, temperature=self.temperature, beta=0.0, tau_plus=tau_plus)
+        return hard_nt_xent(z_a, z_b, beta=0.0, **vars(self.options))

@@ -1,7 +1,7 @@
 """DeACL: a student learns a frozen teacher's features, and to keep its own under attack."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +48,10 @@ class DeACL(Method):
 
         gamma: NotNegative = 2.0
 
-    name: ClassVar[str] = "deacl"
-    views: ClassVar[int] = 1
-    needs_teacher: ClassVar[bool] = True
-    has_twin: ClassVar[bool] = False
+    name = "deacl"
+    views = 1
+    needs_teacher = True
+    has_twin = False
 
     options: Options
 
@@ -69,7 +69,7 @@ class DeACL(Method):
         return StepCost(trained=2, constant=1, attacked=options.attack.steps)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
-        (x,) = batch.views
+        (x,), attack = batch.views, options.attack
         runner = PassRunner(options.scale, options.micro_batch)
         distance = options.world.gather_loss(_distance)
         goal = runner.constant(self.teacher, x, "eval")
@@ -78,14 +78,13 @@ class DeACL(Method):
             clean = runner.backward(distance(student.z, goal))
             student.back(options.last_backward)
             return StepResult(clean)
-        attack = options.attack
         assert attack is not None
         check_attack(attack, x, "x", options.adv_weight)
 
         def from_goal(z: Tensor) -> Tensor:
-            return distance(z, goal)
+            return gradient(lambda z: distance(z, goal), z)
 
-        x_adv = runner.attacked(self.encoder, x, attack, lambda z: gradient(from_goal, z))
+        x_adv = runner.attacked(self.encoder, x, attack, from_goal)
         both = runner.run(Pass, self.encoder, torch.cat((x, x_adv)))
         z, z_adv = both.z.chunk(2)
         clean = runner.backward(distance(z, goal))

@@ -1,7 +1,6 @@
 """H-SCL: supervised contrastive learning with weights for hard negatives."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,16 +35,8 @@ class HSCL(SupervisedMethod):
         beta: NotNegative = 1.0
         detach_weights: bool = False
 
-    name: ClassVar[str] = "h_scl"
-    options: Options
+    name = "h_scl"
 
     def class_loss(self, z: Tensor, labels: Tensor) -> Tensor:
         """`clae_fast.h_scl` of the rows."""
-        own = self.options
-        return h_scl(
-            z,
-            labels,
-            temperature=self.temperature,
-            beta=own.beta,
-            detach_weights=own.detach_weights,
-        )
+        return h_scl(z, labels, **vars(self.options))

@@ -1,7 +1,6 @@
 """MoCHi: MoCo with mixtures of hard negatives as further negatives."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class MoCHi(SyntheticMethod):
             super().__post_init__()
             require_any(pairs=self.pairs, with_query=self.with_query)
 
-    name: ClassVar[str] = "mochi"
+    name = "mochi"
     options: Options
 
     def synthetic(self, u: Tensor, s: Tensor, indices: Tensor) -> list[Tensor]:

@@ -1,10 +1,8 @@
 """MoCo v2: queries find their key among a queue of past keys."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clae_fast.distributed import World
@@ -56,18 +54,15 @@ class MoCo(QueueMethod):
             """Both views where `symmetric`."""
             return 1 + self.symmetric
 
-    name: ClassVar[str] = "moco"
+    name = "moco"
     options: Options
 
     def keys(self, x: Tensor, world: World) -> Tensor:
         """Unit keys of a view, of all processes' rows, with BatchNorm in `norm_splits` parts."""
         return self.unit(world.all_gather(dealt(self.key_encoder, x, self.options.norm_splits)))
 
-    def negatives(
-        self,
-        u: Tensor,  # [N, D]
-    ) -> Tensor:
-        """Logarithm of what all negatives add to the denominator of each unit query, [N]."""
+    def negatives(self, u: Tensor) -> Tensor:  # [N, D] -> [N]
+        """Logarithm of what all negatives add to the denominator of each unit query."""
         return log_sum_exp(u, self.queue, temperature=self.temperature)
 
     def loss(self, z: Tensor, target: Keys) -> Tensor:
@@ -85,8 +80,6 @@ class MoCo(QueueMethod):
             raise ValueError(
                 f"norm_splits must divide the {rows} rows encoded at once, got {splits}"
             )
-        with ExitStack() as stack:
-            for encoder in (self.encoder, self.adv_encoder):
-                if encoder is not None:
-                    stack.enter_context(grouped_norm(encoder, splits, split=True))
+        encoders = [each for each in (self.encoder, self.adv_encoder) if each is not None]
+        with grouped_norm(nn.ModuleList(encoders), splits, split=True):
             return super()._step(batch, options)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,8 @@ class MomentumMethod(QueryMethod):
     """A method of queries and keys, with an encoder each, of which the key encoder follows slowly.
 
     View p is the query and view q the key; where both large views are queries, each finds its key
-    in the other. Small crops are further queries.
-
-    Args:
-        encoder: The encoder f, from views to raw projections, with their length as `dim`.
-        adversarial: As of `Method`.
-        options: As of `Method`.
+    in the other. Small crops are further queries. The encoder has to have `dim`, the length of its
+    projections.
 
     Attributes:
         key_encoder: The encoder of keys, which starts as a copy of the encoder.
@@ -42,7 +38,7 @@ class MomentumMethod(QueryMethod):
         temperature: Temperature = 0.2
         key_momentum: Fraction = 0.99
 
-    small_crops: ClassVar[bool] = True
+    small_crops = True
 
     options: Options
     key_momentum: Tensor

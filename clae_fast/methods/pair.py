@@ -20,8 +20,8 @@ class PairMethod(Method):
         reforward_anchor: Whether CLAE's code encodes the anchor anew for the adversarial loss.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("none", "pair", "self", "released")
-    fractions: ClassVar[bool] = True
+    kinds = ("none", "pair", "self", "released")
+    fractions = True
     reforward_anchor: ClassVar[bool] = False
 
     @abstractmethod

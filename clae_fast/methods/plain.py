@@ -1,7 +1,6 @@
 """Plain: each row of view p finds its partner among the rows of view q."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,8 +28,8 @@ class Plain(PairMethod):
 
         temperature: Temperature = 0.1
 
-    name: ClassVar[str] = "plain"
-    reforward_anchor: ClassVar[bool] = True
+    name = "plain"
+    reforward_anchor = True
 
     def loss(self, z_a: Tensor, z_b: Tensor, context: StepContext = ALONE) -> Tensor:
         """`clae_fast.info_nce` with `z_a` as anchors."""

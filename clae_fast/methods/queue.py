@@ -33,11 +33,6 @@ class QueueMethod(MomentumMethod):
     the mean over the large queries, and the mean over small crops, which look for the key of
     view q, is added.
 
-    Args:
-        encoder: As of `MomentumMethod`.
-        adversarial: As of `Method`.
-        options: As of `Method`.
-
     Attributes:
         queue: Unit rows, [K, D].
         pointer: The row of the queue that is written next, [].
@@ -52,6 +47,11 @@ class QueueMethod(MomentumMethod):
         """
 
         queue_size: Count = 512
+
+        def require_as_many(self, hard: int) -> None:
+            """Raises ValueError where there is a queue, but of fewer keys than `hard`."""
+            if 0 < self.queue_size < hard:
+                raise ValueError(f"hard must be at most queue_size ({self.queue_size}), got {hard}")
 
     options: Options
     queue: Tensor

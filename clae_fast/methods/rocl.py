@@ -1,7 +1,8 @@
 """RoCL: an adversarial view is one more view of its image."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ class RoCL(Method):
 
         reg_weight: NotNegative = 1 / 256
 
-    name: ClassVar[str] = "rocl"
-    has_twin: ClassVar[bool] = False
+    name = "rocl"
+    has_twin = False
 
     options: Options
 
@@ -59,27 +60,26 @@ class RoCL(Method):
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         x_p, x_q = batch.views
         check_pair(x_p, x_q)
-        runner, world = PassRunner(options.scale, options.micro_batch), options.world
-        if options.kind == "none":
-            both = runner.run(Pass, self.encoder, torch.cat((x_p, x_q)))
-            clean = runner.backward(self._loss(both.z, 2, world))
-            both.back(options.last_backward)
-            return StepResult(clean)
-        attack = options.attack
-        assert attack is not None
-        check_attack(attack, x_p, "x_p", options.adv_weight)
-        z_q = runner.constant(self.encoder, x_q, attack.norm)
+        runner, attack = PassRunner(options.scale, options.micro_batch), options.attack
+        loss = partial(self._loss, world=options.world)
+        views, adv, x_adv = batch.views, None, None
+        if options.kind != "none":
+            assert attack is not None
+            check_attack(attack, x_p, "x_p", options.adv_weight)
+            z_q = runner.constant(self.encoder, x_q, attack.norm)
 
-        def against_q(z: Tensor) -> Tensor:
-            return self._loss(torch.cat((z, z_q)), 2, world)
+            def against_q(z: Tensor) -> Tensor:
+                return gradient(lambda z: loss(torch.cat((z, z_q)), 2), z)
 
-        x_adv = runner.attacked(self.encoder, x_p, attack, lambda z: gradient(against_q, z))
-        views = runner.run(Pass, self.encoder, torch.cat((x_p, x_q, x_adv)))
-        clean = runner.backward(self._loss(views.z, 3, world))
-        _, *others = views.z.chunk(3)
-        weight = options.adv_weight * self.options.reg_weight
-        adv = runner.backward(self._loss(torch.cat(others), 2, world), weight)
-        views.back(options.last_backward)
+            x_adv = runner.attacked(self.encoder, x_p, attack, against_q)
+            views += (x_adv,)
+        together = runner.run(Pass, self.encoder, torch.cat(views))
+        clean = runner.backward(loss(together.z, len(views)))
+        if x_adv is not None:
+            weight = options.adv_weight * self.options.reg_weight
+            # views q and adversarial
+            adv = runner.backward(loss(together.z[len(x_p) :], 2), weight)
+        together.back(options.last_backward)
         return StepResult(clean, adv, x_adv)
 
     def _loss(self, z: Tensor, views: int, world: World) -> Tensor:  # [V N, D], V

@@ -1,7 +1,5 @@
 """SimCLR: both views anchor, and all other rows of the batch are negatives."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from clae_fast.methods.pair import PairMethod
@@ -22,7 +20,7 @@ class SimCLR(PairMethod):
     it with T = 0.5.
     """
 
-    name: ClassVar[str] = "simclr"
+    name = "simclr"
 
     def loss(self, z_a: Tensor, z_b: Tensor, context: StepContext = ALONE) -> Tensor:
         """`clae_fast.nt_xent` of the two views."""

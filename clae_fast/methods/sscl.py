@@ -1,7 +1,6 @@
 """SSCL: HCL with synthetic negatives, mixed from the hardest ones of the batch."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class SSCL(HCL):
         hard: Size = 64
         synthetic: Size = 32
 
-    name: ClassVar[str] = "sscl"
+    name = "sscl"
     options: Options
 
     def extra(self, z_a: Tensor, z_b: Tensor, context: StepContext) -> Tensor:

@@ -1,7 +1,6 @@
 """SupCon: all rows of one class are positives of one another."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ class SupCon(SupervisedMethod):
 
         temperature: Temperature = 0.1
 
-    name: ClassVar[str] = "supcon"
+    name = "supcon"
 
     def class_loss(self, z: Tensor, labels: Tensor) -> Tensor:
         """`clae_fast.sup_con` of the rows."""

@@ -1,7 +1,6 @@
 """Methods of two views whose loss knows the classes of the images."""
 
 from abc import abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from clae_fast.steps.options import ALONE, StepContext
 class SupervisedMethod(PairMethod):
     """A method whose two views and their labels meet in one loss, that of the rows of both."""
 
-    needs_labels: ClassVar[bool] = True
+    needs_labels = True
 
     @abstractmethod
     def class_loss(self, z: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """SynCo: MoCo with six kinds of synthetic hard negatives."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ class SynCo(SyntheticMethod):
             super().__post_init__()
             require_any(**{kind: getattr(self, kind) for kind in _KINDS})
 
-    name: ClassVar[str] = "synco"
+    name = "synco"
     options: Options
 
     def synthetic(self, u: Tensor, s: Tensor, indices: Tensor) -> list[Tensor]:
@@ -79,24 +78,18 @@ class SynCo(SyntheticMethod):
         other = draw(s, own.pairs)
         dot = self.between(indices, columns["pairs"], other)
         noise = torch.randn(len(s), own.noised, u.shape[1], dtype=s.dtype, device=s.device)
-        moved = of["moved"]
-        signs = u.detach().sign()[:, None]
+
+        def shifted(kind: str, shift: Tensor) -> Tensor:  # [N, count or 1, D] -> [N, count]
+            keys = self.queue[indices.gather(1, columns[kind])]
+            square = 1 + (2 * keys + shift).mul(shift).sum(2)
+            return (of[kind] + torch.einsum("nd,ncd->nc", u, shift)) / square.sqrt()
+
         return [
             mixed(a, torch.ones_like(a), of["interpolated"], of["interpolated"]),
             mixed(b, torch.ones_like(b), of["extrapolated"], of["extrapolated"]),
             mixed(c, of["pairs"], s.gather(1, other), dot),
-            self._shifted(u, of["noised"], indices.gather(1, columns["noised"]), own.sigma * noise),
-            (moved + own.delta) / (1 + 2 * own.delta * moved.detach() + own.delta**2).sqrt(),
-            self._shifted(u, of["signed"], indices.gather(1, columns["signed"]), own.eta * signs),
+            shifted("noised", own.sigma * noise),
+            (of["moved"] + own.delta)
+            / (1 + 2 * own.delta * of["moved"].detach() + own.delta**2).sqrt(),
+            shifted("signed", own.eta * u.detach().sign()[:, None]),
         ]
-
-    def _shifted(
-        self,
-        u: Tensor,  # [N, D]
-        s: Tensor,  # [N, count]
-        rows: Tensor,  # [N, count]
-        shift: Tensor,  # [N, count or 1, D]
-    ) -> Tensor:
-        """Similarities of queries to keys plus constant vectors, of unit length, [N, count]."""
-        square = 1 + (2 * self.queue[rows] + shift).mul(shift).sum(2)
-        return (s + torch.einsum("nd,ncd->nc", u, shift)) / square.sqrt()

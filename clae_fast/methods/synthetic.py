@@ -34,10 +34,7 @@ class SyntheticMethod(MoCo):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.hard > self.queue_size:
-                raise ValueError(
-                    f"hard must be at most queue_size ({self.queue_size}), got {self.hard}"
-                )
+            self.require_as_many(self.hard)
 
     options: Options
     _progress = 0.0
@@ -52,27 +49,17 @@ class SyntheticMethod(MoCo):
         self._progress = progress
 
     @abstractmethod
-    def synthetic(
-        self,
-        u: Tensor,  # [N, D]
-        s: Tensor,  # [N, hard]
-        indices: Tensor,  # [N, hard]
-    ) -> list[Tensor]:
+    def synthetic(self, u: Tensor, s: Tensor, indices: Tensor) -> list[Tensor]:
         """Similarities of each query to its synthetic negatives, [N, ...] of each kind.
 
         Args:
-            u: Unit queries.
-            s: Their similarities to their hardest keys.
-            indices: The rows of these keys in the queue.
+            u: Unit queries, [N, D].
+            s: Their similarities to their hardest keys, [N, hard].
+            indices: The rows of these keys in the queue, [N, hard].
         """
 
-    def between(
-        self,
-        indices: Tensor,  # [N, hard]
-        i: Tensor,  # [N, count]
-        j: Tensor,  # as i
-    ) -> Tensor:
-        """Inner products of the i-th and the j-th hardest keys, [N, count]."""
+    def between(self, indices: Tensor, i: Tensor, j: Tensor) -> Tensor:  # -> as i, [N, count]
+        """Inner products of the i-th and the j-th hardest keys, whose rows `indices` has."""
         n_i, n_j = (self.queue[indices.gather(1, columns)] for columns in (i, j))
         return (n_i * n_j).sum(2)
 

@@ -1,7 +1,6 @@
 """UEL: an instance softmax with a term that spreads the negatives."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class UEL(PairMethod):
 
         temperature: Temperature = 0.1
 
-    name: ClassVar[str] = "uel"
+    name = "uel"
 
     def loss(self, z_a: Tensor, z_b: Tensor, context: StepContext = ALONE) -> Tensor:
         """`clae_fast.uel` of the two views."""
