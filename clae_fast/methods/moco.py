@@ -30,7 +30,7 @@ class MoCo(QueueMethod):
     authors' demo on CIFAR-10 adds them.
 
     The authors spread a batch over 8 GPUs, whose BatchNorm layers see a part each, and shuffle the
-    keys between them. Here `norm_splits` does this on one device, see `clae_fast.nn.split_norm`;
+    keys between them. Here `norm_splits` does this on one device, see ``clae_fast.nn.split_norm``;
     several processes leave it at 1 and synchronize BatchNorm.
     """
 
