@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from clae_fast.methods.adco import AdCo
 
 BANK = {"bank_size": 18, "bank_lr": 0.4, "bank_momentum": 0.8, "bank_temperature": 0.02}
+BANK |= {"bank_decay": 0.01, "key_momentum": 0.9}
 
 
 def build(cls=AdCo, **others):
@@ -54,30 +55,29 @@ class Plain(nn.Module):
 
     def step(self, views, kind):
         (method,) = self.method
+        own = method.options
         x_p, x_q, *small = views
         with torch.no_grad():
             k_q = F.normalize(self.key_encoder(x_q))
-            k_p = F.normalize(self.key_encoder(x_p)) if method.symmetric else None
-        share = 0.5 if method.symmetric else 1.0
+            k_p = F.normalize(self.key_encoder(x_p)) if own.symmetric else None
+        share = 0.5 if own.symmetric else 1.0
         x = x_p.clone().requires_grad_()
-        queries = [(x, k_q, share)] + [(x_q, k_p, share)] * method.symmetric
+        queries = [(x, k_q, share)] + [(x_q, k_p, share)] * own.symmetric
         queries += [(crop, k_q, 1.0) for crop in small]
         clean, gradient = 0.0, torch.zeros_like(self.bank)
         for view, keys, weight in queries:
             z = self.encoder(view)
-            loss = weight * adco_loss(z, keys, self.bank, method.temperature)
+            loss = weight * adco_loss(z, keys, self.bank, own.temperature)
             loss.backward()
             clean = clean + loss.detach()
-            gradient += weight * adco_gradient(z, keys, self.bank, method.bank_temperature)
+            gradient += weight * adco_gradient(z, keys, self.bank, own.bank_temperature)
         adv = x_adv = None
         if kind == "pair":
             x_adv = attack().step(x_p, x.grad)
-            adv = share * adco_loss(self.adv_encoder(x_adv), k_q, self.bank, method.temperature)
+            adv = share * adco_loss(self.adv_encoder(x_adv), k_q, self.bank, own.temperature)
             (WEIGHT * adv).backward()
-        self.velocity = (
-            method.bank_momentum * self.velocity + gradient + method.bank_decay * self.bank
-        )
-        self.bank = self.bank - method.bank_lr * self.velocity
+        self.velocity = own.bank_momentum * self.velocity + gradient + own.bank_decay * self.bank
+        self.bank = self.bank - own.bank_lr * self.velocity
         return clean, adv, x_adv
 
     @torch.no_grad()

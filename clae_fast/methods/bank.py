@@ -1,15 +1,16 @@
-"""Methods whose negatives, or targets, are a bank of learnable keys."""
+"""Methods with a bank: learnable keys that are negatives, or targets as well."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from clae_fast import _check
-from clae_fast.methods.query import QueryMethod
-from clae_fast.nn.momentum import follow, momentum_twin
+from clae_fast.methods.momentum import MomentumMethod, require_room, write
+from clae_fast.methods.options import AboveZero, BelowOne, NotNegative, Size
+from clae_fast.nn.momentum import follow
+from clae_fast.ops.bank_step import bank_step
 from clae_fast.ops.info_nce import info_nce
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.options import StepOptions
@@ -19,10 +20,12 @@ class BankTarget(NamedTuple):
     """What a query view is compared with.
 
     Attributes:
-        keys: Unit rows, the key of each query, [N, D].
-        weight: Of the view's loss in the step's.
-        labels: The bank entries that are the queries' positives, [N] each; the loss is their mean.
-        losses: Of the clean rows, for each of the labels, or one; `loss` leaves them here.
+        keys: The key of each query, a unit row, [N, D].
+        weight: The weight of the view's loss in the loss of the step.
+        labels: The bank entries that are the queries' positives, [N] each; the loss is the mean
+            over them. There are none where the key is the positive.
+        losses: Losses of the clean queries, one for each of the labels, or one; `loss` leaves them
+            here for the step of the bank.
     """
 
     keys: Tensor
@@ -31,81 +34,49 @@ class BankTarget(NamedTuple):
     losses: list[Tensor]
 
 
-class BankMethod(QueryMethod):
-    """Queries and keys of two encoders, one of which follows the other, and a bank that learns.
+class BankMethod(MomentumMethod):
+    """A method that compares queries with a bank of keys which learns as they do.
 
-    A run begins with a phase that fills the bank with keys, in which the method is momentum
-    contrast: keys of a step are positives and negatives, beside the bank, and then entries of it.
-    Once it is full the key encoder is set to the encoder, and the bank learns: one step of SGD by
-    `clae_fast.bank_step` after the losses of a step are taken, of its clean queries.
-
-    Args:
-        encoder: f, from views to raw projections, of `dim` numbers; the key encoder starts as its
-            copy.
-        temperature: Temperature of the queries' softmax.
-        adversarial: Whether to build the adversarial twin that attacks need.
-        bank_size: Entries of the bank, K; at least as many as keys in a step.
-        bank_lr: Its learning rate, constant.
-        bank_momentum: Of its velocity, from 0 to below 1.
-        bank_temperature: Temperature of its own softmax. Where it is `temperature`, the queries'
-            losses spare the bank's step a third of its work.
-        bank_decay: Its weight decay.
-        key_momentum: Of the key encoder, from 0 to 1.
+    A run begins with a phase that fills the bank with keys. In it the method is momentum contrast:
+    the keys of a step are positives and negatives beside the bank, and then become entries of it.
+    Once the bank is full, the key encoder is set to the encoder, and the bank learns by
+    `clae_fast.bank_step`, one step of SGD after the losses of each step, from its clean queries.
 
     Attributes:
-        key_encoder: The encoder's momentum twin.
-        bank: W, not normalised, [K, D].
-        velocity: V, [K, D].
-        filled: Keys that have been written into the bank, [].
+        bank: The bank W, not normalized, [K, D].
+        velocity: Its velocity V, [K, D].
+        filled: How many keys have been written into the bank, [].
     """
 
-    small_crops: ClassVar[bool] = True
+    @dataclass(frozen=True, kw_only=True)
+    class Options(MomentumMethod.Options):
+        """Settings of a method with a bank.
 
+        Attributes:
+            bank_size: How many entries the bank has, K; at least as many as a step has keys.
+            bank_lr: Its learning rate, which is constant.
+            bank_momentum: The momentum of its velocity.
+            bank_temperature: The temperature of its own softmax. Where it equals `temperature`, the
+                losses of the queries spare the bank's step a third of its work.
+            bank_decay: Its weight decay.
+        """
+
+        bank_size: Size = 512
+        bank_lr: NotNegative = 0.3
+        bank_momentum: BelowOne = 0.9
+        bank_temperature: AboveZero = 0.1
+        bank_decay: NotNegative = 1e-4
+
+    options: Options
     bank: Tensor
     velocity: Tensor
     filled: Tensor
-    key_momentum: Tensor
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        temperature: float,
-        adversarial: bool,
-        bank_size: int,
-        bank_lr: float,
-        bank_momentum: float,
-        bank_temperature: float,
-        bank_decay: float,
-        key_momentum: float,
-    ) -> None:
-        super().__init__(encoder, temperature=temperature, adversarial=adversarial)
-        if bank_size < 1:
-            raise ValueError(f"bank_size must be at least 1, got {bank_size}")
-        if not bank_temperature > 0:
-            raise ValueError(f"bank_temperature must be above 0, got {bank_temperature}")
-        _check.in_range("bank_lr", bank_lr, 0)
-        _check.in_range("bank_momentum", bank_momentum, 0, 1)
-        _check.in_range("bank_decay", bank_decay, 0)
-        if not 0 <= key_momentum <= 1:
-            raise ValueError(f"key_momentum must be in [0, 1], got {key_momentum}")
-        dim = getattr(encoder, "dim", None)
-        if not isinstance(dim, int):
-            raise TypeError("encoder must have dim, the length of its projections")
-        self.bank_lr = bank_lr
-        self.bank_momentum = bank_momentum
-        self.bank_temperature = bank_temperature
-        self.bank_decay = bank_decay
-        self.key_encoder = momentum_twin(encoder)
-        like = next(encoder.parameters())
-        # the same numbers on every kind of device
-        bank = F.normalize(torch.randn(bank_size, dim).to(like.device, like.dtype))
-        self.register_buffer("bank", bank)
+    def __init__(self, encoder: nn.Module, *, adversarial: bool = False, **options: Any) -> None:
+        super().__init__(encoder, adversarial=adversarial, **options)
+        bank = self.add_rows("bank", self.options.bank_size)
         self.register_buffer("velocity", torch.zeros_like(bank))
-        filled = torch.zeros((), dtype=torch.int64, device=like.device)
-        self.register_buffer("filled", filled)
-        # a setting of the run, not its state
-        self.register_buffer("key_momentum", like.new_tensor(key_momentum), persistent=False)
+        self.add_counter("filled")
         self._full = False
 
     @property
@@ -114,11 +85,11 @@ class BankMethod(QueryMethod):
         return "" if self._full else "fill"
 
     def before_step(self, progress: float) -> None:
-        """Ends the phase that fills the bank, with the key encoder as the encoder is."""
+        """Ends the phase that fills the bank, and sets the key encoder to the encoder then."""
         # waits for the device as long as that phase lasts
         if not self._full and int(self.filled) >= len(self.bank):
             self._full = True
-            # a run that goes on later has parted them since
+            # in a run that goes on later, the two have parted since
             if not self.velocity.any():
                 follow(self.key_encoder, self.encoder, torch.zeros_like(self.key_momentum))
 
@@ -126,47 +97,49 @@ class BankMethod(QueryMethod):
         super()._load_from_state_dict(state_dict, *arguments)
         self._full = False
 
-    def keys(self, x: Tensor, options: StepOptions) -> Tensor:
-        """Unit keys of a view of all processes' rows."""
-        return F.normalize(options.world.all_gather(self.key_encoder(x)).to(self.bank.dtype))
-
-    def require_room(self, rows: int) -> None:
-        """Raises where a step has more keys than the bank has entries."""
-        if len(self.bank) < rows:
-            raise ValueError(
-                f"bank_size must be at least {rows}, the keys of a step, got {len(self.bank)}"
-            )
+    def bank_keys(self, batch: Batch, options: StepOptions) -> list[Tensor]:
+        """The keys of the large queries, for which the bank must have room."""
+        keys = self.large_keys(batch, options.world)
+        require_room("bank_size", len(self.bank), keys)
+        return keys
 
     def contrast(self, z: Tensor, target: BankTarget, temperature: float) -> Tensor:
-        """Losses of queries that find their key among the step's and the bank, [N]."""
+        """Losses of queries that look for their key among the step's and the bank, [N]."""
         columns = torch.cat([target.keys, self.bank])
         z = z.to(self.bank.dtype)
         return info_nce(z, columns, temperature=temperature, reduction="none")
 
     def keep(self, target: BankTarget, losses: Sequence[Tensor]) -> None:
-        """Leaves the losses of clean queries, which are the first, to the bank's step."""
+        """Leaves the losses of clean queries, which come first, to the step of the bank."""
         if not target.losses:
             target.losses.extend(each.detach() for each in losses)
 
-    def fill(self, keys: Tensor) -> None:
-        """Writes keys into the bank."""
-        places = torch.arange(len(keys), device=keys.device)
-        self.bank.index_copy_(0, (self.filled + places) % len(self.bank), keys)
-        self.filled.add_(len(keys))
-
-    def known(self, targets: Sequence[BankTarget]) -> Tensor | None:
-        """The losses of all targets' rows where they serve the bank's step."""
-        if self.bank_temperature != self.temperature:
-            return None
-        return torch.cat([losses for target in targets for losses in target.losses])
-
-    def after_step(self) -> None:
-        """Moves the key encoder."""
-        follow(self.key_encoder, self.encoder, self.key_momentum)
-
-    def large(self, batch: Batch, options: StepOptions, both: bool) -> list[Tensor]:
-        """Keys of view q and, where `both`, of view p."""
-        x_p, x_q = batch.views[:2]
-        keys = [self.keys(x, options) for x in ((x_q, x_p) if both else (x_q,))]
-        self.require_room(sum(map(len, keys)))
-        return keys
+    def update(self, z: Sequence[Tensor], targets: Sequence[BankTarget]) -> None:
+        """Writes keys into the bank, or moves it by `clae_fast.bank_step` once it is full."""
+        own = self.options
+        if not self._full:
+            keys = torch.cat([target.keys for target in targets[: own.large_queries]])
+            write(self.bank, self.filled, keys)
+            self.filled.add_(len(keys))
+            return
+        # the bank counts the queries of a view once for each of their labels
+        anchors, weights = [], []
+        for rows, target in zip(z, targets, strict=True):
+            times = max(1, len(target.labels))
+            anchors += [rows] * times
+            weights += [rows.new_full((len(rows),), target.weight / (times * len(rows)))] * times
+        labels = [each for target in targets for each in target.labels]
+        keys = torch.cat([target.keys for target in targets])
+        known = [each for target in targets for each in target.losses]
+        bank_step(
+            self.bank,
+            self.velocity,
+            torch.cat(anchors).to(self.bank.dtype),
+            **({"positive": torch.cat(labels)} if labels else {"keys": keys, "views": len(z)}),
+            weight=torch.cat(weights).to(self.bank.dtype),
+            losses=torch.cat(known) if own.bank_temperature == self.temperature else None,
+            lr=own.bank_lr,
+            temperature=own.bank_temperature,
+            momentum=own.bank_momentum,
+            weight_decay=own.bank_decay,
+        )

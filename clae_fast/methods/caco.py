@@ -1,96 +1,65 @@
 """CaCo: queries find an entry of a bank that learns, their positive there named by a key."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clae_fast.methods.bank import BankMethod, BankTarget
+from clae_fast.methods.options import AboveZero, NotNegative
 from clae_fast.nn.momentum import cosine_momentum
-from clae_fast.ops.bank_step import bank_step
 from clae_fast.ops.info_nce import info_nce
 from clae_fast.ops.topk_similarity import topk_similarity
 from clae_fast.steps.batch import Batch
-from clae_fast.steps.options import StepCost, StepOptions
+from clae_fast.steps.options import StepOptions
 
 
 class CaCo(BankMethod):
     r"""Cooperative-adversarial contrast (Wang et al., TPAMI 2023): positives learn as well.
 
+    Each query has to find the entry of the bank that is nearest to the momentum key of the other
+    view. The loss is the sum over both large views of
+
     .. math:: -\frac{1}{N} \sum_i \log \frac{e^{q_i \cdot w_{y_i} / T}}
         {\sum_{n=1}^K e^{q_i \cdot w_n / T}}, \quad y_i = \arg\max_n k'_i \cdot w_n
 
-    summed over both large views, with w the bank's unit rows and k' the momentum key of the other
-    view. There are no other columns. In the bank's gradient the sign of every entry that is no
-    positive is flipped. The key encoder's momentum grows to 1 along a cosine.
+    with the bank's unit rows w and the other view's keys k'. There are no other columns. In the
+    gradient of the bank, the sign of every entry that is no positive is flipped: negatives ascend
+    on the loss and positives descend. The momentum of the key encoder grows to 1 along a cosine.
 
-    Small crops are queries of both labels. With them the losses of large and of small ones are
-    averaged, each, and added.
-
-    Args:
-        encoder: f, from views to raw projections.
-        temperature: T, above 0.
-        adversarial: Whether to build the adversarial twin that attacks need.
-        bank_size: Entries of the bank, K.
-        bank_lr: Its learning rate.
-        bank_momentum: Of its velocity.
-        bank_temperature: Temperature of its own softmax.
-        bank_decay: Its weight decay.
-        key_momentum: Of the key encoder at first, from 0 to 1.
-        fill_temperature: Temperature of the momentum contrast that fills the bank.
+    Small crops are queries with the labels of both large views. Where there are any, the losses of
+    large views and of crops are averaged separately, and then added.
     """
 
-    name: ClassVar[str] = "caco"
-    units: ClassVar[Mapping[str, int]] = {"none": 8, "pair": 11}
+    @dataclass(frozen=True, kw_only=True)
+    class Options(BankMethod.Options):
+        """Settings of CaCo.
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        temperature: float = 0.2,
-        adversarial: bool = False,
-        bank_size: int = 512,
-        bank_lr: float = 0.3,
-        bank_momentum: float = 0.9,
-        bank_temperature: float = 0.2,
-        bank_decay: float = 0.0,
-        key_momentum: float = 0.99,
-        fill_temperature: float = 0.2,
-    ) -> None:
-        super().__init__(
-            encoder,
-            temperature=temperature,
-            adversarial=adversarial,
-            bank_size=bank_size,
-            bank_lr=bank_lr,
-            bank_momentum=bank_momentum,
-            bank_temperature=bank_temperature,
-            bank_decay=bank_decay,
-            key_momentum=key_momentum,
-        )
-        if not fill_temperature > 0:
-            raise ValueError(f"fill_temperature must be above 0, got {fill_temperature}")
-        self.fill_temperature = fill_temperature
-        self._first_momentum = key_momentum
+        Attributes:
+            key_momentum: What the key encoder keeps of its weights in a step at first.
+            fill_temperature: Temperature of the momentum contrast that fills the bank.
+        """
 
-    @classmethod
-    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
-        """Of two queries and two keys, and small crops."""
-        return super().cost(options, small_crops=small_crops, symmetric=True)
+        bank_temperature: AboveZero = 0.2
+        bank_decay: NotNegative = 0.0
+        fill_temperature: AboveZero = 0.2
+
+        @property
+        def large_queries(self) -> int:
+            """Both views."""
+            return 2
+
+    name = "caco"
+    options: Options
 
     def before_step(self, progress: float) -> None:
-        """Ends the phase that fills the bank, and sets the key encoder's momentum."""
+        """Ends the phase that fills the bank, and sets the momentum of the key encoder."""
         super().before_step(progress)
-        self.key_momentum.fill_(cosine_momentum(progress, self._first_momentum))
-
-    def queries(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Both large views, then small crops."""
-        return batch.views
+        self.key_momentum.fill_(cosine_momentum(progress, self.options.key_momentum))
 
     def targets(self, batch: Batch, options: StepOptions) -> list[BankTarget]:
-        """Keys of all processes' rows and the labels that these have, for each query view."""
-        k_q, k_p = self.large(batch, options, both=True)
+        """Keys of all processes' rows, and the labels that these have, for each query view."""
+        k_q, k_p = self.bank_keys(batch, options)
         y_q, y_p = (topk_similarity(k, self.bank, 1)[1][:, 0] for k in (k_q, k_p))
         small = len(batch.views) - 2
         weight = 0.5 if small else 1.0
@@ -100,7 +69,8 @@ class CaCo(BankMethod):
     def loss(self, z: Tensor, target: BankTarget) -> Tensor:
         """`clae_fast.info_nce` over the bank, weighted."""
         if not self._full:
-            return target.weight * self.contrast(z, target, self.fill_temperature).mean()
+            contrast = self.contrast(z, target, self.options.fill_temperature)
+            return target.weight * contrast.mean()
         z = z.to(self.bank.dtype)
         losses = [
             info_nce(z, self.bank, temperature=self.temperature, positive=y, reduction="none")
@@ -108,26 +78,3 @@ class CaCo(BankMethod):
         ]
         self.keep(target, losses)
         return target.weight * torch.stack(losses).mean()
-
-    def update(self, z: Sequence[Tensor], targets: Sequence[BankTarget]) -> None:
-        """Fills the bank with keys, or takes it on by `clae_fast.bank_step`."""
-        if not self._full:
-            self.fill(torch.cat([target.keys for target in targets[:2]]))
-            return
-        pairs = [
-            (rows, labels, target.weight / (len(target.labels) * len(rows)))
-            for rows, target in zip(z, targets, strict=True)
-            for labels in target.labels
-        ]
-        bank_step(
-            self.bank,
-            self.velocity,
-            torch.cat([rows for rows, _, _ in pairs]).to(self.bank.dtype),
-            positive=torch.cat([labels for _, labels, _ in pairs]),
-            weight=torch.cat([self.bank.new_full((len(rows),), share) for rows, _, share in pairs]),
-            losses=self.known(targets),
-            lr=self.bank_lr,
-            temperature=self.bank_temperature,
-            momentum=self.bank_momentum,
-            weight_decay=self.bank_decay,
-        )

@@ -1,50 +1,42 @@
 """H-SCL: supervised contrastive learning with weights for hard negatives."""
 
-from typing import ClassVar
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clae_fast import _check
+from clae_fast.methods.options import NotNegative
 from clae_fast.methods.supervised import SupervisedMethod
 from clae_fast.ops.h_scl import h_scl
 
 
 class HSCL(SupervisedMethod):
-    """Supervised contrastive learning with hard negatives on two views (Jiang et al., 2022).
+    r"""Supervised contrastive learning with hard negatives (Jiang et al., 2022).
 
-    With beta = 0, all rows of other classes count alike.
+    Each row has to find every row of its class among the rows of other classes, which count the
+    more, the nearer they are. The loss is `clae_fast.h_scl`,
 
-    Args:
-        encoder: f, from views to raw projections.
-        temperature: Temperature of the softmax.
-        adversarial: Whether to build the adversarial twin that attacks need.
-        beta: How far the weights of negatives are concentrated on the nearest, from 0 on.
-        detach_weights: Whether the weights are constants in the gradient.
+    .. math:: \frac{1}{|P|} \sum_{(i, j) \in P} \log (e^{s_{ij}} + (2N - 2) \mu_i) - s_{ij}, \quad
+        \mu_i = \frac{\sum_k e^{(1 + \beta) s_{ik}}}{\sum_k e^{\beta s_{ik}}}
+
+    over the pairs P of different rows of one class, with the cosine over T, s, and sums over the
+    rows k of other classes. With beta = 0 these rows count alike. As in the released code,
+    positives are in no denominator.
     """
 
-    name: ClassVar[str] = "h_scl"
+    @dataclass(frozen=True, kw_only=True)
+    class Options(SupervisedMethod.Options):
+        """Settings of H-SCL.
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        temperature: float = 0.5,
-        adversarial: bool = False,
-        beta: float = 1.0,
-        detach_weights: bool = False,
-    ) -> None:
-        super().__init__(encoder, temperature=temperature, adversarial=adversarial)
-        _check.in_range("beta", beta, 0)
-        self.beta = beta
-        self.detach_weights = detach_weights
+        Attributes:
+            beta: How far the weights of negatives are concentrated on the nearest ones.
+            detach_weights: Whether the weights are constants in the gradient.
+        """
 
-    def loss(self, z_a: Tensor, z_b: Tensor, labels: Tensor) -> Tensor:
-        """`clae_fast.h_scl` of the rows of both views."""
-        return h_scl(
-            torch.cat([z_a, z_b]),
-            labels.repeat(2),
-            temperature=self.temperature,
-            beta=self.beta,
-            detach_weights=self.detach_weights,
-        )
+        beta: NotNegative = 1.0
+        detach_weights: bool = False
+
+    name = "h_scl"
+
+    def class_loss(self, z: Tensor, labels: Tensor) -> Tensor:
+        """`clae_fast.h_scl` of the rows."""
+        return h_scl(z, labels, **vars(self.options))

@@ -1,55 +1,54 @@
-"""HCL: SimCLR with weights for hard negatives, freed of the positives among them."""
+"""HCL: SimCLR with weights for hard negatives, corrected for the positives among them."""
 
-from typing import ClassVar
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from clae_fast import _check
-from clae_fast.methods.base import PairMethod
+from clae_fast.methods.dcl import DCL
+from clae_fast.methods.options import NotNegative
 from clae_fast.ops.hard_nt_xent import hard_nt_xent
+from clae_fast.steps.options import ALONE, StepContext
 
 
-class HCL(PairMethod):
-    """Contrastive learning with hard negative samples on two views (Robinson et al., ICLR 2021).
+class HCL(DCL):
+    r"""Contrastive learning with hard negative samples (Robinson et al., ICLR 2021).
 
-    With beta = 0 it is DCL, with tau_plus = 0 besides SimCLR.
+    The negatives of DCL count the more, the nearer they are to the row. The loss is
+    `clae_fast.hard_nt_xent`, that of DCL with the weighted mean
 
-    Args:
-        encoder: f, from views to raw projections.
-        temperature: Temperature of the softmax.
-        adversarial: Whether to build the adversarial twin that attacks need.
-        beta: How far the weights of negatives are concentrated on the nearest, from 0 on.
-        tau_plus: Share of the negatives taken to be of an image's own class, in [0, 1).
-        detach_weights: Whether the weights are constants in the gradient; as released, they are
-            not.
+    .. math:: M_i = \frac{\sum_j e^{(1 + \beta) s_{ij}}}{\sum_j e^{\beta s_{ij}}}
+
+    over the negatives j of row i. With beta = 0 it is DCL, and with tau_plus = 0 as well SimCLR.
     """
 
-    name: ClassVar[str] = "hcl"
+    @dataclass(frozen=True, kw_only=True)
+    class Options(DCL.Options):
+        """Settings of HCL.
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        temperature: float = 0.5,
-        adversarial: bool = False,
-        beta: float = 1.0,
-        tau_plus: float = 0.1,
-        detach_weights: bool = False,
-    ) -> None:
-        super().__init__(encoder, temperature=temperature, adversarial=adversarial)
-        _check.in_range("beta", beta, 0)
-        _check.in_range("tau_plus", tau_plus, 0, 1)
-        self.beta = beta
-        self.tau_plus = tau_plus
-        self.detach_weights = detach_weights
+        Attributes:
+            beta: How far the weights of negatives are concentrated on the nearest ones.
+            detach_weights: Whether the weights are constants in the gradient. In the released code
+                they are not.
+        """
 
-    def loss(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        beta: NotNegative = 1.0
+        detach_weights: bool = False
+
+    name = "hcl"
+    options: Options
+
+    def extra(self, z_a: Tensor, z_b: Tensor, context: StepContext) -> Tensor | None:
+        """Logits of further negatives of each row, [2N, k]; HCL has none."""
+        return None
+
+    def loss(self, z_a: Tensor, z_b: Tensor, context: StepContext = ALONE) -> Tensor:
         """`clae_fast.hard_nt_xent` of the two views."""
         return hard_nt_xent(
             z_a,
             z_b,
             temperature=self.temperature,
-            beta=self.beta,
-            tau_plus=self.tau_plus,
-            detach_weights=self.detach_weights,
+            beta=self.options.beta,
+            tau_plus=self.options.tau_plus,
+            detach_weights=self.options.detach_weights,
+            extra=self.extra(z_a, z_b, context),
         )

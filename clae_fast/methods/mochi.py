@@ -1,11 +1,11 @@
 """MoCHi: MoCo with mixtures of hard negatives as further negatives."""
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clae_fast.methods.queue import require_at_least
+from clae_fast.methods.options import Count, Size, require_any
 from clae_fast.methods.synthetic import SyntheticMethod, draw, uniform
 from clae_fast.nn.negatives import mixed
 
@@ -13,69 +13,47 @@ from clae_fast.nn.negatives import mixed
 class MoCHi(SyntheticMethod):
     r"""Hard negative mixing (Kalantidis et al., NeurIPS 2020).
 
-    Of the hardest keys n of a query q, two kinds of unit vectors are made for that query alone,
+    Each query q of MoCo gets further negatives, which are mixed of its hardest keys n in the queue.
+    There are two kinds, unit vectors along
 
     .. math:: \alpha n_i + (1 - \alpha) n_j, \quad \alpha \sim U(0, 1)
     .. math:: \beta q + (1 - \beta) n_j, \quad \beta \sim U(0, 0.5)
 
-    and join the queue in the softmax of MoCo as constants. A reconstruction in two points: pairs
-    are drawn with replacement, as an implementation by others does, whose numbers of each kind are
-    the defaults; the paper's, and the length of its warm-up, were not available.
+    which are constants and join the queue in the softmax for that query alone.
 
-    Args:
-        encoder: f, from views to raw projections.
-        temperature: T, above 0.
-        adversarial: Whether to build the adversarial twin that attacks need.
-        queue_size: Keys in the queue, K.
-        key_momentum: Of the key encoder, from 0 to 1.
-        symmetric: Whether both views are queries and keys.
-        norm_splits: Batches that BatchNorm sees a batch as.
-        hard: Hardest keys of a query to mix, N in the paper.
-        pairs: Mixtures of two of them, s in the paper.
-        with_query: Mixtures of the query and one of them, s' in the paper.
-        warmup: Part of the run before there are any.
+    This is a reconstruction in two points. Pairs are drawn with replacement, and the default
+    numbers of each kind are those of an implementation by others, because the paper's numbers and
+    the length of its warm-up were not available.
     """
 
-    name: ClassVar[str] = "mochi"
+    @dataclass(frozen=True, kw_only=True)
+    class Options(SyntheticMethod.Options):
+        """Settings of MoCHi.
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        temperature: float = 0.2,
-        adversarial: bool = False,
-        queue_size: int = 512,
-        key_momentum: float = 0.99,
-        symmetric: bool = False,
-        norm_splits: int = 1,
-        hard: int = 32,
-        pairs: int = 16,
-        with_query: int = 16,
-        warmup: float = 0.1,
-    ) -> None:
-        super().__init__(
-            encoder,
-            temperature=temperature,
-            adversarial=adversarial,
-            queue_size=queue_size,
-            key_momentum=key_momentum,
-            symmetric=symmetric,
-            norm_splits=norm_splits,
-            hard=hard,
-            warmup=warmup,
-        )
-        require_at_least(0, pairs=pairs, with_query=with_query)
-        require_at_least(1, **{"pairs + with_query": pairs + with_query})
-        self.pairs = pairs
-        self.with_query = with_query
+        Attributes:
+            hard: How many of a query's hardest keys are mixed, N in the paper.
+            pairs: How many mixtures of two of them there are, s in the paper.
+            with_query: How many mixtures of the query and one of them, s' in the paper.
+        """
+
+        hard: Size = 32
+        pairs: Count = 16
+        with_query: Count = 16
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_any(pairs=self.pairs, with_query=self.with_query)
+
+    name = "mochi"
+    options: Options
 
     def synthetic(self, u: Tensor, s: Tensor, indices: Tensor) -> list[Tensor]:
-        """Mixtures of pairs, then with the query."""
-        i, j, k = draw(s, self.pairs), draw(s, self.pairs), draw(s, self.with_query)
-        alpha, beta = uniform(s, self.pairs, 0, 1), uniform(s, self.with_query, 0, 0.5)
-        dot = self.between(indices, i, j)
+        """Mixtures of pairs, then mixtures with the query."""
+        pairs, with_query = self.options.pairs, self.options.with_query
+        i, j, k = draw(s, pairs), draw(s, pairs), draw(s, with_query)
+        alpha, beta = uniform(s, pairs, 0, 1), uniform(s, with_query, 0, 0.5)
         s_k = s.gather(1, k)
         return [
-            mixed(alpha, s.gather(1, i), s.gather(1, j), dot),
+            mixed(alpha, s.gather(1, i), s.gather(1, j), self.between(indices, i, j)),
             mixed(beta, torch.ones_like(beta), s_k, s_k),
         ]

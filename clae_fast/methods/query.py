@@ -1,8 +1,9 @@
-"""Methods of queries that each find a target: a key, an entry of a bank."""
+"""Methods of queries that each look for a target, such as a key or an entry of a bank."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,26 @@ from clae_fast.steps.schedules import query_step
 
 
 class QueryMethod(Method):
-    """A method that compares each view it trains on with constants, its targets.
+    """A method that compares each view it trains on with constants, the targets of that view.
 
-    CLAE's attack composes with any of them: the first query view is attacked against its own
-    target. Targets, and with them keys, queues and banks, see clean views alone.
+    The attack of CLAE goes with any of them: it moves the first query view away from its own
+    target. Targets see clean views alone, and so do keys, queues and banks.
     """
 
-    units: ClassVar[Mapping[str, int]] = {"none": 4, "pair": 7}
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Method.Options):
+        """Settings of a method of queries."""
+
+        @property
+        def large_queries(self) -> int:
+            """How many of the two large views are queries."""
+            return 1
+
+    options: Options
 
     def queries(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The views that are trained on, the one that is attacked first; one view by default."""
-        return batch.views[:1]
+        """The views that are trained on: large ones, of which the first is attacked, then crops."""
+        return batch.views[: self.options.large_queries] + batch.views[2:]
 
     @abstractmethod
     def targets(self, batch: Batch, options: StepOptions) -> Sequence[Any]:
@@ -32,13 +42,12 @@ class QueryMethod(Method):
 
         Args:
             batch: The views of this process.
-            options: How the step is taken; `options.world` has what the targets of all processes'
-                rows need.
+            options: How the step is taken. Its `world` collects the targets of all processes' rows.
         """
 
     @abstractmethod
     def loss(self, z: Tensor, target: Any) -> Tensor:
-        """The loss of a query view, weighted as it is in the sum over all of them.
+        """The loss of a query view, with the weight that it has in the sum over all of them.
 
         Args:
             z: Raw projections of all processes' rows, clean or adversarial, [N, D].
@@ -49,23 +58,24 @@ class QueryMethod(Method):
         """
 
     def update(self, z: Sequence[Tensor], targets: Sequence[Any]) -> None:
-        """Takes queues and banks on, once all losses are taken; without gradients.
+        """Moves queues and banks on, after all losses of a step; without gradients.
 
         Args:
             z: Clean raw projections of each query view, of all processes' rows, [N, D], from before
-                the optimiser's move.
+                the optimizer moves the weights.
             targets: What `targets` gave.
         """
 
     @classmethod
     def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
-        """Of a query and a key, or where `own` has "symmetric" two each, and small crops."""
-        large = 1 + bool(own.get("symmetric"))
+        """Counts the large query views, as many target views, the small crops and the attack."""
+        large = cls.Options(**own).large_queries
         clean, attack = large + small_crops, options.attack
         if attack is None or options.kind == "none":
             return StepCost(clean, constant=large)
-        steps = attack.steps - attack.begins_in_training
-        return StepCost(clean + 1, constant=large, attacked=steps)
+        # the clean pass of the attacked view takes the first move where it can
+        moves = attack.steps - attack.begins_in_training
+        return StepCost(clean + 1, constant=large, attacked=moves)
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         queries = self.queries(batch)
@@ -75,7 +85,7 @@ class QueryMethod(Method):
 
         def loss(z: Tensor, v: int) -> Tensor:
             z = options.world.gather(z)
-            # the adversarial view is the last
+            # the schedule takes the clean losses first, then those of the attack
             if len(clean) < len(queries):
                 clean.append(z.detach())
             return self.loss(z, targets[v])

@@ -1,30 +1,34 @@
-"""SupCon: all views of a class are positives of one another."""
+"""SupCon: all rows of one class are positives of one another."""
 
-from typing import ClassVar
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from clae_fast.methods.options import Temperature
 from clae_fast.methods.supervised import SupervisedMethod
 from clae_fast.ops.sup_con import sup_con
 
 
 class SupCon(SupervisedMethod):
-    """Supervised contrastive learning, its L_out, on two views (Khosla et al., NeurIPS 2020).
+    r"""Supervised contrastive learning (Khosla et al., NeurIPS 2020).
 
-    Args:
-        encoder: f, from views to raw projections.
-        temperature: Temperature of the softmax.
-        adversarial: Whether to build the adversarial twin that attacks need.
+    Each row has to find all rows of its class, among the rows of both views. The loss is
+    `clae_fast.sup_con`, the paper's L_out,
+
+    .. math:: \frac{1}{2N} \sum_i \log \sum_{j \ne i} e^{s_{ij}}
+        - \frac{1}{|P_i|} \sum_{p \in P_i} s_{ip}
+
+    with the cosine over T, s, and the other rows :math:`P_i` of the class of row i.
     """
 
-    name: ClassVar[str] = "supcon"
+    @dataclass(frozen=True, kw_only=True)
+    class Options(SupervisedMethod.Options):
+        """Settings of SupCon, at the paper's temperature."""
 
-    def __init__(
-        self, encoder: nn.Module, *, temperature: float = 0.1, adversarial: bool = False
-    ) -> None:
-        super().__init__(encoder, temperature=temperature, adversarial=adversarial)
+        temperature: Temperature = 0.1
 
-    def loss(self, z_a: Tensor, z_b: Tensor, labels: Tensor) -> Tensor:
-        """`clae_fast.sup_con` of the rows of both views."""
-        return sup_con(torch.cat([z_a, z_b]), labels.repeat(2), temperature=self.temperature)
+    name = "supcon"
+
+    def class_loss(self, z: Tensor, labels: Tensor) -> Tensor:
+        """`clae_fast.sup_con` of the rows."""
+        return sup_con(z, labels, temperature=self.temperature)

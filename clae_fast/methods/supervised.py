@@ -1,57 +1,37 @@
-"""Methods of two views whose loss knows the images' classes."""
+"""Methods of two views whose loss knows the classes of the images."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from clae_fast.distributed import World
-from clae_fast.methods.base import Method, pair_cost, pair_schedule, tied_gradient
-from clae_fast.steps.batch import Batch
-from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.runner import Loss
+from clae_fast.methods.pair import PairMethod
+from clae_fast.steps.options import ALONE, StepContext
 
 
-class SupervisedMethod(Method):
-    """A method whose two views and their labels meet in one loss."""
+class SupervisedMethod(PairMethod):
+    """A method whose two views and their labels meet in one loss, that of the rows of both."""
 
-    units: ClassVar[Mapping[str, int]] = {"none": 6, "pair": 9, "self": 11, "released": 15}
-    fractions: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
+    needs_labels = True
 
     @abstractmethod
-    def loss(self, z_a: Tensor, z_b: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a pair of views at their raw projections.
+    def class_loss(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The loss of rows whose classes are known.
 
         Args:
-            z_a: Projections of the anchor's view, [N, D].
-            z_b: Projections of the other view, clean or adversarial, [N, D].
-            labels: Class numbers [N], int64.
+            z: Raw projections of the anchor's views, then of the other views, [2N, D].
+            labels: Their classes, int64 [2N].
 
         Returns:
-            A scalar, differentiable in both.
+            A scalar, differentiable in `z`.
         """
 
-    @classmethod
-    def cost(cls, options: StepOptions, *, small_crops: float = 0.0, **own: Any) -> StepCost:
-        """As `pair_cost`."""
-        return pair_cost(cls, options)
+    def loss(self, z_a: Tensor, z_b: Tensor, context: StepContext = ALONE) -> Tensor:
+        """`class_loss` of the rows of both views.
 
-    def _step(self, batch: Batch, options: StepOptions) -> StepResult:
-        assert batch.labels is not None
-        labels, world = batch.labels, options.world
-
-        def loss(z_a: Tensor, z_b: Tensor) -> Tensor:
-            return world.gather_loss(self._of(labels[: len(z_a)], world))(z_a, z_b)
-
-        def attack_grad(z: Tensor) -> Tensor:
-            here = self._of(labels[: len(z)], world)
-            return world.gather_grad(partial(tied_gradient, here))(z)
-
-        return pair_schedule(self, batch, options, loss=loss, attack_grad=attack_grad)
-
-    def _of(self, labels: Tensor, world: World) -> Loss:
-        """The loss of all processes' rows, given the labels of this one's."""
-        return partial(self.loss, labels=world.all_gather(labels))
+        Raises:
+            ValueError: If the context has no labels.
+        """
+        if context.labels is None:
+            raise ValueError(f"labels must be given for {self.name}, got None")
+        return self.class_loss(torch.cat([z_a, z_b]), context.labels.repeat(2))

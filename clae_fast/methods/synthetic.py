@@ -1,104 +1,74 @@
-"""Methods that add synthetic negatives to a queue's, made of each query's hardest ones."""
+"""MoCo with synthetic negatives: what MoCHi and SynCo share."""
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clae_fast.methods.queue import QueueMethod, require_at_least
+from clae_fast.methods.moco import MoCo
+from clae_fast.methods.options import Fraction, Size
 from clae_fast.nn.negatives import nearest
 
 
-class SyntheticMethod(QueueMethod):
-    """MoCo with further negatives for each query, on the way between hard ones or near them.
+class SyntheticMethod(MoCo):
+    """MoCo with further negatives that are made for each query, of its hardest ones in the queue.
 
-    Synthetic negatives are unit vectors and constants. Their logits follow from the similarities of
-    the query to its hardest keys, see `clae_fast.nn.negatives.mixed`; vectors are read where a
-    formula needs them, for inner products of keys. No vector is kept for a backward pass.
-
-    Args:
-        encoder: f, from views to raw projections.
-        temperature: T, above 0.
-        adversarial: Whether to build the adversarial twin that attacks need.
-        queue_size: Keys in the queue, K.
-        key_momentum: Of the key encoder, from 0 to 1.
-        symmetric: Whether both views are queries and keys.
-        norm_splits: Batches that BatchNorm sees a batch as.
-        hard: Nearest keys of a query that its synthetic negatives are made of.
-        warmup: Part of the run before there are any.
+    Synthetic negatives are unit vectors and constants, between the hardest keys or near them. Their
+    logits follow from the similarities of the query to these keys, see
+    `clae_fast.nn.negatives.mixed`. Vectors are read only where a formula needs inner products of
+    keys, and none is kept for the backward pass.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        temperature: float,
-        adversarial: bool,
-        queue_size: int,
-        key_momentum: float,
-        symmetric: bool,
-        norm_splits: int,
-        hard: int,
-        warmup: float,
-    ) -> None:
-        super().__init__(
-            encoder,
-            temperature=temperature,
-            adversarial=adversarial,
-            queue_size=queue_size,
-            key_momentum=key_momentum,
-            symmetric=symmetric,
-            norm_splits=norm_splits,
-        )
-        require_at_least(1, queue_size=queue_size, hard=hard)
-        if hard > queue_size:
-            raise ValueError(f"hard must be at most queue_size ({queue_size}), got {hard}")
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup must be in [0, 1], got {warmup}")
-        self.hard = hard
-        self.warmup = warmup
-        self._synthesizes = warmup == 0
+    @dataclass(frozen=True, kw_only=True)
+    class Options(MoCo.Options):
+        """Settings of a method with synthetic negatives.
+
+        Attributes:
+            hard: Of how many of its nearest keys a query's synthetic negatives are made.
+            warmup: The part of the run that passes before there are any.
+        """
+
+        hard: Size
+        warmup: Fraction = 0.1
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.require_as_many(self.hard)
+
+    options: Options
+    _progress = 0.0
 
     @property
     def phase(self) -> str:
         """Whether there are synthetic negatives yet."""
-        return "synthetic" if self._synthesizes else ""
+        return "synthetic" if self._progress >= self.options.warmup else ""
 
     def before_step(self, progress: float) -> None:
-        """Begins with synthetic negatives when the warm-up is over."""
-        self._synthesizes = progress >= self.warmup
+        """Notes how far the run is: synthetic negatives begin when the warm-up is over."""
+        self._progress = progress
 
     @abstractmethod
-    def synthetic(
-        self,
-        u: Tensor,  # [N, D]
-        s: Tensor,  # [N, hard]
-        indices: Tensor,  # [N, hard]
-    ) -> list[Tensor]:
+    def synthetic(self, u: Tensor, s: Tensor, indices: Tensor) -> list[Tensor]:
         """Similarities of each query to its synthetic negatives, [N, ...] of each kind.
 
         Args:
-            u: Unit queries.
-            s: Their similarities to their hardest keys.
-            indices: Rows of the queue where these are.
+            u: Unit queries, [N, D].
+            s: Their similarities to their hardest keys, [N, hard].
+            indices: The rows of these keys in the queue, [N, hard].
         """
 
-    def between(
-        self,
-        indices: Tensor,  # [N, hard]
-        i: Tensor,  # [N, count]
-        j: Tensor,  # as i
-    ) -> Tensor:
-        """Inner products of the i-th and the j-th hardest keys, [N, count]."""
+    def between(self, indices: Tensor, i: Tensor, j: Tensor) -> Tensor:  # -> as i, [N, count]
+        """Inner products of the i-th and the j-th hardest keys, whose rows `indices` has."""
         n_i, n_j = (self.queue[indices.gather(1, columns)] for columns in (i, j))
         return (n_i * n_j).sum(2)
 
     def negatives(self, u: Tensor) -> Tensor:
-        """Of the queue, and of synthetic ones after the warm-up."""
+        """As of MoCo; once the warm-up is over, synthetic negatives are added to the queue's."""
         real = super().negatives(u)
-        if not self._synthesizes:
+        if not self.phase:
             return real
-        s = torch.cat(self.synthetic(u, *nearest(u, self.queue, self.hard)), dim=1)
+        s = torch.cat(self.synthetic(u, *nearest(u, self.queue, self.options.hard)), dim=1)
         return torch.logaddexp(real, (s / self.temperature).logsumexp(1))
 
 
@@ -108,5 +78,5 @@ def draw(s: Tensor, count: int) -> Tensor:  # [N, hard] -> [N, count]
 
 
 def uniform(s: Tensor, count: int, low: float, high: float) -> Tensor:  # -> [N, count]
-    """Random numbers of the kind of `s`, for each of its rows."""
+    """Random numbers of the type of `s`, for each of its rows."""
     return torch.empty(len(s), count, dtype=s.dtype, device=s.device).uniform_(low, high)

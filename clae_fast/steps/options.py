@@ -40,6 +40,22 @@ class StepOptions:
     world: World = field(default_factory=World.single)
 
 
+class StepContext(NamedTuple):
+    """What a loss may know of its step besides the projections of all processes' rows.
+
+    Attributes:
+        world: The processes, which have equal parts of the rows, in the order of their ranks.
+        labels: The classes of the rows, int64 [N], for a method that takes them.
+    """
+
+    world: World = World.single()
+    labels: Tensor | None = None
+
+
+# of a loss that is computed outside a step, by one process
+ALONE = StepContext()
+
+
 class StepCost(NamedTuple):
     """The cost of a step: how many views go through an encoder, by how far back they are taken.
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -21,7 +21,6 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 
-import clae_fast
 from clae_fast import methods, ops
 from clae_fast.config import Config
 from clae_fast.config.layers import resolve
@@ -74,7 +73,7 @@ class _Methods(_Written):
             yield from _facts(_method_facts(name, method))
             yield from ("", ".. code-block:: sh", "", f"   {_command(name, method)}", "")
             yield from (f".. autoclass:: {_path(method)}", "")
-            yield from _loss_of_op(method)
+            yield from _settings(method)
 
 
 class _OpTable(_Written):
@@ -182,16 +181,13 @@ def _row(cells: Iterable[str], *, first: bool = False) -> Iterable[str]:
 
 def _method_facts(name: str, method: type[Method]) -> dict[str, str]:
     kinds = ", ".join(f"{_KINDS[kind]} {units}" for kind, units in method.units.items())
-    own = method.own_options()
     needs = ["labels of the training images"] * method.needs_labels
     needs += ["a frozen teacher, ``--teacher``"] * method.needs_teacher
     return {
         "Units of a step": kinds,
         "Needs": ", ".join(needs),
         "Takes": "small crops, ``--small-crops``" * method.small_crops,
-        "Settings of its own": ", ".join(
-            f"``{option}={_value(default)}``" for option, (_, default) in own.items()
-        ),
+        "Temperature": f"{method.own_temperature():g}, ``--temperature``",
         "Presets": _presets_of(name),
     }
 
@@ -206,17 +202,21 @@ def _method_of(settings: Mapping[str, Any]) -> str:
     return settings.get("method", Config.method)
 
 
-def _loss_of_op(method: type[Method]) -> Iterable[str]:
-    """The formula of a method's loss, taken from the op if the method's docstring has none."""
-    called = re.search(r"`clae_fast\.(\w+)`", inspect.getdoc(getattr(method, "loss", None)) or "")
-    if called is None or ".. math::" in (method.__doc__ or ""):
-        return
-    contract = inspect.getdoc(getattr(clae_fast, called[1])) or ""
-    formula = re.search(r"^\.\. math::.*(\n +.*)*", contract, re.M)
-    assert formula is not None
-    yield from (f"   The loss is :func:`clae_fast.{called[1]}`,", "")
-    yield from (f"   {line}" for line in formula[0].splitlines())
-    yield from ("", "   in the notation explained there.", "")
+def _settings(method: type[Method]) -> Iterable[str]:
+    """The settings of a method's own, with default and bounds, and what each means."""
+    meanings: dict[str, str] = {}
+    for options in reversed(method.Options.__mro__[:-1]):
+        _, _, fields = inspect.cleandoc(options.__doc__ or "").partition("Attributes:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", fields, re.M):
+            meanings[name] = text
+    hints = get_type_hints(method.Options, include_extras=True)
+    own = method.own_options()
+    if own:
+        yield from ("   Settings, ``--options NAME=VALUE``:", "")
+    for name, (_, default) in own.items():
+        bounds = [f", {each.wanted}" for each in getattr(hints[name], "__metadata__", ())]
+        yield f"   ``{name}={_value(default)}``{''.join(bounds)}"
+        yield from (f"      {' '.join(meanings[name].split())}", "")
 
 
 def _command(name: str, method: type[Method]) -> str:

@@ -7,11 +7,14 @@ it replaces defaults in the running package by text.
 
 import importlib
 import re
+from operator import attrgetter
 from typing import Any, get_type_hints
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.typing import stringify_annotation
+
+from clae_fast.steps.options import ALONE
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def _shorten(
     if not signature:
         return None
     found = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
-    return found.replace("=<factory>", "=..."), returns
+    return found.replace("=<factory>", "=...").replace(f"={ALONE!r}", "=ALONE"), returns
 
 
 def _correct(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
@@ -37,7 +40,7 @@ def _correct(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> Non
     signature = content.parent[0]
     recorded = app.env.temp_data.get("annotations", {})
     found = recorded.get(f"{signature['module']}.{signature['fullname']}")
-    cls = getattr(importlib.import_module(signature["module"]), signature["fullname"])
+    cls = attrgetter(signature["fullname"])(importlib.import_module(signature["module"]))
     if found and "__init__" in vars(cls):
         for name, hint in get_type_hints(cls.__init__).items():
             if name in found and name != "return":

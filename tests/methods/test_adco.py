@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from bank_cases import BANK, Plain, assert_steps_equal, build, fill
+from bank_cases import Plain, assert_steps_equal, build, fill
 from queries import assert_preset, assert_resumes, options
 from queries import batch as made
 from torch.nn import functional as F
-
-BANK |= {"bank_decay": 0.01, "key_momentum": 0.9}
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

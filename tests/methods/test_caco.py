@@ -32,7 +32,8 @@ class Plain(PlainAdCo):
 
     def step(self, views, kind):
         (method,) = self.method
-        T, T_bank = method.temperature, method.bank_temperature
+        own = method.options
+        T, T_bank = own.temperature, own.bank_temperature
         with torch.no_grad():
             k_p, k_q = (F.normalize(self.key_encoder(x)) for x in views[:2])
             y_p, y_q = ((k @ F.normalize(self.bank).T).argmax(1) for k in (k_p, k_q))
@@ -54,10 +55,8 @@ class Plain(PlainAdCo):
             x_adv = attack().step(views[0], x.grad)
             adv = share * caco_loss(self.adv_encoder(x_adv), y_q, self.bank, T)
             (WEIGHT * adv).backward()
-        self.velocity = (
-            method.bank_momentum * self.velocity + gradient + method.bank_decay * self.bank
-        )
-        self.bank = self.bank - method.bank_lr * self.velocity
+        self.velocity = own.bank_momentum * self.velocity + gradient + own.bank_decay * self.bank
+        self.bank = self.bank - own.bank_lr * self.velocity
         return clean, adv, x_adv
 
 

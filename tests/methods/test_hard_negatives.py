@@ -17,7 +17,7 @@ from clae_fast.methods.simclr import SimCLR
 from clae_fast.methods.sscl import SSCL
 from clae_fast.methods.supcon import SupCon
 from clae_fast.steps.batch import Batch
-from clae_fast.steps.options import StepOptions
+from clae_fast.steps.options import StepContext, StepOptions
 
 PAIRS = (DCL, HCL, SSCL)
 SUPERVISED = (SupCon, HSCL)
@@ -170,7 +170,7 @@ def test_supcon():
         positive = (classes[:, None] == classes) & ~itself
         return -s.log_softmax(1)[positive].view(12, 3).mean(1).mean()
 
-    assert_same_function(method, definition, labels())
+    assert_same_function(method, definition, StepContext(labels=labels()))
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 5.0])
@@ -186,7 +186,7 @@ def test_h_scl(beta):
         mean = (weights * s.exp()).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
         return torch.log1p(10 * mean / s.exp())[same & ~torch.eye(12, dtype=torch.bool)].mean()
 
-    assert_same_function(method, definition, labels())
+    assert_same_function(method, definition, StepContext(labels=labels()))
 
 
 @pytest.mark.parametrize("cls", PAIRS, ids=lambda cls: cls.name)

@@ -126,7 +126,7 @@ def test_a_method_with_state_of_its_own_fits():
             self.slow = copy.deepcopy(encoder).requires_grad_(False)
             self.register_buffer("bank", F.normalize(embeddings()[0].float()))
 
-        def loss(self, z_a, z_b):
+        def loss(self, z_a, z_b, context):
             keys = torch.cat([z_b, self.bank])
             return clae_fast.info_nce(z_a, keys, temperature=self.temperature)
 

@@ -10,13 +10,12 @@ from step_cases import encoders, norm_buffers
 
 from clae_fast.methods import METHODS, QueryMethod
 
+# what makes a method small; each takes the settings that it has
+SMALL = {"queue_size": 20, "hard": 3, "warmup": 0.0, **BANK}
 BUILT = {
-    "moco": {"queue_size": 20},
-    "mochi": {"queue_size": 20, "hard": 5, "warmup": 0.0},
-    "synco": {"queue_size": 20, "hard": 5, "warmup": 0.0},
-    "acssl": {"queue_size": 20, "hard": 3},
-    "adco": BANK,
-    "caco": BANK,
+    name: {option: SMALL[option] for option in SMALL.keys() & method.own_options().keys()}
+    for name, method in METHODS.items()
+    if issubclass(method, QueryMethod)
 }
 SYMMETRIC = [name for name in BUILT if "symmetric" in METHODS[name].own_options()]
 CASES = [(name, {}) for name in BUILT] + [(name, {"symmetric": True}) for name in SYMMETRIC]
@@ -35,7 +34,7 @@ def build(name, given):
 
 
 def test_every_one_is_here():
-    assert {n for n, cls in METHODS.items() if issubclass(cls, QueryMethod)} == BUILT.keys()
+    assert {"moco", "mochi", "synco", "acssl", "adco", "caco"} <= BUILT.keys()
 
 
 @every_case

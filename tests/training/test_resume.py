@@ -150,7 +150,7 @@ class Queue(SimCLR):
         self.register_buffer("next", torch.zeros((), dtype=torch.long))
         self._keys = None
 
-    def loss(self, z_a, z_b):
+    def loss(self, z_a, z_b, context):
         self._keys = z_b.detach()
         negatives = z_a @ self.rows.T
         return super().loss(z_a, z_b) + negatives.logsumexp(dim=1).mean()
