@@ -10,7 +10,6 @@ from clae_fast.ops.nt_xent import nt_xent
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.checks import check_attack, check_pair
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Pass
 from clae_fast.steps.runner import PassRunner, gradient
 
 
@@ -51,18 +50,18 @@ class ACL(Method):
             return options.world.gather_loss(nt_xent_of_all)(*z.chunk(2))
 
         if options.kind == "none":
-            both = runner.run(Pass, self.encoder, x)
+            both = runner.run(self.encoder, x)
             clean = runner.backward(loss(both.z))
             both.back(options.last_backward)
             return StepResult(clean)
         assert self.adv_encoder is not None
         assert options.attack is not None
         check_attack(options.attack, x, "x", options.adv_weight)
-        x_adv = runner.attacked(self.adv_encoder, x, options.attack, lambda z: gradient(loss, z))
-        both = runner.run(Pass, self.encoder, x)
+        x_adv = runner.attack(self.adv_encoder, x, options.attack, lambda z: gradient(loss, z))
+        both = runner.run(self.encoder, x)
         clean = runner.backward(loss(both.z), 0.5)
         both.back()
-        attacked = runner.run(Pass, self.adv_encoder, x_adv)
+        attacked = runner.run(self.adv_encoder, x_adv)
         adv = runner.backward(loss(attacked.z), 0.5 * options.adv_weight)
         attacked.back(options.last_backward)
         return StepResult(clean, adv, x_adv)

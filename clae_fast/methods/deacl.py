@@ -12,7 +12,6 @@ from clae_fast.methods.options import NotNegative
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.checks import check_attack
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Pass
 from clae_fast.steps.runner import PassRunner, gradient
 
 
@@ -75,7 +74,7 @@ class DeACL(Method):
         distance = options.world.gather_loss(_distance)
         goal = runner.constant(self.teacher, x, "eval")
         if options.kind == "none":
-            student = runner.run(Pass, self.encoder, x)
+            student = runner.run(self.encoder, x)
             clean = runner.backward(distance(student.z, goal))
             student.back(options.last_backward)
             return StepResult(clean)
@@ -85,8 +84,8 @@ class DeACL(Method):
         def from_goal(z: Tensor) -> Tensor:
             return gradient(lambda z: distance(z, goal), z)
 
-        x_adv = runner.attacked(self.encoder, x, attack, from_goal)
-        both = runner.run(Pass, self.encoder, torch.cat((x, x_adv)))
+        x_adv = runner.attack(self.encoder, x, attack, from_goal)
+        both = runner.run(self.encoder, torch.cat((x, x_adv)))
         z, z_adv = both.z.chunk(2)
         clean = runner.backward(distance(z, goal))
         adv = runner.backward(distance(z_adv, z), options.adv_weight * self.options.gamma)

@@ -14,7 +14,6 @@ from clae_fast.ops.sup_con import sup_con
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.checks import check_attack, check_pair
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Pass
 from clae_fast.steps.runner import PassRunner, gradient
 
 
@@ -72,9 +71,9 @@ class RoCL(Method):
             def against_q(z: Tensor) -> Tensor:
                 return gradient(lambda z: loss(torch.cat((z, z_q)), 2), z)
 
-            x_adv = runner.attacked(self.encoder, x_p, attack, against_q)
+            x_adv = runner.attack(self.encoder, x_p, attack, against_q)
             views += (x_adv,)
-        together = runner.run(Pass, self.encoder, torch.cat(views))
+        together = runner.run(self.encoder, torch.cat(views))
         clean = runner.backward(loss(together.z, len(views)))
         if x_adv is not None:
             weight = options.adv_weight * self.options.reg_weight

@@ -21,6 +21,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 
+import clae_fast
 from clae_fast import methods, ops
 from clae_fast.config import Config
 from clae_fast.config.layers import resolve
