@@ -4,7 +4,7 @@
 
 One move is the fast gradient sign method (Goodfellow et al., ICLR 2015). Several moves are
 projected gradient descent (PGD; Madry et al., ICLR 2018). `linf_twin` is for loops that are written
-by hand: it makes one move on the way of a plain backward pass.
+by hand. It makes one move during a plain backward pass.
 """
 
 import math
@@ -23,7 +23,7 @@ PerChannel = float | list[float] | tuple[float, ...]
 
 
 class Twin:
-    """The adversarial view that belongs to a view made by `linf_twin`."""
+    """Holds the adversarial view of a view that `linf_twin` returned."""
 
     def __init__(self, attack: "LinfAttack") -> None:
         self._attack = attack
@@ -31,7 +31,7 @@ class Twin:
 
     @property
     def x_adv(self) -> Tensor:
-        """The adversarial view, a constant of the view's shape, dtype and device.
+        """The adversarial view, without gradient. It has the view's shape, dtype and device.
 
         Raises:
             RuntimeError: If no backward pass has reached the view yet.
@@ -44,7 +44,7 @@ class Twin:
 
 
 class _LinfTwin(torch.autograd.Function):
-    """Identity; its backward pass writes `twin.x_adv` and hands no gradient on."""
+    """The identity. Its backward pass writes `twin.x_adv` and passes no gradient on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, twin: Twin) -> Tensor:
@@ -73,17 +73,17 @@ class LinfAttack:
         step_size: Length of a move, a number or one per channel; None takes `eps`.
         lo: Lower bound of the values, a number or one per channel; None for no bound.
         hi: Upper bound of the values, a number or one per channel; None for no bound.
-        steps: How many moves the attack makes. A move costs 2 units, and the first one costs
-            nothing where a training pass of the view makes it.
+        steps: How many moves the attack makes. A move costs 2 units, and a unit is one forward pass
+            of the encoder. The first move costs nothing where a training pass of the view makes it.
         start: Where the first move starts: at the "view", or at a "random" point of the ball.
-        norm: How passes for the attack alone normalize: "train" by the batch's statistics, "eval"
-            by the running statistics, with the whole encoder in eval mode.
+        norm: How BatchNorm normalizes in passes that serve only the attack: "train" by the batch's
+            statistics, "eval" by the running statistics, with the whole encoder in eval mode.
         impl: Implementation of `clae_fast.linf_step` and `clae_fast.stem_step`.
 
     Raises:
         TypeError: A length is neither a number nor a sequence of numbers, or `steps` is no integer.
         ValueError: A length is negative or not finite, `lo` is not below `hi`, `steps` is below 1,
-            or `start` or `norm` has none of these values.
+            or `start` or `norm` has another value than those above.
     """
 
     eps: PerChannel
@@ -128,7 +128,7 @@ class LinfAttack:
         return (self.start, self.norm) == ("view", "train")
 
     def begin(self, x0: Tensor) -> Tensor:
-        """Where the first move starts; randomness comes from the global generator of the device."""
+        """Where the first move starts. Random starts use the global generator of the device."""
         return x0 if self.start == "view" else self.random_start(x0)
 
     def step(
@@ -137,7 +137,7 @@ class LinfAttack:
         grad: Tensor,  # as x
         x0: Tensor | None = None,  # as x
     ) -> Tensor:
-        """One signed move from `x` along `grad`, projected, in one launch.
+        """Makes one signed move from `x` along `grad` and projects it, in one launch.
 
         Args:
             x: Where the move starts.
@@ -158,7 +158,7 @@ class LinfAttack:
         stride: int,
         padding: int,
     ) -> Tensor:
-        """A move along the input gradient of a convolution, which is never stored, in one launch.
+        """Makes a move along a convolution's input gradient, in one launch and without storing it.
 
         Args:
             x: Where the move starts, and the center of the ball.
@@ -183,7 +183,7 @@ class LinfAttack:
         self.check("x0", x0)
         noise = torch.empty_like(x0).uniform_(-1.0, 1.0, generator=generator)
         parts = noise.unbind(1) if isinstance(self.eps, tuple) else (noise,)
-        # a number at a time, since a CUDA graph cannot capture a copy of them to the device
+        # one number at a time, since a CUDA graph cannot capture a copy of numbers to the device
         for part, eps in zip(parts, _numbers("eps", self.eps), strict=True):
             part.mul_(eps)
         return self.project(x0 + noise, x0)
@@ -229,9 +229,10 @@ def linf_twin(
     adversarial view, `twin.x_adv`, in one launch. It stores no gradient, and none flows on to `x`.
     Where several backward passes reach the view, the last one counts.
 
-    The example below is the pair attack in a loop of one's own, at 9 units where plain training
-    takes 6. The anchor's embedding is cut off the graph and becomes a leaf, into which both losses
-    write their gradients. The anchor's encoder pass is taken back last, once.
+    The example below is the pair attack in a loop of one's own. It costs 9 units, and plain
+    training costs 6. View p is the anchor of both losses. Its embedding is cut off the graph and
+    becomes a leaf, into which both losses write their gradients. The encoder's pass over p is taken
+    back once, at the end.
 
     Args:
         x: The view.

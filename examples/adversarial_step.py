@@ -1,4 +1,4 @@
-"""CLAE's step in a loop of your own: it takes 9 units, where plain SimCLR takes 6.
+"""CLAE's step in a loop of your own. It costs 9 units, and plain SimCLR costs 6.
 
 python examples/adversarial_step.py
 """
@@ -35,7 +35,7 @@ def main():
     torch.manual_seed(0)
     backbone, features = build_encoder("resnet-narrow", SIZE)
     encoder = Encoder(backbone, ProjectionHead(features, 128, 64))
-    # the twin shares all weights except those of BatchNorm, which also has its own statistics
+    # the twin shares all weights except those of BatchNorm, and has its own BatchNorm statistics
     adv_encoder = adversarial_twin(encoder)
     both = torch.nn.ModuleList([encoder, adv_encoder])
     optimizer = torch.optim.AdamW(both.parameters(), lr=3e-3)

@@ -1,7 +1,7 @@
 """Exports the encoder of a run, as safetensors for timm or torchvision, and with torch.export.
 
 pip install '.[examples]' && python examples/export_encoder.py [RUN]
-Without RUN, a short run is made first.
+Without RUN, the program makes a short run first.
 """
 
 import sys

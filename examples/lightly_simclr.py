@@ -50,7 +50,7 @@ def main():
     model = SimCLR()
     transform = SimCLRTransform(input_size=SIZE, hf_prob=0.0, cj_prob=0.0, gaussian_blur=0.0)
     loader = DataLoader(Digits(transform), BATCH_SIZE, shuffle=True, drop_last=True)
-    # in lightly this is lightly.loss.NTXentLoss(temperature=0.5)
+    # lightly's own loss is lightly.loss.NTXentLoss(temperature=0.5)
     criterion = NTXentLoss(temperature=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9)
     for epoch in range(EPOCHS):

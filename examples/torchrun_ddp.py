@@ -1,11 +1,11 @@
-"""The adversarial step in several processes, with the weights of one process with the whole batch.
+"""The adversarial step in several processes, which train like one process with the whole batch.
 
 torchrun --nproc-per-node 2 examples/torchrun_ddp.py
-Each process takes a GPU. Without GPUs they use the CPU and gloo.
+Each process uses one GPU. Without GPUs, the processes use the CPU and gloo.
 
-DistributedDataParallel expects one backward pass a step, in which every parameter gets its
-gradient, and this step has several. So the processes gather each other's embeddings as negatives,
-and sum the gradients once, while the last backward pass runs.
+DistributedDataParallel is not used. It expects one backward pass per step, in which every parameter
+gets its gradient, and this step has several. Instead, the processes gather each other's embeddings
+as negatives. They sum the gradients once, while the last backward pass runs.
 """
 
 import torch
@@ -22,7 +22,7 @@ BATCH_SIZE, STEPS, SIZE = 64, 6, 16
 
 
 def main():
-    # without torchrun this is a world of one process
+    # without torchrun, this is a world of one process
     world = distributed.init("auto")
     torch.manual_seed(0)
     backbone, features = build_encoder("resnet-narrow", SIZE)

@@ -10,8 +10,8 @@ class CorruptImages:
     """The images of a data set that could not be read. Each is named once on stderr.
 
     Args:
-        on_corrupt: "fail" raises DataError at the first such image. "skip" trains on the next
-            readable image in its place, and leaves it out of evaluation.
+        on_corrupt: "fail" raises DataError at the first such image. With "skip", training takes the
+            next readable image in its place, and evaluation leaves it out.
     """
 
     def __init__(self, on_corrupt: str = "fail") -> None:
@@ -28,5 +28,5 @@ class CorruptImages:
         for error in errors:
             if error not in self._names:
                 self._names.add(error)
-                # tqdm.write prints above a progress bar where there is one
+                # tqdm.write prints above a progress bar if there is one
                 tqdm.write(f"skipped: {error}", file=sys.stderr)

@@ -29,16 +29,16 @@ def load(
 
     Args:
         name: Which data set:
-            "digits" comes with scikit-learn;
-            "cifar10", "cifar100", "stl10", "tiny_imagenet" are unpacked in `data_dir`;
-            "imagenet100" is `data_dir`/train/WNID and val/WNID, 100 classes or all of ImageNet;
-            "folder" is `data_dir`/train/CLASS and test/CLASS or val/CLASS;
-            "parquet" is train*.parquet and test*.parquet in `data_dir`, as Hugging Face lays it
-            out;
+            "digits" comes with scikit-learn.
+            "cifar10", "cifar100", "stl10" and "tiny_imagenet" are unpacked in `data_dir`.
+            "imagenet100" is `data_dir`/train/WNID and val/WNID, 100 classes or all of ImageNet.
+            "folder" is `data_dir`/train/CLASS, and test/CLASS or val/CLASS.
+            "parquet" is train*.parquet and test*.parquet in `data_dir`, as Hugging Face lays them
+            out.
             "hf/NAME" is a set of the Hugging Face hub, which the package `datasets` downloads.
         data_dir: Folder of the files. Sets that can be downloaded are in ./data by default.
-        limit: How many images of each split are used; None for all. They are the first ones, or
-            evenly spaced ones where images are stored class by class.
+        limit: How many images of each split are used; None for all. They are the first ones. If
+            images are stored class by class, they are evenly spaced ones instead.
         download: Whether a published set is downloaded into `data_dir` when it is not there.
         on_corrupt: What happens to an unreadable image, as in `CorruptImages`.
 

@@ -81,8 +81,8 @@ class Files:
 
     Attributes:
         root: The folder.
-        names: Paths relative to it, as bytes of one length. Python objects would be copied into
-            each loader process, since counting references writes to them.
+        names: Paths relative to it, in one array of bytes. Each loader process would get copies of
+            Python objects, since counting references writes to them.
     """
 
     root: Path

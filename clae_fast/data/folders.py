@@ -1,4 +1,4 @@
-"""Data sets with a folder of image files for each class, ImageNet-100 among them."""
+"""Data sets with a folder of image files for each class, such as ImageNet-100."""
 
 import os
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def image_files(folder: Path) -> Files:
 
 
 def _test_folder(root: Path) -> Path:
-    """The first of test and val that has folders of classes; ImageNet's test set has none."""
+    """The folder test if it has folders of classes, or else val; ImageNet's test has none."""
     for path in (root / "test", root / "val"):
         if path.is_dir() and _folders(path):
             return path
@@ -76,7 +76,7 @@ def _test_folder(root: Path) -> Path:
 
 
 def require_folder(path: Path) -> None:
-    """Raises DataError where `path` is no folder; the message says what is there instead."""
+    """Raises DataError if `path` is not a folder. The message says what is there instead."""
     if path.is_dir():
         return
     if not path.parent.is_dir():
@@ -107,7 +107,7 @@ def images_of(folder: Path, classes: Sequence[str], *, of_every: bool = True) ->
     Args:
         folder: The folder that holds the classes' folders.
         classes: The names of the classes in the order of their labels. Other folders are ignored.
-        of_every: Whether every class must have an image; otherwise one image in all is enough.
+        of_every: Whether every class must have an image. Otherwise a single image is enough.
     """
     numbers = {name: number for number, name in enumerate(classes)}
     found = make_dataset(str(folder), numbers, IMG_EXTENSIONS, allow_empty=True)

@@ -59,11 +59,11 @@ class Table:
 
 
 def hub(name: str, cache: Path | None) -> Splits:
-    """Loads the split train, and test or, where that has no labels, validation.
+    """Loads the split train, and the split test, or validation if test has no labels.
 
     Args:
         name: The data set's name on the hub, or a folder.
-        cache: The folder in which `datasets` keeps downloads; its own by default.
+        cache: The folder in which `datasets` keeps downloads; None takes that of `datasets`.
     """
     try:
         import datasets
@@ -72,7 +72,7 @@ def hub(name: str, cache: Path | None) -> Splits:
         raise DataError(
             f"hf/{name} needs the package datasets: pip install 'clae_fast[hf]'"
         ) from error
-    # it would announce each attempt; the last one becomes the error below
+    # the hub would print each failed attempt; the last one becomes the error below
     huggingface_hub.logging.set_verbosity_error()
     try:
         found = datasets.load_dataset(name, cache_dir=cache and str(cache))

@@ -24,7 +24,7 @@ def eval_transform(image_size: int) -> v2.Compose:
 
 
 class Batches:
-    """Batches of tensors; skipped images are named on stderr as their batches arrive."""
+    """Batches of tensors. Skipped images are named on stderr when their batches arrive."""
 
     def __init__(self, loader: DataLoader, split: Split) -> None:
         self._loader = loader
@@ -54,7 +54,7 @@ def image_loader(
 ) -> Batches:
     """Loads a split once, in order: batches of images [N, 3, H, W] and labels [N].
 
-    At most `workers` processes decode, and at most one for each core. Where corrupt images are
+    At most `workers` processes decode, and at most one for each core. If corrupt images are
     skipped, batches leave them out.
     """
     images = _Images(split, transform)
@@ -73,14 +73,14 @@ def make_loader(dataset: Dataset, *, workers: int, **settings: Any) -> DataLoade
 
     Args:
         dataset: The data set.
-        workers: How many processes load, but at most one for each core; 0 loads in this one.
+        workers: How many processes load, at most one for each core; 0 loads in this process.
         settings: Further arguments of DataLoader.
     """
     return DataLoader(
         dataset,
         num_workers=min(workers, _cores()),
         worker_init_fn=_leave_interrupts_to_the_parent,
-        # a loader draws a seed that nothing here uses: it must not move the global generator
+        # a loader draws a seed, which nothing here uses; it must not move the global generator
         generator=torch.Generator(),
         **settings,
     )
@@ -94,7 +94,7 @@ def _cores() -> int:
 def _leave_interrupts_to_the_parent(_: int) -> None:
     # Ctrl-C reaches every process of a terminal, and the parent ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # SIGTERM may reach all as well: a worker that fails would end the parent in mid-step
+    # SIGTERM may reach all as well; a worker that fails would end the parent within a step
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     sys.excepthook = _print_unless_parent_left
 
@@ -102,7 +102,7 @@ def _leave_interrupts_to_the_parent(_: int) -> None:
 def _print_unless_parent_left(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    # a parent that was interrupted leaves a batch half fetched, which nobody needs to know
+    # an interrupted parent leaves a batch half fetched, which is not worth a message
     if not issubclass(kind, ConnectionError):
         sys.__excepthook__(kind, error, trace)
 

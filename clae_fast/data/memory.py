@@ -11,7 +11,7 @@ from clae_fast.errors import DataError
 
 # an estimate reads this many runs of this many headers, since neighbors share a shard
 _RUNS, _RUN = 8, 32
-# for versions 2 and 1 of Linux' control groups: the root, and the files of limit, use and cache
+# for versions 2 and 1 of Linux's control groups: the root, and the names of limit, use and cache
 _GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 _CGROUPS = {
     "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -54,7 +54,7 @@ def _cgroups() -> Iterator[int]:
         if controllers in _CGROUPS:
             root, limit, use, cache = _CGROUPS[controllers]
             group = Path(root, path.lstrip("/"))
-            # in a container the path may begin at another root, so parents are tried up to ours
+            # in a container the path may begin at another root, so all parents up to ours are tried
             for folder in (group, *group.parents[: len(group.parts) - len(Path(root).parts)]):
                 yield from _left(folder / limit, folder / use, folder / "memory.stat", cache)
 

@@ -79,7 +79,7 @@ def tiny_imagenet(root: Path, *, download: bool) -> Splits:
             if not download:
                 raise RuntimeError
             root.mkdir(parents=True, exist_ok=True)
-            # unpacked aside and then moved, so that the folder is whole or absent
+            # it is unpacked elsewhere and then moved, so that the folder is whole or absent
             with tempfile.TemporaryDirectory(dir=root) as scratch:
                 download_and_extract_archive(
                     _TINY_IMAGENET, str(root), extract_root=scratch, md5=_TINY_IMAGENET_MD5

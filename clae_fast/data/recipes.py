@@ -7,20 +7,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """How views are drawn; each field is a setting of `Config` by the same name.
+    """How views are drawn. Each field is a setting of `Config` by the same name.
 
-    Crops have an aspect ratio from 3/4 to 4/3, flips a probability of 1/2. Blur has a standard
-    deviation from 0.1 to 2 pixels and a kernel of about a tenth of the view's side.
+    Crops have an aspect ratio from 3/4 to 4/3, and flips have a probability of 1/2. Blur has a
+    standard deviation from 0.1 to 2 pixels, and a kernel of about a tenth of the view's side.
 
     Attributes:
-        crop_min_scale: smallest part of the image's area that a crop takes; the largest is 1.
-        interpolation: how crops are resized, "bilinear" or "bicubic".
-        flip: mirror left and right at random.
-        color_jitter: strengths of brightness, contrast, saturation and hue.
-        color_jitter_prob: probability of the jitter.
-        grey_prob: probability of turning grey.
-        blur_prob: probability of Gaussian blur, of each view.
-        solarize_prob: probability of solarization, of each view.
+        crop_min_scale: Smallest part of the image's area that a crop takes; the largest is 1.
+        interpolation: How crops are resized, "bilinear" or "bicubic".
+        flip: Whether views are mirrored left to right at random.
+        color_jitter: Strengths of brightness, contrast, saturation and hue.
+        color_jitter_prob: Probability of the jitter.
+        grey_prob: Probability that a view turns gray.
+        blur_prob: Probability of Gaussian blur for each view.
+        solarize_prob: Probability of solarization for each view.
     """
 
     crop_min_scale: float
@@ -40,8 +40,8 @@ class Recipe:
 
 
 # Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020:
-# appendix A for ImageNet; B.9 for CIFAR-10, at half the strength of colour and without blur; both
-# are bicubic in the released code
+# appendix A is for ImageNet, and B.9 for CIFAR-10, with half the strength of color and no blur;
+# both are bicubic in the released code
 _SIMCLR = Recipe(
     crop_min_scale=0.08,
     interpolation="bicubic",
@@ -97,7 +97,7 @@ _BYOL = Recipe(
     solarize_prob=(0.0, 0.2),
 )
 # Wang et al., "CaCo: both positive and negative samples are directly learnable via
-# cooperative-adversarial contrastive learning", TPAMI 2023: BYOL's colours and blur on MoCo's crops
+# cooperative-adversarial contrastive learning", TPAMI 2023: BYOL's colors and blur on MoCo's crops
 _CACO = Recipe(
     crop_min_scale=0.2,
     interpolation="bilinear",

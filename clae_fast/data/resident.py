@@ -20,14 +20,14 @@ from clae_fast.errors import DataError
 # how many images a worker decodes at a time
 _CHUNK = 64
 _NOTHING = np.empty((0, 0, 3), dtype=np.uint8)
-# for so many samples at a time parameters are drawn, which takes about 5 KB each meanwhile
+# parameters are drawn for this many images at a time, each of which takes about 5 KB meanwhile
 _DRAWN = 2**14
 
 
 class Resident:
     """Batches of images that lie decoded on the device, with the parameters of their views.
 
-    Where corrupt images are skipped, each is replaced by the next readable one.
+    If corrupt images are skipped, each is replaced by the next readable one.
 
     Args:
         split: The training images.
@@ -39,7 +39,7 @@ class Resident:
         bar: Whether a bar on stderr shows how far decoding is, if it takes a while.
 
     Raises:
-        DataError: An image cannot be read; or no image can, where such images are skipped.
+        DataError: An image cannot be read. If such images are skipped: no image can be read.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ def _to_device(ids: Tensor, device: torch.device) -> Tensor:
 def _decode(
     split: Split, device: torch.device, *, workers: int, bar: bool
 ) -> tuple[Tensor, Tensor]:  # [bytes], [S, 2]
-    """The pixels of all readable images, and the sizes of all images: 0 for an unreadable one."""
+    """The pixels of the readable images, and the sizes of all images, 0 for an unreadable one."""
     chunks = _Chunks(split)
     loader = make_loader(chunks, workers=workers, batch_size=None)
     parts: deque[Tensor] = deque()
@@ -103,7 +103,7 @@ def _decode(
             parts.append(pixels.clone())
             sizes.append(found.clone())
             done.update(len(found))
-    # done after the bar is closed, since a message would make it appear
+    # this comes after the bar is closed, since a message would make the bar appear
     split.corrupt.add(reasons)
     total = sum(len(part) for part in parts)
     if not total:

@@ -9,9 +9,9 @@ from torch.utils.data import Sampler
 class BatchSchedule(Sampler[tuple[int, np.ndarray]]):
     """The batches of a run from some step to its last. A batch is an epoch and indices of images.
 
-    Each epoch is a permutation, which (seed, epoch) determines, cut into full batches. The images
-    that are left over at its end are dropped. One iterator spans all epochs, so that loader
-    processes never idle between two.
+    Each epoch is a permutation of the images, which (seed, epoch) determines. It is cut into full
+    batches, and the images that are left over are dropped. One iterator spans all epochs, so loader
+    processes never wait between two epochs.
 
     Args:
         size: How many images the training set has.
@@ -19,8 +19,8 @@ class BatchSchedule(Sampler[tuple[int, np.ndarray]]):
         epochs: How many passes over the set the whole run makes.
         seed: The run's seed.
         start: How many steps are done already.
-        rank: The process whose part of each batch this is.
-        world: How many processes share a batch; each gets an equal part.
+        rank: The process that gets these batches.
+        world: How many processes share a batch. Each gets an equal part.
 
     Raises:
         ValueError: A batch is empty, is larger than the set, or is not divisible by `world`.
@@ -67,7 +67,7 @@ class BatchSchedule(Sampler[tuple[int, np.ndarray]]):
             yield epoch, batches[0]
 
     def blocks(self, steps: int) -> Iterator[tuple[int, np.ndarray]]:  # [<= steps, n]
-        """The same batches, up to `steps` of one epoch at a time."""
+        """The same batches, in blocks of up to `steps` batches of one epoch."""
         first_epoch, skip = divmod(self.start, self.steps_per_epoch)
         n = self.batch_size // self.world
         mine = slice(self.rank * n, (self.rank + 1) * n)

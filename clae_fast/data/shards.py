@@ -16,11 +16,11 @@ from clae_fast.data.encoded import decode, dimensions
 from clae_fast.data.split import Split, Splits
 from clae_fast.errors import DataError
 
-# a split of at most so many bytes is kept in memory; of a larger one, single row groups are read
+# a split of at most this many bytes is kept in memory; of a larger one, single row groups are read
 _IN_MEMORY = 2**31
-# row groups above this size are not read one at a time: that would take longer than training
+# row groups above this size are not read one at a time, since that would take longer than training
 _LARGE_GROUP = 2**26
-# a shard ends with its schema and the places and statistics of its columns, within so many bytes
+# the last bytes of a shard have its schema, and the places and statistics of its columns
 _FOOTER = 2**16
 
 
@@ -34,7 +34,7 @@ def parquet(folder: Path) -> Splits:
 
 @dataclass(frozen=True)
 class _Group:
-    """Row group `number` of the shard `file`; its rows begin at `start`, images are in `column`."""
+    """Row group `number` of the shard `file`. Its first row is `start`, images are in `column`."""
 
     file: Path
     number: int

@@ -28,7 +28,7 @@ class Images(Protocol):
         """
 
     def size(self, row: int) -> tuple[int, int]:
-        """Height and width of image `row`, read without decoding it; raises as `open` does."""
+        """Height and width of image `row`, without decoding it. It raises as `open` does."""
 
     def digest(self, rows: Sequence[int]) -> bytes:
         """Bytes that are cheap to compute and change with the stored images `rows`."""
@@ -36,14 +36,14 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels, a choice of the rows of what is stored.
+    """Images with their labels, chosen from the images that are stored.
 
     Attributes:
-        images: Where the images are.
-        labels: Class numbers [N], int64, from 0; -1 where an image has none.
-        rows: The stored images that belong to it, [N].
-        classes: Names of the classes by number, where they are known.
-        corrupt: What was found of its images, and of the other splits' of its data set.
+        images: The stored images.
+        labels: Class numbers [N], int64, from 0; -1 for an image without a label.
+        rows: The numbers of the stored images that belong to the split, [N].
+        classes: Names of the classes by number, if they are known.
+        corrupt: The unreadable images found so far, in any split of the data set.
     """
 
     images: Images
@@ -71,7 +71,7 @@ class Split:
         return self.images.size(int(self.rows[index]))
 
     def select(self, indices: Any) -> "Split":
-        """The part of the split at `indices`, which is anything that indexes a tensor."""
+        """The part of the split at `indices`, which may be anything that indexes a tensor."""
         return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
     def evenly(self, count: int) -> "Split":
@@ -80,13 +80,13 @@ class Split:
         return self.select(torch.arange(count) * len(self) // count)
 
     def nothing_readable(self, errors: Sequence[str] = ()) -> DataError:
-        """The error that no image can be read, with the first of the reasons."""
+        """The error that no image can be read, with the first reason."""
         return DataError("; ".join([f"none of the {len(self)} images can be read", *errors[:1]]))
 
     def fingerprint(self) -> str:
         """A digest of images and labels that does not depend on where they are stored.
 
-        Of encoded images, it takes names and sizes; their contents would have to be read.
+        For encoded images it uses names and sizes, because reading the contents takes too long.
         """
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         digest.update(self.images.digest(self.rows.tolist()))
@@ -98,7 +98,8 @@ class Splits(NamedTuple):
 
     Attributes:
         train: The images that contrastive training reads.
-        labelled: The training images with labels, which evaluation fits on; most sets label all.
+        labelled: The training images with labels, which evaluation uses. In most sets, all have
+            labels.
         test: The test images, which no training touches.
     """
 
@@ -116,7 +117,7 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
         seed: Decides which ones.
 
     Returns:
-        The rest and the held out part, each in the order of `split`.
+        The rest and the held-out part, each in the order of `split`.
 
     Raises:
         ValueError: One of the two parts would be empty.
@@ -129,22 +130,22 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:  # [N] -> [N]
     """Marks `size` of the images, the same share of every class to within one image.
 
     Args:
-        labels: Classes.
-        size: Images to mark.
-        seed: Which ones.
+        labels: Classes of the images.
+        size: How many images are marked.
+        seed: Decides which ones.
 
     Returns:
-        True for these.
+        True for each image that is marked.
 
     Raises:
-        ValueError: `size` leaves none of either kind.
+        ValueError: No image or every image would be marked.
     """
     total = len(labels)
     if not 0 < size < total:
         raise ValueError(f"size must be from 1 to {total - 1}, got {size}")
     order = np.random.default_rng(seed).permutation(total)
     order = order[np.argsort(labels.numpy()[order], kind="stable")]
-    # every (total / size)-th image of an order by class, shuffled within each
+    # every (total / size)-th image in an order by class, which is shuffled within each class
     held = np.zeros(total, dtype=bool)
     held[order[(2 * np.arange(size) + 1) * total // (2 * size)]] = True
     return torch.from_numpy(held)
@@ -170,7 +171,7 @@ class Arrays:
         return height, width
 
     def digest(self, rows: Sequence[int]) -> bytes:
-        """Of the pixels themselves."""
+        """A digest of the pixels themselves."""
         digest = hashlib.sha256()
         for row in rows:
             digest.update(np.asarray(self.pixels[row]).tobytes())

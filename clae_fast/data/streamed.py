@@ -23,8 +23,8 @@ class Streamed:
     """Batches of images that workers decode ahead of the step, with the parameters of their views.
 
     The workers live from the first batch to the last, and each is two batches ahead. A batch for a
-    GPU is copied one batch ahead, from pinned memory and on a stream of its own. Where corrupt
-    images are skipped, each is replaced by the next readable one.
+    GPU is copied one batch ahead, from pinned memory and on a stream of its own. If corrupt images
+    are skipped, each is replaced by the next readable one.
 
     Args:
         split: The training images.
@@ -58,7 +58,7 @@ class Streamed:
         self.where = f"streamed, {count or 'no'} worker{'s' * (count != 1)}"
 
     def __iter__(self) -> Iterator[tuple[Tensor | RaggedImages, Tensor, None, Tensor | None]]:
-        """Yields images, parameters and labels of each batch; None says that rows are in order."""
+        """Yields images, parameters, None and labels of each batch. Its images are in order."""
         on_gpu = self._device.type == "cuda"
         batches = self._decoded()
         for images, params, labels in _copied_ahead(batches, self._device) if on_gpu else batches:
@@ -71,7 +71,7 @@ class Streamed:
 
 
 def _copied_ahead(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
-    """Yields the batches on a GPU; each is copied there while the one before it is used."""
+    """Yields the batches on a GPU. Each is copied there while the one before it is used."""
     stream = torch.cuda.Stream(device)
     ahead: tuple[_Batch, torch.cuda.Event] | None = None
     for images, params, labels in batches:
@@ -96,7 +96,7 @@ def _to(images: Tensor | RaggedImages, device: torch.device) -> Tensor | RaggedI
 
 
 def _arrived(batch: _Batch, copied: torch.cuda.Event) -> _Batch:
-    """Has the current stream wait for the batch and keep its memory."""
+    """Makes the current stream wait for the batch and keep its memory."""
     images, params, labels = batch
     stream = torch.cuda.current_stream(params.device)
     stream.wait_event(copied)
@@ -108,7 +108,7 @@ def _arrived(batch: _Batch, copied: torch.cuda.Event) -> _Batch:
 
 
 class _Batches(Dataset):
-    """Loads a batch of the schedule; with it come the errors that are new."""
+    """Loads a batch of the schedule, and returns the new errors with it."""
 
     def __init__(self, split: Split, draw: Callable[..., Tensor], *, labels: bool) -> None:
         self.split = split
@@ -135,7 +135,7 @@ class _Batches(Dataset):
         return images, params, labels, errors
 
     def _readable(self, index: int, errors: list[str]) -> tuple[int, Any]:
-        """The first readable image from `index` on, and its index; errors on the way are added."""
+        """Finds the first readable image from `index` on, and its index; adds to `errors`."""
         for offset in range(len(self.split)):
             at = (index + offset) % len(self.split)
             # an image that failed before is not tried again

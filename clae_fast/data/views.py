@@ -25,8 +25,8 @@ class ViewSource:
     """Iterates over a run's batches, from some step to the last.
 
     The seed, the epoch, the image's index in the training split and the number of the view
-    determine a view. It does not depend on loader processes, on the number of training processes,
-    or on where the images are.
+    determine a view. A view does not depend on loader processes, on the number of training
+    processes, or on where the images are.
 
     Attributes:
         where: Where the images are, in a few words.
@@ -109,19 +109,19 @@ def view_source(
         dtype: Type of the views, fp32 or fp16.
         workers: How many processes decode, at most one for each core; 0 decodes in this one.
         resident: "yes" decodes all images once, to bytes that stay on the device. "no" decodes them
-            for each batch. "auto" keeps them where they take at most a third of a GPU's free
-            memory, or a quarter of the main memory.
+            for each batch. "auto" keeps them if they take at most a third of a GPU's free memory
+            and half of the free main memory, or a quarter of the free main memory on the CPU.
         labels: Whether batches have the classes of their images.
-        small_crops: How many further views of each image there are; they come in pairs, and an odd
-            one is dropped.
+        small_crops: How many further views each image has. They come in pairs, and an odd one is
+            dropped.
         small_crop_size: Side of the small crops in pixels.
         small_crop_scale: The smallest and the largest part of the image's area that they take.
-        rank: The process whose part of each batch is made.
+        rank: The process that gets these views.
         world: How many processes share a batch.
         progress: Whether the first process shows how far decoding is, if it takes a while.
 
     Raises:
-        DataError: An image cannot be read; or no image can, where such images are skipped.
+        DataError: An image cannot be read. If such images are skipped: no image can be read.
         ValueError: An argument is out of range, the images must stay on the device but do not fit,
             or labels are asked for and some images have none.
     """
@@ -164,10 +164,10 @@ def resident_bytes(
         split: The training images.
         resident: "auto", "yes" or "no", as in `view_source`.
         device: The device that they would stay on.
-        world: How many processes each have all of them.
+        world: How many processes there are. Each would hold all images.
 
     Returns:
-        The number of bytes, or None where the images do not stay.
+        The number of bytes, or None if the images do not stay.
 
     Raises:
         ValueError: They must stay but do not fit.
@@ -189,7 +189,7 @@ def _fits(need: int, device: torch.device, world: int, *, must: bool) -> bool:
     """Whether the images fit comfortably; raises if they `must` stay and do not fit at all."""
     # each process of a run holds all images, and those of one machine share its memory
     main = "main memory", free_bytes(torch.device("cpu")) // world
-    # a place, what is free there, and the part of that (a third, a quarter) that may be taken
+    # a place, its free bytes, and by what to divide these to get the part that may be taken
     rooms = [(*main, 4)]
     if device.type == "cuda":
         # they are decoded in main memory, but do not stay there

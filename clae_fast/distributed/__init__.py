@@ -1,4 +1,4 @@
-"""Several processes as one: who they are, what they exchange, where each computes."""
+"""Several processes train as one: what they are, what they exchange, and where they compute."""
 
 from clae_fast.distributed.world import World, init, reports_first, started_by_torchrun
 

@@ -8,7 +8,7 @@ def pick_device(name: str) -> torch.device:
     """The device that `--device` names.
 
     Raises:
-        ValueError: There is no such device on this machine, or the name is none of a device.
+        ValueError: This machine has no such device, or the name is not one of a device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,27 +8,27 @@ from torch import Tensor, nn
 
 from clae_fast.distributed import World
 
-# a parameter's place in a bucket starts at a multiple of so many bytes, as vector loads want it
+# the place of a parameter in a bucket starts at a multiple of this many bytes, for vector loads
 _ALIGNMENT = 16
 
 
 class GradientReducer:
     """Sums gradients over the processes, while the last backward pass of a step still runs.
 
-    Gradients lie in flat buckets, from the last parameter to the first, which is about the order in
-    which a backward pass completes them. Each `.grad` is a view of its bucket. A bucket is sent
-    when the last backward pass has completed all of its gradients that it reaches. Other gradients,
-    such as those of the adversarial BatchNorm, were completed by an earlier pass. The first step
-    shows which ones the last pass reaches, so that step overlaps nothing. All processes send the
-    buckets in the same order.
+    Gradients lie in flat buckets, from the last parameter to the first. This is about the order in
+    which a backward pass completes them. Each `.grad` is a view of its bucket. The last backward
+    pass reaches some gradients of a bucket. When it has completed these, the bucket is sent. Other
+    gradients, such as those of the adversarial BatchNorm, were completed by an earlier pass. The
+    first step finds out which gradients the last pass reaches, so that step sends nothing early.
+    All processes send the buckets in the same order.
 
     The result is the sum, not the mean (`World.gather_loss` says why). Scaled gradients stay
-    scaled. An infinity or a NaN of one process reaches all. One process alone only zeroes its
-    gradients.
+    scaled. An infinity or a NaN of one process reaches all processes. With one process, gradients
+    are only zeroed.
 
     Args:
-        parameters: The parameters to reduce. Those that require no gradient are left out, and one
-            that comes twice counts once.
+        parameters: The parameters whose gradients are summed. Parameters that require no gradient
+            are left out. A parameter that comes twice counts once.
         world: The processes, which all have the same parameters in the same order.
         bucket_bytes: How many bytes fill a bucket.
 
@@ -91,7 +91,7 @@ class GradientReducer:
         self._send_complete()
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
-        """The hook that autograd calls whenever it has added to a gradient."""
+        """The hook that autograd calls after it has added to a gradient."""
         self._reached.add(parameter)
         if not self._overlaps:
             return
@@ -116,9 +116,10 @@ class GradientReducer:
             self._next += 1
 
     def finish(self) -> None:
-        """Waits for the sums; then the optimizer may step, or the gradients be unscaled.
+        """Waits for the sums. Then the gradients may be unscaled, and the optimizer may step.
 
-        What no backward pass has reached has no gradient (None), so that no optimizer moves it.
+        A parameter that no backward pass has reached has no gradient (None), so that no optimizer
+        moves it.
 
         Raises:
             LostWorkerError: Another process is gone.
@@ -146,8 +147,9 @@ class _Bucket:
             p: self.flat.as_strided(p.shape, _strides(p), offset)
             for p, offset in zip(parameters, offsets[:-1], strict=True)
         }
-        # those that last backward passes have reached so far, and those that this one has not yet
+        # the parameters that the last backward passes of all steps so far have reached
         self.expected: set[nn.Parameter] = set()
+        # those of them that this step's last backward pass has not reached yet
         self.pending: set[nn.Parameter] = set()
         self._wait: Callable[[], None] | None = None
 
@@ -171,7 +173,7 @@ class _Bucket:
 
 
 def _filled(parameters: list[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one dtype and device, as they come, as many as fill a bucket."""
+    """The parameters of each bucket, in order; a bucket has only one dtype and device."""
     bucket: list[nn.Parameter] = []
     size = 0
     for p in parameters:
@@ -192,5 +194,5 @@ def _room(p: Tensor) -> int:
 
 
 def _strides(p: Tensor) -> tuple[int, ...]:
-    """The parameter's own strides where it is dense, or else a row-major tensor's."""
+    """The parameter's own strides if it is dense, or else those of a row-major tensor."""
     return torch.empty_like(p, device="meta").stride()

@@ -1,9 +1,10 @@
 """The processes that train together, and what they exchange.
 
-Each process has a slice of the global batch and one device. Losses are taken over all rows, and
-weight gradients are summed. With synchronized BatchNorm (`clae_fast.nn.sync_norm`) or without any,
-W processes compute what one process computes with the whole batch. DistributedDataParallel is not
-used: it expects one backward pass in a step, in which every parameter gets its gradient.
+Each process has one device and a slice of the global batch, which is the batch of all processes.
+Losses are taken over all rows, and weight gradients are summed. If the encoder has synchronized
+BatchNorm (`clae_fast.nn.sync_norm`) or no BatchNorm, W processes compute what one process computes
+with the whole batch. DistributedDataParallel is not used, because it expects one backward pass per
+step, in which every parameter gets its gradient.
 
 One process alone is a `World` too. It communicates nothing and costs nothing.
 """
@@ -29,7 +30,7 @@ from clae_fast.errors import LostWorkerError
 T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# how long a process waits for the others, which wait while the first one validates
+# how long a process waits for another one; all others wait while the first one validates
 TIMEOUT = timedelta(minutes=30)
 # counts the processes that fail
 _failures: Store | None = None
@@ -42,8 +43,8 @@ _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class World:
     """The processes of a run, seen from one of them.
 
-    All processes have to call a method that communicates, in the same order. It raises
-    LostWorkerError where another process is gone.
+    All processes have to call the methods that communicate, and in the same order. Such a method
+    raises LostWorkerError if another process is gone.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -124,7 +125,7 @@ class World:
             raise RuntimeError("the processes' weights are no longer the same")
 
     def all_gather(self, x: Tensor) -> Tensor:  # [N, ...] -> [W N, ...]
-        """The rows of `x` of all processes by rank; `x` has one shape everywhere."""
+        """The rows of `x` of all processes by rank; `x` has the same shape on all of them."""
         if self.size == 1:
             return x
         gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
@@ -150,14 +151,14 @@ class World:
         return wait
 
     def own_rows(self, x: Tensor) -> Tensor:  # [W N, ...] -> [N, ...]
-        """This process's rows out of those of all processes."""
+        """This process's part of the rows of all processes."""
         rows = self.local_batch(len(x))
         return x[self.rank * rows : (self.rank + 1) * rows]
 
     def gather(self, z: Tensor) -> Tensor:  # [N, D] -> [W N, D]
         """`all_gather`, differentiable: the gradient of this process's own rows flows back.
 
-        That gradient has to be complete, which it is where every process computes the same loss of
+        That gradient has to be complete. It is complete if every process computes the same loss of
         all rows, as with `gather_loss`.
         """
         if self.size == 1:
@@ -169,16 +170,16 @@ class World:
         """`loss` over the rows of all processes, so that every row has all others as negatives.
 
         Every process gathers all rows and computes the whole loss. So the value is the same on all
-        processes, and the gradient of a process's own rows is complete: it contains the terms of
-        other processes' rows. Weight gradients, summed over the processes, are those of one process
-        with the global batch. This holds for any loss. Embeddings are exchanged once, in the
-        forward pass; the backward pass exchanges nothing.
+        processes. The gradient of a process's own rows is complete, because it contains the terms
+        of other processes' rows. The weight gradients, summed over the processes, are those of one
+        process with the global batch. This holds for any loss. Embeddings are exchanged once, in
+        the forward pass. The backward pass exchanges nothing.
 
-        The loss is computed W times, at 4 n^2 D FLOPs for each process and value, where n = 2N rows
-        are in the global batch. For a pair step with ResNet-18 on 32x32 images (10 GFLOP an image,
-        D = 128, two values), that is about N W / 2.4e6 of the step's FLOPs: 1.4 % for N = 4096 on 8
-        processes, 10 % for N = 8192 on 30. With ResNet-50 on 224x224 images N can be 7 times
-        larger.
+        The loss is computed W times, once on each process. Each computation takes 4 n^2 D FLOPs,
+        where n = 2N rows are in the global batch. A pair step has two losses. With ResNet-18 on
+        32x32 images (10 GFLOP an image, D = 128), they take about N W / 2.4e6 of the step's FLOPs:
+        1.4 % for N = 4096 on 8 processes, and 10 % for N = 8192 on 30 processes. With ResNet-50 on
+        224x224 images, N can be 7 times larger.
 
         A parameter of the loss itself gets its whole gradient on every process, and must not be
         summed by a `clae_fast.distributed.reducer.GradientReducer`.
@@ -194,7 +195,7 @@ class World:
         return lambda z_a, z_b: loss(*_Gather.apply(self, z_a, z_b))
 
     def gather_grad(self, attack_grad: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`attack_grad` over the rows of all processes, of which each process gets its own rows.
+        """`attack_grad` over the rows of all processes. Each process gets the part of its own rows.
 
         Args:
             attack_grad: Maps the embeddings of all rows, [W N, D], to the gradient of a loss there.
@@ -216,7 +217,7 @@ class World:
             self.barrier()
 
     def shutdown(self) -> None:
-        """Waits for the other processes and leaves the group; each may go on alone."""
+        """Waits for the other processes and leaves the group. Each process may then go on alone."""
         if self.size > 1:
             self.barrier()
             dist.destroy_process_group()
@@ -247,12 +248,12 @@ def init(device_name: str = "auto") -> World:
 
     Args:
         device_name: "cpu" computes on the CPU, with gloo between processes. "cuda" takes the GPU
-            with the number of the local rank, with NCCL. "auto" takes a GPU where there is one. A
-            process that is alone takes any device that `--device` can name.
+            with the number of the local rank, and NCCL between processes. "auto" takes a GPU if
+            there is one. A process that is alone takes any device that `--device` can name.
 
     Raises:
-        ValueError: Variables of torchrun are missing or wrong, or this machine lacks a device for
-            each of its processes.
+        ValueError: Variables of torchrun are missing or wrong, or this machine has fewer devices
+            than processes.
         LostWorkerError: The other processes cannot be reached.
     """
     if not started_by_torchrun():
@@ -288,7 +289,7 @@ def started_by_torchrun() -> bool:
 
 
 def reports_first() -> bool:
-    """Whether this process is the first to ask: where several fail, only that one says why."""
+    """Whether this process is the first to ask. If several fail, only that one says why."""
     if _failures is None:
         # an early failure is the same on all processes of a machine
         return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -331,7 +332,7 @@ def _own_device(name: str, local_rank: int) -> torch.device:
 
 @contextmanager
 def _others_needed() -> Iterator[None]:
-    """Turns the error of a backend that misses another process into a short LostWorkerError."""
+    """Turns a backend's error about a missing process into a short LostWorkerError."""
     try:
         yield
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from clae_fast.nn import Encoder
 def batches(
     split: data.Split, config: Config, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields batches of the images' middles in 0..1, [B, 3, H, W], and labels [B], in order."""
+    """Yields batches of the middles of images in 0..1, [B, 3, H, W], and labels [B], in order."""
     loader = data.image_loader(
         split,
         data.eval_transform(config.image_size),
@@ -56,7 +56,8 @@ def views(
 ) -> data.ViewSource:
     """Yields both views of a split's images, and labels, in batches of one size.
 
-    To leave out few images, the size is chosen so that fewer than there are batches remain.
+    Images that do not fill a batch are left out. The size is chosen so that these are few: fewer
+    than there are batches.
     """
     count = -(-len(split) // config.batch_size)
     return data.view_source(
@@ -77,7 +78,7 @@ def views(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's generators start from `seed`; after it they are as they were."""
+    """Inside the block, torch's generators start from `seed`. After it, they are as before."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

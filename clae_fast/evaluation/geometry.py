@@ -28,7 +28,7 @@ def alignment(z_p: Tensor, z_q: Tensor) -> float:  # [N, D]
 
 
 def uniformity(z: Tensor, t: float = 2.0) -> float:  # [N, D]
-    r"""How evenly images are spread over the sphere, from -4 t to 0; lower is more even.
+    r"""How evenly images are spread over the sphere, from -4 t to 0. Lower is more even.
 
     .. math:: \log \frac{2}{N (N - 1)} \sum_{i < j} e^{-t \|u_i - u_j\|^2}
 
@@ -56,7 +56,8 @@ def view_geometry(
 ) -> dict[str, float]:
     """Alignment and uniformity of the projections z of views drawn as in the run, in eval mode.
 
-    Uniformity is the mean over the first and the second views. A single image has neither.
+    Uniformity is the mean of that of the first views and that of the second views. For a single
+    image the result is empty.
     """
     if len(split) < 2:
         return {}

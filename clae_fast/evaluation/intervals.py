@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and half the width of its 95 % interval (Student's t); None for a single value."""
+    """The mean and half the width of its 95 % interval (Student's t), None for a single value."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, None
@@ -17,7 +17,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def with_interval(mean: float, half_width: float | None, form: str = ".1f") -> str:
-    """The mean as text, with its interval if there is one; `form` is a format specification."""
+    """The mean as text, with its interval if it has one. `form` is a format specification."""
     if half_width is None:
         return f"{mean:{form}}"
     return f"{mean:{form}} ± {half_width:{form.lstrip('+')}}"

@@ -30,7 +30,7 @@ def knn_accuracy(
         sigma: Temperature of the weights.
 
     Returns:
-        The accuracy in per cent of the test images.
+        The accuracy in percent of the test images.
     """
     k = min(k or _voters(len(train_labels)), len(train_labels))
     correct = 0
@@ -47,7 +47,7 @@ def leave_one_out_knn(
     *,
     sigma: float = 0.1,
 ) -> float:
-    """`knn_accuracy` of images that are each voted for by the others, two at least."""
+    """`knn_accuracy` of at least two images, each of which the others classify."""
     own = torch.arange(len(labels), device=features.device)[:, None]
     nearest, rows = topk_similarity(features, features, _voters(len(labels)), exclude=own)
     return 100 * _correct(nearest, labels[rows], labels, sigma) / len(labels)
@@ -66,7 +66,7 @@ def _correct(
     """How many rows get the right class by the vote of their neighbors at these cosines."""
     classes = int(votes_for.max()) + 1
     votes = nearest.new_zeros(len(nearest), classes)  # [B, C]
-    # weights are relative to the nearest neighbor's: no ranking changes, and none overflows
+    # weights are relative to the nearest neighbor's, so no ranking changes and none overflows
     weights = ((nearest - nearest[:, :1]) / sigma).exp()
     votes.scatter_add_(1, votes_for, weights)
     return int((votes.argmax(dim=1) == labels).sum())

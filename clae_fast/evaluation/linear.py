@@ -16,15 +16,15 @@ def fit_linear(
     *,
     seed: int = 0,
 ) -> nn.Linear:
-    r"""Fits a linear classifier, whose penalty a tenth of the training images chooses.
+    r"""Fits a linear classifier. A tenth of the training images chooses its penalty.
 
     .. math:: \frac{1}{M} \sum_i -\log p_{y_i}(h_i) + \frac{\lambda}{2} \|W\|^2
 
     It is fitted to standardized features, without augmentation, by L-BFGS until it converges. A
-    stratified tenth of the images is held out, and a classifier is fitted to the rest for each of
-    `PENALTIES`. The penalty with the smallest loss on the held-out tenth is chosen; for few images
-    the loss says more than the accuracy. With it a classifier is fitted to all images. No test
-    image is involved.
+    tenth of the images is held out, with the same share of every class. For each of `PENALTIES`, a
+    classifier is fitted to the rest. The penalty with the smallest loss on the held-out tenth is
+    chosen. For few images, the loss says more than the accuracy. With this penalty, a classifier is
+    fitted to all images. No test image is involved.
 
     Args:
         features: Features to fit to.
@@ -32,7 +32,7 @@ def fit_linear(
         seed: Decides which images are held out.
 
     Returns:
-        The classifier, which takes features that are not standardized. Its weights require no
+        The classifier. It takes features that are not standardized, and its weights require no
         gradients.
     """
     classes = int(labels.max()) + 1
@@ -45,7 +45,7 @@ def fit_linear(
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, x: Tensor, labels: Tensor) -> float:  # [N, ...], [N]
-    """The accuracy of a classifier in per cent of the rows."""
+    """The accuracy of a classifier in percent of the rows."""
     return 100 * float((classifier(x).argmax(dim=1) == labels).double().mean())
 
 
@@ -67,7 +67,7 @@ def linear_accuracy(
         seed: Decides which training images choose the penalty.
 
     Returns:
-        The accuracy in per cent of the test images.
+        The accuracy in percent of the test images.
     """
     probe = fit_linear(train_features, train_labels, seed=seed)
     return accuracy(probe, test_features, test_labels)
@@ -76,8 +76,8 @@ def linear_accuracy(
 def _path(
     features: Tensor, labels: Tensor, classes: int, penalties: tuple[float, ...]
 ) -> list[nn.Linear]:
-    """Yields a classifier for each penalty; each fit starts where the one before it ended."""
-    # in float64, where weights for standardized features become weights for features
+    """A classifier for each penalty. Each fit starts where the one before it ended."""
+    # float64, since weights for standardized features are converted to weights for raw features
     wide = features.double()
     mean, std = wide.mean(dim=0), wide.std(dim=0, correction=0)
     # a feature that is constant up to rounding carries no information
@@ -98,7 +98,7 @@ def _path(
 
 @torch.enable_grad()
 def _fit(h: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> None:
-    """Moves weight and bias to the minimum."""
+    """Moves weight and bias to the minimum of the penalized loss."""
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=1000,

@@ -1,25 +1,27 @@
-"""The evaluation protocol of CLAE's released code, for comparison with numbers made by it.
+"""The evaluation protocol of CLAE's released code, for comparison with that code's numbers.
 
 These parts are as in that code (commit 6986061):
 
 - A kNN vote of 200 neighbors on the projection z, with a temperature of 0.5 for SimCLR and 0.1 for
   the other methods.
-- Logistic regression by Adam with a rate of 3e-4, on h for SimCLR and on the normalized z for the
-  others, without augmentation. Batches are shuffled, of 256 or 128 rows, and an incomplete last one
-  is dropped. It runs over 1000 epochs (200 for the others on Tiny ImageNet).
+- Logistic regression by Adam with a learning rate of 3e-4 and without augmentation. It is fitted to
+  the features h for SimCLR, and to the normalized z for the other methods. Batches are shuffled and
+  have 256 rows for SimCLR and 128 for the others. An incomplete last batch is dropped. There are
+  1000 epochs (200 for the other methods on Tiny ImageNet).
 - Test images beyond full batches are left out of the regression's accuracy.
 - The epoch with the best accuracy on the test images is reported. So the test set selects that
-  number, as its name says, and the last epoch's number stands beside it.
+  number, as its name says. The number of the last epoch stands beside it.
 
 These parts differ:
 
-- Features are computed once. The code computes the same ones again for every epoch.
-- The checkpoint is the one under evaluation. The code's Plain and UEL take the one with the best
-  vote on the test images.
-- All training images vote. The code's SimCLR writes some of its last batch to wrong columns.
-- Fewer images than a batch are one batch.
+- Features are computed once. The released code computes the same features again for every epoch.
+- The checkpoint is the one under evaluation. In the released code, Plain and UEL take the one with
+  the best vote on the test images.
+- All training images vote. In the released code, SimCLR writes some images of its last batch to
+  wrong columns.
+- If there are fewer images than a batch has, all of them are one batch.
 
-Methods that CLAE does not have are evaluated as its Plain and UEL are.
+Methods that CLAE does not have are evaluated like its Plain and UEL.
 """
 
 import torch
@@ -52,8 +54,8 @@ def released_protocol(
         epochs: Epochs of the logistic regression; by default as many as in the code.
 
     Returns:
-        "knn"; "linear_selected_on_test" and "linear_last_epoch"; "best_epoch", the selected epoch,
-        from 1; and "test_images", how many the regression saw.
+        The accuracies "knn", "linear_selected_on_test" and "linear_last_epoch"; "best_epoch", the
+        selected epoch, from 1; and "test_images", the number of test images of the regression.
     """
     simclr = config.method == "simclr"
     z_train, z_test = (F.normalize(encoder.head(h)) for h, _ in (train, test))

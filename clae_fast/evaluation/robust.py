@@ -38,10 +38,10 @@ def attacked(
     labels: Tensor,  # [N]
     attack: LinfAttack,
 ) -> Tensor:
-    """Images near `x`, in 0..1, that raise the cross-entropy; gradients go to the images alone."""
+    """Images near `x`, in 0..1, that raise the cross-entropy. Weights get no gradients."""
 
     def rise(logits: Tensor) -> Tensor:
-        # a sum, so that no image's gradient depends on how many there are
+        # a sum, so that no image's gradient depends on the number of images
         return gradient(lambda z: F.cross_entropy(z, labels, reduction="sum"), logits)
 
     return PassRunner().attack(classifier, x, attack, rise)
@@ -52,9 +52,9 @@ def robust_accuracies(
 ) -> dict[str, dict[str, float]]:
     """Accuracies under FGSM and PGD-20 at each of `RADII`.
 
-    An image counts as right if the classifier is right about the image and about the attacked
-    image, since the image itself lies in the ball as well. So no accuracy exceeds the clean one,
-    and only images that are classified right are attacked, as in AutoAttack.
+    An image counts as right if the classifier is right about both the image and the attacked image,
+    since the image itself lies in the ball as well. So no accuracy exceeds the clean one. Only
+    images that are classified right are attacked, as in AutoAttack.
 
     Args:
         classifier: Maps pixels in 0..1 to logits, [N, 3, H, W] -> [N, C], in eval mode.
@@ -62,7 +62,7 @@ def robust_accuracies(
         seed: Seed of the random starts.
 
     Returns:
-        Accuracies in per cent, by attack and then by radius.
+        Accuracies in percent, by attack and then by radius.
     """
     total = 0
     right = {name: dict.fromkeys(RADII, 0) for name in ATTACKS}
@@ -100,9 +100,9 @@ def autoattack_accuracies(
 ) -> dict[str, float]:
     """Accuracies under the standard version of AutoAttack at each of `RADII`.
 
-    Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-    parameter-free attacks", ICML 2020, computed by their code, `pyautoattack`. Its targeted attacks
-    aim at nine other classes, or at all others where there are fewer.
+    The attack is by Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble
+    of diverse parameter-free attacks", ICML 2020. It is computed by their code, `pyautoattack`. Its
+    targeted attacks aim at nine other classes, or at all others if there are fewer.
 
     Args:
         classifier: Maps pixels in 0..1 to logits, [N, 3, H, W] -> [N, C], in eval mode.
@@ -110,7 +110,7 @@ def autoattack_accuracies(
         seed: Seed of its random numbers.
 
     Returns:
-        Accuracies in per cent by radius.
+        Accuracies in percent, by radius.
 
     Raises:
         ValueError: The library is not installed, or there are fewer than four classes.

@@ -6,9 +6,9 @@ from typing import Any
 from clae_fast.config import MAY_CHANGE, Config
 from clae_fast.evaluation.intervals import mean_and_interval, with_interval
 
-# the other numbers are accuracies in per cent
+# the other numbers are accuracies in percent
 NOT_PER_CENT = ("alignment", "uniformity", "cosine_attacked", "cosine_random")
-# runs that differ in nothing else repeat one training with several seeds
+# runs that differ only in these settings repeat one training with several seeds
 _SAME = {"seed", *MAY_CHANGE} - {"epochs"}
 
 
@@ -42,9 +42,9 @@ def summarise(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[dict[s
         runs: The name, the settings and the results of each run.
 
     Returns:
-        For each group of such runs: the "settings" that tell it from other groups, the names of its
-        "runs", and the "metrics" that all of them have. A metric has a "mean" and "ci95", half the
-        width of the 95 % interval by Student's t, which is None for a single run.
+        A dictionary for each group of such runs. It has the "settings" that differ between groups,
+        the names of its "runs", and the "metrics" that all its runs have. A metric has a "mean" and
+        "ci95", half the width of the 95 % interval by Student's t, which is None for a single run.
     """
     groups: dict[str, list[tuple[str, Config, dict[str, Any]]]] = {}
     for run in runs:
@@ -100,7 +100,7 @@ def _title(group: dict[str, Any]) -> str:
 
 
 def repeated_seeds(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[tuple[str, str]]:
-    """Pairs of runs that have all settings and the seed in common, and so are no two samples."""
+    """Pairs of runs with the same settings and the same seed, which are not two samples."""
     first: dict[str, str] = {}
     pairs = []
     for name, config, _ in runs:

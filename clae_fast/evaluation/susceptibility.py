@@ -21,11 +21,11 @@ def susceptibility(
 ) -> dict[str, float]:
     """The mean cosine between the projections z of a view before and after it is perturbed.
 
-    The attack goes as far as in training. So that runs can be compared, it raises NT-Xent at the
-    run's temperature, whatever the method's loss is: the loss of view q against view p or, for a
-    run with the self attack, of a view against itself. The encoder is in eval mode. A run without
-    an attack is measured with the attack that its settings describe. Noise moves every pixel by the
-    radius, up or down at random, inside the same bounds.
+    The attack goes as far as in training. It raises NT-Xent at the run's temperature, whatever the
+    method's loss is, so that runs can be compared. NT-Xent is that of view q against view p. For a
+    run with the self attack, it is that of a view against itself. The encoder is in eval mode. A
+    run without an attack is measured with the attack that its settings describe. Noise moves every
+    pixel by the radius, up or down at random, inside the same bounds.
 
     Args:
         encoder: The encoder.
@@ -35,12 +35,13 @@ def susceptibility(
         attack: The attack of training.
 
     Returns:
-        "cosine_attacked" and "cosine_random", from -1 to 1; the lower, the further a view moves.
+        "cosine_attacked" and "cosine_random", from -1 to 1. The lower it is, the further
+        projections move.
     """
-    # what a run leaves to its method is settled by now
+    # settings that a run leaves to its method have their values by now
     assert config.temperature is not None
     encoder.eval()
-    # the whole way at once
+    # one move of noise goes as far as the radius
     noise = dataclasses.replace(attack, step_size=None)
     totals = {"cosine_attacked": 0.0, "cosine_random": 0.0}
     images = 0

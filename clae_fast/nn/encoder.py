@@ -14,9 +14,9 @@ def build_encoder(arch: str, image_size: int) -> tuple[nn.Module, int]:
     """Builds a backbone without a classifier, with random weights.
 
     Args:
-        arch: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152" of torchvision, which
-            have the CIFAR stem for images of up to 64 pixels; "resnet-narrow", which has three
-            blocks and is for images of about 16x16; or "timm/NAME" for any model of timm.
+        arch: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152" of torchvision. They
+            have the CIFAR stem for images of up to 64 pixels. "resnet-narrow" has three blocks and
+            is for images of about 16x16. "timm/NAME" is any model of timm.
         image_size: Height and width of the images.
 
     Returns:
@@ -76,12 +76,12 @@ class ProjectionHead(nn.Sequential):
         hidden_dim: Length of the hidden layers.
         out_dim: Length of the projection.
         layers: How many linear layers there are; with 0 the features are the projections.
-        norm: Which linear layers BatchNorm follows: "none"; "hidden", all but the last; or "all".
-            A linear layer in front of BatchNorm has no bias, and BatchNorm after the last layer has
-            none either.
+        norm: After which linear layers BatchNorm stands: "none", "hidden" (all but the last) or
+            "all". A linear layer in front of BatchNorm has no bias. BatchNorm after the last layer
+            has no bias either.
 
     Attributes:
-        out_dim: Length of the projection, which is that of the features where there are no layers.
+        out_dim: Length of the projection. Without layers, it is the length of the features.
     """
 
     def __init__(

@@ -12,18 +12,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def grouped_norm(module: nn.Module, groups: int, *, split: bool = False) -> Iterator[None]:
-    """Inside, BatchNorm layers in training mode treat a batch as `groups` equal batches in a row.
+    """Inside the block, BatchNorm layers in training mode treat a batch as `groups` equal batches.
 
-    Each group is normalized by its own statistics and then moves the running ones, with the same
-    weight and bias. So outputs, gradients and buffers are those of one call for each group. All
-    other layers see one batch. Meanwhile BatchNorm layers have another class, with the same
-    tensors. They still do whatever else their own class does, such as timm's activation, and a
-    compiled encoder compiles a variant for it.
+    The groups lie one after the other in the batch. Each group is normalized by its own statistics,
+    and then moves the running statistics. So outputs, gradients and buffers are those of one call
+    for each group. All other layers see one batch. Inside the block, BatchNorm layers have another
+    class with the same tensors. They still do whatever else their own class does, such as timm's
+    activation. A compiled encoder compiles a variant for this class.
 
     Args:
         module: Any encoder whose BatchNorm layers derive from torch's.
         groups: How many batches there are.
-        split: Whether the groups are parts of one batch. Running statistics then move once, to the
+        split: Whether the groups are parts of one batch. Then running statistics move once, to the
             mean over the parts, instead of once for each group.
 
     Example:
@@ -42,7 +42,7 @@ def grouped_norm(module: nn.Module, groups: int, *, split: bool = False) -> Iter
 
 
 class _Grouped(_BatchNorm):
-    """BatchNorm by groups; the class after it in the order of inheritance normalizes one group."""
+    """BatchNorm by groups. The next class in the order of inheritance normalizes one group."""
 
     groups: int
     split: bool

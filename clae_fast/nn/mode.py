@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, all layers are in eval mode; after it, each is in the mode that it had."""
+    """Inside the block, all layers are in eval mode. After it, each has its earlier mode again."""
     modes = [(layer, layer.training) for layer in module.modules()]
     for layer, _ in modes:
         layer.training = False

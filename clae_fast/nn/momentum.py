@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 def momentum_twin(encoder: nn.Module) -> nn.Module:
-    """A copy of an encoder whose weights `follow` moves: for keys, or for a teacher's targets.
+    """A copy of an encoder, whose weights `follow` moves. It computes keys or a teacher's targets.
 
-    Its parameters require no gradient, so no optimizer moves them. Its BatchNorm layers follow the
-    mode of the module that holds it. In training mode they normalize by the statistics of the keys
-    and keep running statistics of their own.
+    Its parameters require no gradient, so no optimizer moves them. Its BatchNorm layers are in the
+    mode of the module that holds the copy. In training mode they normalize by the statistics of the
+    keys, and keep running statistics of their own.
 
     Make the twin before the encoder is compiled or wrapped for distributed training.
 
@@ -20,7 +20,7 @@ def momentum_twin(encoder: nn.Module) -> nn.Module:
         encoder: The encoder; it is not changed.
 
     Returns:
-        The twin, of the encoder's class and in its mode.
+        The twin. It has the encoder's class and mode.
 
     Raises:
         TypeError: `encoder` is not a module.
@@ -43,9 +43,9 @@ def follow(
 
     .. math:: w' \leftarrow m w' + (1 - m) w
 
-    All parameters move, also the weight and bias of BatchNorm. Buffers do not. It launches a few
-    kernels, however many layers there are, and does not wait for the device, so that a CUDA graph
-    can capture it.
+    All parameters move, including the weight and bias of BatchNorm. Buffers do not move. It
+    launches only a few kernels, however many layers there are. It does not wait for the device, so
+    a CUDA graph can capture it.
 
     Args:
         twin: The result of `momentum_twin(encoder)`.
@@ -67,7 +67,7 @@ def cosine_momentum(progress: float, start: float) -> float:
     .. math:: 1 - (1 - m_0) \frac{1 + \cos(\pi t)}{2}
 
     Args:
-        progress: t, which part of the run is done, from 0 to 1.
+        progress: t, the part of the run that is done, from 0 to 1.
         start: m_0, the momentum at the start of the run.
 
     Source: Grill et al., Bootstrap Your Own Latent, NeurIPS 2020.

@@ -27,10 +27,10 @@ def log_sum_exp(
         temperature: T, above 0.
 
     Returns:
-        [N], differentiable in `anchor`. The part of the gradient along an anchor itself is not
-        exact; normalization of the anchor discards it.
+        [N], differentiable in `anchor`. The part of the gradient along the anchor is not exact, but
+        the normalization of the anchor discards it.
     """
-    # InfoNCE needs some key as the positive of its numerator, which is taken out again here
+    # InfoNCE needs a key as the positive of its numerator; its logit is taken out again here
     positive = (anchor * keys[: len(anchor)]).sum(1) / temperature
     return info_nce(anchor, keys, temperature=temperature, reduction="none") + positive
 
@@ -48,7 +48,7 @@ def nearest(
         anchor: Unit rows.
         keys: Unit rows, constants.
         k: How many keys each anchor gets.
-        exclude: Columns that a row must not return.
+        exclude: For each anchor, the keys that must not be returned.
 
     Returns:
         The similarities, [N, k], differentiable in `anchor`, and the indices of their keys, int64
@@ -85,14 +85,14 @@ def mixed(
     s_j: Tensor,  # as a
     dot: Tensor,  # as a
 ) -> Tensor:
-    r"""Similarity of an anchor a to synthetic keys, unit vectors on the line through two others.
+    r"""Similarities of anchors to synthetic keys, each on the line through two unit vectors.
 
     .. math:: a \cdot \frac{\alpha n_i + (1 - \alpha) n_j}{\|\alpha n_i + (1 - \alpha) n_j\|} =
         \frac{\alpha s_i + (1 - \alpha) s_j}{\|\cdot\|}, \quad
         \|\cdot\|^2 = \alpha^2 + (1 - \alpha)^2 + 2 \alpha (1 - \alpha) n_i \cdot n_j
 
-    It is computed from scalars alone. The norm is a constant, so that no gradient flows into the
-    synthetic key.
+    In the formula, a is an anchor and n_i and n_j are the two vectors. Everything is computed from
+    their similarities. The norm is a constant, so no gradient flows into the synthetic key.
 
     Args:
         a: alpha, the parts of the first vectors.

@@ -1,4 +1,4 @@
-"""Normalization as the encoder's first layer, so that views and attacks are in pixels of 0..1."""
+"""Normalization as the encoder's first layer, so views and attacks are in pixels of 0..1."""
 
 from collections.abc import Sequence
 

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# up to this size, in pixels, the ImageNet stem with its stride of 4 would leave too little
+# the ImageNet stem, with its stride of 4, would leave too little of images up to this size
 SMALL_IMAGE = 64
 
 
 class ConvNet(nn.Sequential):
     """A sequence of layers that begins with a convolution.
 
-    The attack's backward pass ends at this convolution (`clae_fast.steps.stem`). So it stays eager
-    where the rest, the body, is compiled.
+    The attack's backward pass ends at this convolution (`clae_fast.steps.stem`). So `compile`
+    leaves it eager, and compiles only the other layers, the body.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def narrow_resnet(width: int = 16) -> tuple[ConvNet, int]:
     """A ResNet of 8 layers for images of about 16x16: a CIFAR stem and three basic blocks.
 
     Args:
-        width: How many channels the first block has; each later block doubles the channels and
+        width: How many channels the first block has. Each later block doubles the channels and
             halves the image.
 
     Returns:

@@ -1,11 +1,11 @@
 """BatchNorm by parts of a batch, which does on one device what MoCo's shuffling does on several.
 
-Where a query and its key are normalized by the statistics of the same rows, these statistics give
-away which key belongs to which query, and the loss falls although nothing is learned. MoCo spreads
-a batch over GPUs, each with statistics of its own, and shuffles keys between the GPUs. One device
-can do the same with parts of its batch. Several processes with synchronized BatchNorm
-(`clae_fast.nn.sync_norm`) need neither: all queries share the same statistics, which then cannot
-tell them apart.
+If a query and its key are normalized by the statistics of the same rows, these statistics show
+which key belongs to which query. Then the loss falls although nothing is learned. MoCo spreads a
+batch over GPUs, each with statistics of its own, and shuffles keys between the GPUs. One device can
+do the same with parts of its batch. Several processes with synchronized BatchNorm
+(`clae_fast.nn.sync_norm`) need no parts and no shuffling. All their queries share the same
+statistics, so the statistics cannot tell the queries apart.
 
 Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020,
 section 3.3.
@@ -22,11 +22,11 @@ def dealt(
     x: Tensor,  # [N, C, ...]
     parts: int,
 ) -> Tensor:
-    """Encodes keys, with BatchNorm by parts that rows are dealt out to in turn, like cards.
+    """Encodes keys with BatchNorm by parts. Rows are dealt out to the parts in turn, like cards.
 
     Queries under `grouped_norm(encoder, parts, split=True)` are normalized with their neighbors.
-    Dealing out puts neighbors into different parts, as evenly as can be, where a random order would
-    do so only on average. Projections come back in the order of the rows.
+    Dealing out keys puts neighbors into different parts, as evenly as possible. A random order
+    would do so only on average. Projections are returned in the order of the rows.
 
     Args:
         encoder: The encoder of keys.

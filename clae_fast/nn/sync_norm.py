@@ -14,12 +14,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """torch's SyncBatchNorm on a GPU, and the same computation on a CPU, where torch has none.
 
     The batch of W processes is normalized as one process would normalize all of it. One collective
-    gathers every process's count, mean and variance, and they are combined. Running statistics take
-    the unbiased variance of the global batch. The backward pass sums dy and dy (x - mean) over the
-    processes in one collective. Weight and bias get this process's part of their gradient, which
-    the caller sums over the processes with all other gradients.
+    gathers the count, the mean and the variance of every process, which are then combined. Running
+    statistics use the unbiased variance of the global batch. The backward pass sums dy and
+    dy (x - mean) over the processes in one collective. Weight and bias get only this process's part
+    of their gradient. The caller sums it over the processes, together with all other gradients.
 
-    `convert` makes it. Its parameters and buffers have the names that they have in BatchNorm.
+    `convert` makes these layers. Their parameters and buffers have the same names as in BatchNorm.
     """
 
     world: World
@@ -114,15 +114,15 @@ def _spread(per_channel: Tensor, x: Tensor) -> Tensor:  # [C] -> [C, 1, ...]
 def convert(module: nn.Module, world: World) -> nn.Module:
     """Replaces every BatchNorm of `module` by a `SyncBatchNorm` with the same tensors.
 
-    Convert the encoder before its adversarial twin is made, or convert both; each keeps its own
+    Convert the encoder before its adversarial twin is made, or convert both. Each keeps its own
     statistics. timm's BatchNorm with an activation is converted, too.
 
-    Without this, every process normalizes by its own rows. The step is then noisier, depends on the
-    number of processes, and has running statistics of a part of the data.
+    Without this, every process normalizes by its own rows. Then the step is noisier, it depends on
+    the number of processes, and its running statistics come from only a part of the data.
 
     Args:
         module: Any module; it is changed in place.
-        world: The processes; with one alone nothing is changed.
+        world: The processes. If there is only one, nothing is changed.
 
     Returns:
         `module`, or its replacement where it is a BatchNorm itself.

@@ -1,4 +1,4 @@
-"""Dual BatchNorm: clean and adversarial views each have statistics and parameters of their own."""
+"""Dual BatchNorm: clean and adversarial views have separate statistics and parameters."""
 
 import copy
 
@@ -9,10 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def adversarial_twin(encoder: nn.Module, momentum: float = 0.01) -> nn.Module:
     """A second encoder that shares all weights with the first, except its BatchNorm layers.
 
-    Every parameter and buffer of the twin is the encoder's own tensor. Only BatchNorm layers have
-    tensors of their own, which start as copies. So clean and adversarial views never share
-    statistics. It works with any module whose BatchNorm layers derive from torch's: torchvision's,
-    timm's, SyncBatchNorm. An encoder without BatchNorm shares everything with its twin.
+    Outside of BatchNorm layers, every parameter and buffer of the twin is the encoder's own tensor.
+    The twin's BatchNorm layers have tensors of their own, which start as copies. So clean and
+    adversarial views never share statistics. This works with any module whose BatchNorm layers
+    derive from torch's, as those of torchvision, timm and SyncBatchNorm do. An encoder without
+    BatchNorm shares everything with its twin.
 
     Make the twin before the encoder is compiled or wrapped for distributed training. Give the
     optimizer the parameters of `nn.ModuleList([encoder, twin])`, which lists each of them once.
@@ -22,7 +23,7 @@ def adversarial_twin(encoder: nn.Module, momentum: float = 0.01) -> nn.Module:
         momentum: Momentum of the twin's running statistics.
 
     Returns:
-        The twin, of the encoder's class and in its mode.
+        The twin. It has the encoder's class and mode.
 
     Raises:
         TypeError: `encoder` is not a module.

@@ -1,7 +1,7 @@
-"""The figures of a report, drawn by plotly. They have no colors of their own: the page gives them.
+"""The figures of a report, drawn by plotly. Their colors come from the page.
 
-`meta["colour"]` is the number of a trace's color in the page's palette, and `layout.meta` has
-whatever else page.js needs. plotly reads the texts of a figure as HTML, so names are escaped.
+`meta["colour"]` is the number of a trace's color in the page's palette. `layout.meta` has whatever
+else page.js needs. plotly reads the texts of a figure as HTML, so names are escaped.
 """
 
 import base64
@@ -19,10 +19,10 @@ from clae_fast.reporting.images import Pictures, Twins
 from clae_fast.reporting.runs import Run
 
 COLOURS = 8
-# the most points that a curve has; where there are more, neighbors are averaged
+# the most points that a curve has; if there are more, neighbors are averaged
 _POINTS = 500
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
-# so many classes have a color and symbol each; all others are gray
+# this many classes have a color and a symbol each; all others are gray
 _CLASSES = 20
 _THUMBNAIL = 48
 # the side of a picture in a grid and the gap between two, in pixels
@@ -195,7 +195,7 @@ def _line(
 
 
 def _axes(figure: go.Figure, x: str, y: str) -> go.Figure | None:
-    """Names the axes; None where there is nothing to show."""
+    """Names the axes; returns None if there is nothing to show."""
     if not figure.data:
         return None
     if x == "epoch" or x.startswith("training time"):
@@ -289,7 +289,7 @@ def _grid(
 
 
 def _mosaic(pictures: np.ndarray) -> str:  # [R, C, H, H, 3]
-    """One PNG of all pictures, transparent between them; small ones are enlarged pixel by pixel."""
+    """One PNG of all pictures, transparent between them. Small ones are enlarged pixel by pixel."""
     times = -(-_TILE // pictures.shape[2])
     tiles = pictures.repeat(times, axis=2).repeat(times, axis=3)
     rows, columns, side = tiles.shape[:3]
@@ -302,7 +302,7 @@ def _mosaic(pictures: np.ndarray) -> str:  # [R, C, H, H, 3]
 
 
 def _sprite(pictures: np.ndarray) -> dict[str, Any]:  # [N, H, H, 3]
-    """One picture that holds all, in rows; page.js cuts single ones out of it."""
+    """One picture that holds all pictures in rows. page.js cuts single ones out of it."""
     side = min(pictures.shape[1], _THUMBNAIL)
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = -(-len(pictures) // columns)

@@ -31,13 +31,13 @@ _SEARCHED = 2000
 _QUERIES = 6
 _NEIGHBOURS = 8
 _TWINS = 8
-# how many views the attacked batch has; fewer where they are large
+# how many views the attacked batch has, and how many if they are larger than _LARGE pixels
 _BATCH = 128
 _LARGE_BATCH = 32
 _LARGE = 64
 # the fewest images that make a map
 _FEWEST = 8
-# a spread of normalized features below this is rounding
+# a spread of normalized features below this is only rounding
 _ALIKE = 1e-5
 # the longest side of a picture, in pixels
 _SIDE = 96
@@ -86,15 +86,15 @@ class Pictures:
     Attributes:
         checkpoint: Name of the checkpoint.
         step: The optimizer step that the checkpoint is from.
-        classes: Names of the classes by number; the numbers themselves where there are no names.
+        classes: Names of the classes by number; the numbers themselves if there are no names.
         labels: Classes of the test images on the map, [N].
         images: Pictures of these test images, [N, H, H, 3].
-        places: Their places by t-SNE, [N, 2]; None where they are few or all alike.
+        places: Their places on the map by t-SNE, [N, 2]; None if they are few or all alike.
         neighbours: The nearest neighbors of some of them.
         positives: Cosine between the projections of an image's two views, [B].
         negatives: The largest cosine between each first view and a view of another image, [B].
-        twins: Attacked views; a text that says why there are none where the attack cannot run; None
-            without an attack.
+        twins: Attacked views; or, if the attack cannot run, a text that says why; None without an
+            attack.
     """
 
     checkpoint: str
@@ -118,11 +118,11 @@ class _Encoded(NamedTuple):
 
 
 def look(run: Run, splits: data.Splits | None = None) -> Pictures:
-    """Computes the pictures of a run and leaves torch's global generators as they are.
+    """Computes the pictures of a run. It leaves torch's global generators as they are.
 
     Args:
         run: The run.
-        splits: Its data set, if it is loaded already.
+        splits: Its data set, if that is loaded already.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged or of another run.
@@ -228,7 +228,7 @@ def _hardest(z_p: Tensor, z_q: Tensor) -> Tensor:  # [N, D], [N, D] -> [N]
 def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
     """t-SNE of normalized features, started from their principal components.
 
-    None where there are few features or all are alike, for which scikit-learn would compute NaN.
+    Returns None if features are few or all alike, since scikit-learn would compute NaN from them.
     """
     u = F.normalize(features).cpu().numpy()
     if len(u) < _FEWEST or not u.std(axis=0).max() > _ALIKE:
@@ -237,7 +237,7 @@ def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(u) - 1) / 3)
-    # its steps are too short for threads, which wait for each other on a busy machine
+    # its steps are too short for several threads, which wait for each other on a busy machine
     with threadpool_limits(1):
         return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(u)
 
@@ -268,7 +268,7 @@ def _twins(
         method = build_method(config, batch.views[0].device)
         method.load_state_dict(checkpoint.load(run.folder.best_or_last)["method"])
         x_adv = _attacked(method.train(), config, batch)
-    # a teacher is gone, or there are too few images for the method
+    # a teacher's files are gone, or there are too few images for the method
     except (ValueError, RuntimeError) as error:
         return checkpoint.reason(error)
     z_p, z_q = projections

@@ -34,9 +34,9 @@ class Figure:
     """A figure of the page.
 
     Attributes:
-        id: The name by which page.js finds it, which its PNG has as well.
+        id: The name by which page.js finds it. Its PNG has the same name.
         title: The text above it.
-        caption: The text below it, which says how it came about.
+        caption: The text below it, which says how it was made.
         wide: Whether it takes the whole width of the page.
     """
 
@@ -63,7 +63,7 @@ class _Page:
 
 
 def render(runs: Sequence[Run], pictures: Sequence[Pictures | str]) -> str:
-    """Renders the page of one run or several; each has pictures, or a text why it has none."""
+    """Renders the page of runs. Each has pictures, or a text that says why it has none."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -192,7 +192,7 @@ def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any
 
 
 def _results(results: Mapping[str, Any]) -> dict[str, str]:
-    """A table of results.json, in which nested values have rows of their own."""
+    """The rows of results.json as text, in which nested values have rows of their own."""
     found = {}
     for path, value in _flat(results):
         name = " ".join(_NAMES.get(word, word) for word in path.split(" "))
@@ -206,7 +206,7 @@ def _results(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _flat(values: Mapping[str, Any], *above: str) -> Iterable[tuple[str, Any]]:
-    """Flattens nested mappings: a value's name begins with the names of the mappings around it."""
+    """Flattens nested mappings. A value's name begins with the names of the mappings around it."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, *above, name)

@@ -24,13 +24,13 @@ class Run:
     """The contents of a run folder, checked as far as a report relies on them.
 
     Attributes:
-        name: What the report calls it; unique within one.
+        name: What the report calls it. No other run of the report has this name.
         folder: The run folder.
         log: The log points, each with "step" and "epoch".
         rate_steps: Steps at which a rate was logged.
-        rates: Images per second over the steps since the one before.
+        rates: Images per second, each over the steps since the rate before it.
         results: The contents of results.json, empty before the first evaluation.
-        versions: What it ran with last; empty where nothing is recorded.
+        versions: What it ran with last; empty if nothing is recorded.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def accuracy(self) -> str | None:
-        """Which one of `ACCURACIES` it has logged; None where it has none."""
+        """Which one of `ACCURACIES` it has logged; None if it has logged none."""
         return next((name for name in ACCURACIES if any(name in at for at in self.log)), None)
 
     @property
@@ -81,7 +81,7 @@ def read(paths: list[Path]) -> list[Run]:
     """Reads run folders and names each by as much of its path as tells it from the others.
 
     Raises:
-        RunFolderError: One is no run folder, given twice, or damaged.
+        RunFolderError: A path is not a run folder, is given twice, or is damaged.
     """
     names = _names(paths)
     return [_read(RunFolder.open(path), name) for path, name in zip(paths, names, strict=True)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """The views of a batch of images, and their classes where a method needs them.
+    """The views of a batch of images, and their classes if the method needs them.
 
     Attributes:
         views: Two large views [N, 3, H, W], then small crops [N, 3, h, h] if there are any.

@@ -29,7 +29,7 @@ def check_pair(x_p: Tensor, x_q: Tensor) -> None:
 
 
 def check_attack(attack: LinfAttack, x: Tensor, name: str, adv_weight: float) -> None:
-    """Raises unless `attack` can attack the view `x`, called `name`, and the weight is a weight."""
+    """Raises unless `attack` can attack the view `x`, called `name`, and the weight is valid."""
     if not isinstance(attack, LinfAttack):
         raise TypeError(f"attack must be a LinfAttack, got {type(attack).__name__}")
     attack.check(name, x)

@@ -25,7 +25,7 @@ class StepOptions:
         scale: The loss scale, a scalar tensor; None for none.
         micro_batch: How many rows are encoded at once; None encodes the batch at once.
         last_backward: Makes a context that the last backward pass runs in.
-        world: The processes that have the rows of the batch; losses see the rows of all.
+        world: The processes that share the batch. Losses see the rows of all processes.
     """
 
     kind: str = "none"
@@ -57,7 +57,9 @@ ALONE = StepContext()
 
 
 class StepCost(NamedTuple):
-    """The cost of a step: how many views go through an encoder, by how far back they are taken.
+    """The cost of a step: how many passes over a view it makes of each kind.
+
+    To take a pass back means to run its backward pass.
 
     Attributes:
         trained: Passes that are taken back to the weights, 3 units each.
@@ -71,14 +73,14 @@ class StepCost(NamedTuple):
     attacked: float = 0.0
 
     def units(self, *, chunks: bool = False) -> float:
-        """The units of the step, with a `micro_batch` where there are `chunks`."""
+        """The units of the step; `chunks` says whether it has a `micro_batch`."""
         # a chunk that is taken back has to be encoded once more
         once_more = (self.trained + self.attacked) * chunks
         return 3 * self.trained + self.constant + 2 * self.attacked + once_more
 
 
 class StepResult(NamedTuple):
-    """The result of a step besides its gradients. All are constants, still on the device.
+    """The result of a step besides its gradients. All of it stays on the device.
 
     Attributes:
         loss: The clean loss.

@@ -1,7 +1,7 @@
 """A pass takes one view through an encoder, stops at the embeddings, and goes back later.
 
-The embeddings of a pass are a leaf of the autograd graph. Losses leave their gradients there, as
-many losses as there are and in any order. Then `back` takes the sum of these gradients through the
+The embeddings of a pass are a leaf of the autograd graph. Any number of losses leave their
+gradients there, in any order. Then `back` takes the sum of these gradients back through the
 encoder, once.
 """
 
@@ -23,7 +23,7 @@ Around = Callable[[], AbstractContextManager[object]]
 
 
 class Pass:
-    """A pass that is taken back to the weights: 1 unit when it is made, 2 units by `back`.
+    """A pass that is taken back to the weights. Making it costs 1 unit, and `back` costs 2.
 
     Args:
         encoder: The encoder.
@@ -43,7 +43,7 @@ class Pass:
         self._x_adv: Tensor | None = None
 
     def back(self, around: Around = nullcontext) -> None:
-        """Takes the gradients that losses have left at the embeddings back; to be called once.
+        """Takes back the gradients that losses have left at the embeddings. Call it only once.
 
         Args:
             around: Makes a context that the backward pass runs in.
@@ -104,10 +104,11 @@ class AttackedPass(Pass):
 
 
 class InputPass(Pass):
-    """A pass that goes back to the view alone and makes one move of an attack: 1 unit, then 1.
+    """A pass that is taken back to the view alone, and makes one move of an attack there.
 
-    It runs inside `frozen(encoder)`. Without that, autograd would keep what the weights' gradients
-    need although nobody asks for them, and a compiled encoder would compute them.
+    Making it costs 1 unit, and `back` costs 1. It runs inside `frozen(encoder)`. Without that,
+    autograd would keep what the weights' gradients need, although nobody asks for them. A compiled
+    encoder would even compute them.
 
     Args:
         encoder: The encoder.
@@ -126,7 +127,7 @@ class InputPass(Pass):
         self._stop(output)
 
     def _back(self, dz: Tensor) -> None:
-        # stem_step takes the start of the move for the center of the ball
+        # stem_step uses the start of the move as the center of the ball
         found = self._find_stem() if self._x0 is None else None
         if found is None:
             (dx,) = torch.autograd.grad(self._output, self._view, dz)
@@ -137,13 +138,13 @@ class InputPass(Pass):
 
 
 class CachedPass(Pass):
-    """A pass in chunks of rows, so that the activations of one chunk are alive at a time.
+    """A pass in chunks of rows, so that only one chunk's activations are alive at a time.
 
-    The forward pass keeps the embeddings alone. `back` encodes each chunk once more before it takes
-    it back, which costs one unit more than the pass at once. BatchNorm normalizes each chunk by the
-    chunk's statistics and moves its running statistics once for each chunk. Random layers draw the
-    same numbers both times: the generators' states are read and written, which no CUDA graph can
-    capture.
+    The forward pass keeps only the embeddings. `back` encodes each chunk once more before it takes
+    it back. This costs one unit more than a pass without chunks. BatchNorm normalizes each chunk by
+    the chunk's statistics, and moves its running statistics once for each chunk. Random layers draw
+    the same numbers both times, because the states of the generators are saved and restored. No
+    CUDA graph can capture that.
 
     Args:
         kind: The class of the pass that each chunk becomes.
@@ -176,7 +177,7 @@ class CachedPass(Pass):
         self._stop(torch.cat(rows))
 
     def back(self, around: Around = nullcontext) -> None:
-        """Takes the chunks back one after another; the context is for the last one."""
+        """Takes the chunks back one after another. Only the last one runs in the context."""
         if self.z.grad is None:
             super().back(around)
             return
@@ -199,7 +200,7 @@ class CachedPass(Pass):
 
 @contextmanager
 def frozen(module: nn.Module, norm: str = "train") -> Iterator[None]:
-    """Inside, weights get no gradients and BatchNorm's running statistics do not move.
+    """Inside the block, weights get no gradients and BatchNorm's running statistics do not move.
 
     Args:
         module: The encoder.
@@ -218,7 +219,7 @@ def frozen(module: nn.Module, norm: str = "train") -> Iterator[None]:
 
 @contextmanager
 def _statistics_held(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalizes by the batch's statistics and leaves the running ones alone."""
+    """Inside the block, BatchNorm uses the batch's statistics and keeps the running ones."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

@@ -56,7 +56,7 @@ class PassRunner:
         x: Tensor,  # [N, C, ...]
         attack: LinfAttack,
     ) -> Pass:
-        """Encodes a view whose backward pass also makes the attack's first move, where it can."""
+        """Encodes a view. Its backward pass makes the attack's first move, if it can: 1 unit."""
         if attack.begins_in_training:
             return self.run(encoder, x, AttackedPass, attack)
         return self.run(encoder, x)
@@ -67,7 +67,7 @@ class PassRunner:
         x: Tensor,  # [N, C, ...]
         norm: str,
     ) -> Tensor:  # [N, D]
-        """Embeddings without gradients, 1 unit; the encoder is left as it was.
+        """Computes embeddings without gradients, 1 unit, and leaves the encoder as it was.
 
         Args:
             encoder: The encoder.
@@ -102,8 +102,8 @@ class PassRunner:
             attack: How far the attack goes.
             attack_grad: Maps embeddings to the gradient of the attacked loss there. It gets
                 embeddings in fp32 or fp64.
-            trained: A pass by `run_attackable`, taken back already, whose first rows are `x0`. Its
-                backward pass has made the first move.
+            trained: A pass by `run_attackable` that is taken back already, and whose first rows are
+                `x0`. Its backward pass has made the first move, if it could.
         """
         x, moves = attack.begin(x0), attack.steps
         if trained is not None and attack.begins_in_training:
@@ -121,12 +121,12 @@ class PassRunner:
 
 
 def first(rows: int, x: Tensor) -> Tensor:
-    """The first rows of a tensor, and the tensor itself where these are all."""
+    """The first rows of a tensor, or the tensor itself if it has no others."""
     return x if rows == len(x) else x[:rows]
 
 
 def scaled(value: Tensor, scale: Tensor | None) -> Tensor:
-    """The value times the loss scale, where there is one."""
+    """The value times the loss scale, if there is one."""
     return value if scale is None else scale * value
 
 

@@ -1,15 +1,15 @@
 """The schedules of a training step: which forward and backward pass of the encoder runs when.
 
-A unit is one forward pass of the encoder over one view of the batch. The backward pass to the
-activations costs one unit as well, and so does the one to the weights. f is the encoder, and f_adv
-is its adversarial twin, which has BatchNorm layers of its own. w is the weight of the adversarial
-loss.
+A unit is one forward pass of the encoder over one view of the batch. A backward pass costs one unit
+for the gradient of the activations, and one for the gradient of the weights. To take a view back
+means to run its backward pass. f is the encoder, and f_adv is its adversarial twin, which has
+BatchNorm layers of its own. w is the weight of the adversarial loss.
 
     schedule       units  loss
     plain_step         6  L(f(x_p), f(x_q))
     pair_step          9  L(f(x_p), f(x_q)) + w L(f(x_p), f_adv(x_adv)), x_adv made from x_q
     self_step         11  the same with x_adv made from x_p, which f_adv compares with itself
-    released_step     15  the loss of self_step in the order of CLAE's code, whose Plain needs 18
+    released_step     15  the loss of self_step in the order of CLAE's code; 18 as in its Plain
     query_step       3 V  sum_v L_v(f(x_v)) over V views; an attack on the first view adds 3
 
 A schedule makes passes (`clae_fast.steps.passes`). Losses leave their gradients at the passes'
@@ -19,27 +19,29 @@ Three options are common to plain_step, pair_step, self_step and query_step:
 
     scale           The loss scale that fp16 needs. It multiplies all gradients. An attack only
                     takes their signs.
-    micro_batch     The views are encoded in chunks of this many rows, once for all embeddings and
-                    once more on the way back, so that one chunk's activations are alive at a time.
-                    The steps then cost 8, 12 and 15 units. The result is that of the whole batch,
-                    except that BatchNorm takes the statistics of a chunk.
+    micro_batch     The views are encoded in chunks of this many rows. Each chunk is encoded once
+                    for the embeddings, and once more before it is taken back. So only one chunk's
+                    activations are alive at a time. plain_step then costs 8 units, pair_step 12 and
+                    self_step 15. The result is that of the whole batch, except that BatchNorm uses
+                    the statistics of a chunk.
     last_backward   Makes a context that the last backward pass runs in. After that pass all
                     gradients are complete.
 
-pair_step and self_step can attack a fraction f of the batch alone, its first rows. A batch is in
-random order, so these rows are a random choice. It is an approximation:
+pair_step and self_step can attack only a fraction F of the batch, its first rows. A batch is in
+random order, so these rows are a random choice. This is an approximation:
 
-    adv_fraction    These rows get an adversarial view: 6 + 3 f units, or 6 + 5 f.
-    adv_replace     The adversarial view replaces their view q: 6 + 2 f units, for either attack.
+    adv_fraction    These rows get an adversarial view: 6 + 3 F units in pair_step, 6 + 5 F in
+                    self_step.
+    adv_replace     The adversarial view replaces their view q: 6 + 2 F units in both.
 
 An attack of k moves adds 2 (k - 1) units, since a move computes no gradients of weights. The first
-move is free where a training pass makes it. Where `LinfAttack.start` or `LinfAttack.norm` rule that
-out, the first move costs 2 units in pair_step and query_step, and a random start costs 1 unit in
-self_step. A backward pass to the view ends at the first convolution where nothing else sees the
-view and `clae_fast.stem_step` has a kernel for it (`clae_fast.steps.stem`).
+move is free if a training pass makes it. If `LinfAttack.start` or `LinfAttack.norm` rule that out,
+the first move costs 2 units in pair_step and query_step, and a random start costs 1 unit in
+self_step. A backward pass to the view ends at the encoder's first convolution if nothing else takes
+the view and `clae_fast.stem_step` has a kernel for that convolution (`clae_fast.steps.stem`).
 
-Every schedule adds to the `.grad` of all that its losses depend on, as `backward()` does. Zeroing
-gradients and the optimizer are left to the caller. No schedule waits for the device.
+Every schedule adds to the `.grad` of all that its losses depend on, as `backward()` does. The
+caller zeroes the gradients and runs the optimizer. No schedule waits for the device.
 
 Sources: Ho and Vasconcelos, Contrastive Learning with Adversarial Examples, NeurIPS 2020 (CLAE);
 Mei et al., Fast AdvProp, ICLR 2022 (the fractions).
@@ -87,10 +89,10 @@ def plain_step(
         x_q: Second view.
         loss: `loss(z_a, z_b) -> scalar`, differentiable.
         batched: Whether both views are encoded in one pass of 2N rows, in which BatchNorm treats
-            the views one after the other. The result is the same, from half as many and larger
-            operations. The other schedules have no such option: pair_step would need 11 units,
-            since it takes q back before the other loss of p is known, and self_step would hold the
-            activations of three views instead of two.
+            the views one after the other. The result is the same, but it takes half as many
+            operations, which are larger. The other schedules have no such option. pair_step would
+            need 11 units, since it takes q back before the other loss of p is known. self_step
+            would hold the activations of three views instead of two.
         scale: The loss scale; None for none.
         micro_batch: How many rows are encoded at once; None encodes the batch at once.
         last_backward: Makes a context that the last backward pass runs in.
@@ -141,12 +143,13 @@ def pair_step(
         x_adv = attack(x_q, gradient of L(f(x_p), f(x)) to x)
         total = L(f(x_p), f(x_q)) + adv_weight L(f(x_p), f_adv(x_adv)),    x_adv constant
 
-    One backward pass of x_q gives both its weight gradients and the attack's gradient (3 units with
-    its forward pass). Then x_adv is trained on (3), and x_p is taken back once for both losses (3).
-    Nothing is computed twice. At most two views' activations are alive, as in plain training. The
-    result equals autograd of the formula above. The encoder's BatchNorm sees x_p and then x_q, and
-    the twin's sees x_adv. Further moves of the attack are passes of their own, which leave
-    BatchNorm's running statistics alone. All of them use the f(x_p) of the training pass.
+    The backward pass of x_q gives both the weight gradients and the gradient for the attack (3
+    units with the forward pass). Then x_adv is trained on (3 units), and x_p is taken back once for
+    both losses (3 units with its forward pass). Nothing is computed twice. At most two views'
+    activations are alive, as in plain training. The result equals autograd of the formula above.
+    The encoder's BatchNorm sees x_p and then x_q, and the twin's BatchNorm sees x_adv. Further
+    moves of the attack are passes of their own, which do not change BatchNorm's running statistics.
+    All of them use the f(x_p) of the training pass.
 
     With an `adv_fraction` of m rows, only the rows [:m] are attacked, and the adversarial loss is
     taken over these rows. With `adv_replace` the step has one loss, which does not see the clean
@@ -155,8 +158,8 @@ def pair_step(
         x_adv = attack(x_q[:m], gradient of L(f(x_p)[:m], f(x)) to x)
         total = L(f(x_p), [f_adv(x_adv), f(x_q[m:])]),    x_adv constant
 
-    No training pass then makes a move of the attack: k moves cost 2 k m / N units, and view q costs
-    as much as in plain training.
+    Then no training pass makes a move of the attack. So k moves cost 2 k m / N units, and view q
+    costs as much as in plain training.
 
     Args:
         encoder: f, any module.
@@ -230,10 +233,11 @@ def self_step(
 
     At x = x_p both operands of the attacked loss have the same value. So one forward pass through
     f_adv serves both, `attack_grad` gives the gradient at the embeddings, and one backward pass
-    goes to the view alone (2 units). Further moves keep that f_adv(x_p) as a constant (2 units
-    each). A random start needs a forward pass of its own for it (1 unit). Then come the three
-    training passes (9). With one move, x_adv, losses and gradients are those of `released_step`. At
-    most two views' activations are alive, and the twin's BatchNorm statistics see x_adv alone.
+    goes to the view alone (2 units in all). Further moves use that f_adv(x_p) as a constant (2
+    units each). With a random start, f_adv(x_p) takes a forward pass of its own (1 unit). Then come
+    the three training passes (9 units). With one move, x_adv, the losses and the gradients are
+    those of `released_step`. At most two views' activations are alive. The twin's BatchNorm
+    statistics see only x_adv.
 
     With an `adv_fraction` of m rows, only the rows [:m] are attacked, the attack sees no others,
     and the adversarial loss is taken over them. With `adv_replace` the step has one loss, which
@@ -312,9 +316,9 @@ def query_step(
 
         total = sum_v L_v(f(x_v))
 
-    Each view is taken back before the next one is encoded, so that one view's activations are
-    alive. An attack adds 3 units: the backward pass of the first view makes the adversarial view,
-    which is then compared with the same constants::
+    Each view is taken back before the next one is encoded, so only one view's activations are alive
+    at a time. An attack adds 3 units. The backward pass of the first view makes the adversarial
+    view, which is then compared with the same constants::
 
         x_adv = attack(x_0, gradient of L_0(f(x)) to x)
         total = sum_v L_v(f(x_v)) + adv_weight L_0(f_adv(x_adv)),    x_adv constant
@@ -379,10 +383,10 @@ def released_step(
 ) -> StepResult:
     """The step of `self_step` in the order of CLAE's code: 15 units, or 18.
 
-    Benchmarks and tests compare with it. The attack encodes x_p twice with f_adv and computes
-    weight gradients for both passes, which it throws away (6 units). The twin's BatchNorm
-    statistics see the clean view twice. Then all three training passes (9 units, or 12 where the
-    anchor is encoded again) stay alive until one backward pass at the end.
+    Benchmarks and tests compare with it. The attack encodes x_p twice with f_adv. It also computes
+    weight gradients for both passes, and throws them away (6 units). The twin's BatchNorm
+    statistics see the clean view twice. Then come the three training passes (9 units, or 12 if the
+    anchor is encoded again). Their activations stay alive until one backward pass at the end.
 
     Args:
         encoder: f, any module.
@@ -437,7 +441,7 @@ def _replaced(
     x_q: Tensor,  # [N, C, ...]
     last_backward: Around,
 ) -> StepResult:
-    """Trains on p and on q, whose first rows are the adversarial view's: one loss, 5 units."""
+    """Trains on p and on q, with the adversarial view as q's first rows: one loss, 5 units."""
     passes = [runner.run(adv_encoder, x_adv)]
     if len(x_adv) < len(x_q):
         passes.append(runner.run(encoder, x_q[len(x_adv) :]))

@@ -1,13 +1,12 @@
 """Finds the encoder's first convolution, where the attack's backward pass can end.
 
-The attack needs the sign of the view's gradient. Where the view goes into one convolution and
-nowhere else, `clae_fast.stem_step` computes the adversarial view from the gradient at that
-convolution's output, in one kernel. The gradient of the view itself is never stored, and neither is
-the one before a Normalize layer. Both are as large as the view, and a convolution's input gradient
-is slow to compute for 3 channels.
+The attack needs the sign of the view's gradient. If the view goes into one convolution and nowhere
+else, `clae_fast.stem_step` computes the adversarial view from the gradient at that convolution's
+output, in one kernel. The gradients of the view and of its normalized copy are not stored. Each is
+as large as the view, and the input gradient of a convolution is slow to compute for 3 channels.
 
-Each forward pass is inspected anew, by its autograd graph. Nothing is cached and nothing in the
-encoder is replaced, so a changed encoder cannot lead to a wrong result.
+The autograd graph of every forward pass is inspected anew. Nothing is cached, and nothing in the
+encoder is replaced. So a changed encoder cannot lead to a wrong result.
 """
 
 from collections.abc import Callable, Iterator
@@ -124,8 +123,8 @@ def _find(output: Tensor, view: Tensor, image: Tensor) -> Stem | None:
 def _graph(root: Any, end: Any) -> tuple[_Consumers, list[Tensor]] | None:
     """The consumers of every node between `root` and `end`, and the leaves.
 
-    None for a graph with a reentrant checkpoint, in which a backward pass cannot be told its
-    leaves.
+    Returns None if the graph has a reentrant checkpoint. A backward pass through one cannot be
+    limited to given leaves.
     """
     if root is None:
         return None
@@ -150,7 +149,7 @@ def _graph(root: Any, end: Any) -> tuple[_Consumers, list[Tensor]] | None:
 
 
 def _consumer(consumers: _Consumers, node: Any) -> tuple[Any, int]:
-    """The only consumer of a node and the node's position there; (None, 0) without just one."""
+    """A node's only consumer and the node's position there; (None, 0) for none or several."""
     found = consumers.get(node, [])
     return found[0] if len(found) == 1 else (None, 0)
 
