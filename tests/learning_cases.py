@@ -6,7 +6,7 @@ from clae_fast.training.trainer import Trainer
 
 
 def assert_learns(least: float, **settings) -> Trainer:
-    """Accuracy of neighbours on the digits' test images: `least` points above before training."""
+    """Accuracy of neighbors on the digits' test images: `least` points above before training."""
     config = resolve({"device": "cpu", "attack": "none", "image_size": 8, "epochs": 3, **settings})
     trainer = Trainer(config)
 

@@ -127,7 +127,8 @@ class BankMethod(MomentumMethod):
         for rows, target in zip(z, targets, strict=True):
             times = max(1, len(target.labels))
             anchors += [rows] * times
-            weights += [rows.new_full((len(rows),), target.weight / (times * len(rows)))] * times
+            share = target.weight / (times * len(rows))
+            weights.append(self.bank.new_full((times * len(rows),), share))
         labels = [each for target in targets for each in target.labels]
         keys = torch.cat([target.keys for target in targets])
         known = [each for target in targets for each in target.losses]
@@ -136,7 +137,7 @@ class BankMethod(MomentumMethod):
             self.velocity,
             torch.cat(anchors).to(self.bank.dtype),
             **({"positive": torch.cat(labels)} if labels else {"keys": keys, "views": len(z)}),
-            weight=torch.cat(weights).to(self.bank.dtype),
+            weight=torch.cat(weights),
             losses=torch.cat(known) if own.bank_temperature == self.temperature else None,
             lr=own.bank_lr,
             temperature=own.bank_temperature,

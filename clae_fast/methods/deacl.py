@@ -73,23 +73,23 @@ class DeACL(Method):
         runner = PassRunner(options.scale, options.micro_batch)
         distance = options.world.gather_loss(_distance)
         goal = runner.constant(self.teacher, x, "eval")
-        if options.kind == "none":
-            student = runner.run(self.encoder, x)
-            clean = runner.backward(distance(student.z, goal))
-            student.back(options.last_backward)
-            return StepResult(clean)
-        assert attack is not None
-        check_attack(attack, x, "x", options.adv_weight)
+        views, adv, x_adv = batch.views, None, None
+        if options.kind != "none":
+            assert attack is not None
+            check_attack(attack, x, "x", options.adv_weight)
 
-        def from_goal(z: Tensor) -> Tensor:
-            return gradient(lambda z: distance(z, goal), z)
+            def from_goal(z: Tensor) -> Tensor:
+                return gradient(lambda z: distance(z, goal), z)
 
-        x_adv = runner.attack(self.encoder, x, attack, from_goal)
-        both = runner.run(self.encoder, torch.cat((x, x_adv)))
-        z, z_adv = both.z.chunk(2)
+            x_adv = runner.attack(self.encoder, x, attack, from_goal)
+            views += (x_adv,)
+        together = runner.run(self.encoder, torch.cat(views))
+        z, *z_adv = together.z.split(len(x))
         clean = runner.backward(distance(z, goal))
-        adv = runner.backward(distance(z_adv, z), options.adv_weight * self.options.gamma)
-        both.back(options.last_backward)
+        if x_adv is not None:
+            weight = options.adv_weight * self.options.gamma
+            adv = runner.backward(distance(z_adv[0], z), weight)
+        together.back(options.last_backward)
         return StepResult(clean, adv, x_adv)
 
 

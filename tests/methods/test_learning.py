@@ -1,4 +1,4 @@
-"""Every method learns: a few epochs on the digits, by their neighbours."""
+"""Every method learns: a few epochs on the digits, by their neighbors."""
 
 import pytest
 from learning_cases import assert_learns
