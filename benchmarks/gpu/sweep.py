@@ -1,4 +1,4 @@
-"""The stage that times tilings beside the default, and the gradient's other form."""
+"""The stage that times tilings beside the default."""
 
 from __future__ import annotations
 
@@ -24,42 +24,6 @@ def sweep(suite: Suite) -> Iterator[Case]:
         yield Case("sweep", f"nt_xent, n={n}, D={D}", seconds, partial(_sweep, suite, n, D))
         if suite.rehearsal:
             break  # the interpreter takes its time
-    for n in (16384, 8192):
-        yield Case("sweep", f"symmetric gradient, n={n}", 30, partial(_symmetric, suite, n))
-
-
-def _symmetric(suite: Suite, n: int) -> None:
-    """The gradient from half of the similarities, beside the one that owns rows."""
-    from benchmarks.gpu.symmetric_gradient import example, symmetric_gradient
-    from clae_fast.kernels._launch import Tiling
-    from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
-
-    n, D = suite.size(n), suite.size(128, 16)
-    z = [t.detach() for t in peers.views(n, D, suite.device, dtype=torch.float16)]
-    candidates = {
-        "loss": Candidate([partial(nt_xent_fwd, *z, 0.5)], True),
-        "loss, gradient by rows": Candidate([partial(nt_xent_fwd_bwd, *z, 0.5)], True),
-    }
-    shapes = [(16, 16)] if suite.rehearsal else [(64, 64), (128, 64), (128, 32)]
-    for (rows, columns), num_warps in itertools.product(shapes, (4, 8)):
-        tiles = Tiling(rows, columns, D, num_warps, 2)
-        operands = example(n, D, suite.device, tiles)
-
-        def call(operands: Any = operands, tiles: Any = tiles) -> None:
-            operands[-1].zero_()
-            symmetric_gradient(*operands, 2.0, tiles)
-
-        candidates[f"symmetric gradient, {rows}x{columns}, {num_warps} warps"] = Candidate(
-            [call], True
-        )
-    measured = suite.measure(candidates, rounds=5)
-    by_rows = measured["loss, gradient by rows"]["us"] - measured["loss"]["us"]
-    for name, row in measured.items():
-        del row["over"]
-        row = {"stage": "sweep", "candidate": name, "n": n, "D": D, "dtype": "fp16"} | row
-        if name.startswith("symmetric"):
-            row["over_gradient_by_rows"] = row["us"] / by_rows
-        suite.results.add(row)
 
 
 def _sweep(suite: Suite, n: int, D: int) -> None:
