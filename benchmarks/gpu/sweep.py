@@ -28,20 +28,20 @@ def sweep(suite: Suite) -> Iterator[Case]:
 
 def _sweep(suite: Suite, n: int, D: int) -> None:
     """Tilings of the sums first, then of the gradient beside the best of the sums."""
-    from clae_fast.kernels._softmax import tilings
-    from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
+    from clae_fast.kernels._launch import tilings
+    from clae_fast.kernels.nt_xent import nt_xent
 
     n, D = suite.size(n), suite.size(D, 16)
     default = tilings(D, exact=False)
     inputs = [peers.views(n, D, suite.device, dtype=torch.float16) for _ in range(2)]
     inputs = [tuple(t.detach() for t in z) for z in inputs]
     best = default
-    for part, launch in (("sums", nt_xent_fwd), ("gradient", nt_xent_fwd_bwd)):
+    for part, grad in (("sums", False), ("gradient", True)):
         options = [getattr(default, part), *_tilings(suite, part, D)]
         configs = {t: best._replace(**{part: t}) for t in options}
-        _compile_ahead(suite, launch.__name__, n, D, list(configs.values()))
+        _compile_ahead(suite, grad, n, D, list(configs.values()))
         candidates = {
-            t: Candidate([partial(launch, *z, 0.5, False, c) for z in inputs], True)
+            t: Candidate([partial(nt_xent, *z, 0.5, grad, False, c) for z in inputs], True)
             for t, c in configs.items()
         }
         # some need more than the card has
@@ -77,23 +77,23 @@ def _tilings(suite: Suite, part: str, D: int) -> list[Any]:
     ]
 
 
-def _compile_ahead(suite: Suite, launcher: str, n: int, D: int, configs: Sequence[Any]) -> None:
+def _compile_ahead(suite: Suite, grad: bool, n: int, D: int, configs: Sequence[Any]) -> None:
     """Fill Triton's cache with what the configurations need, on all cores."""
     if suite.rehearsal:
         return
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     shares = [configs[i::workers] for i in range(workers)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(partial(_compile_some, launcher, n, D), shares):
+        for _ in pool.map(partial(_compile_some, grad, n, D), shares):
             pass
 
 
-def _compile_some(launcher: str, n: int, D: int, configs: Sequence[Any]) -> None:
-    from clae_fast.kernels import nt_xent
+def _compile_some(grad: bool, n: int, D: int, configs: Sequence[Any]) -> None:
+    from clae_fast.kernels.nt_xent import nt_xent
 
     z = torch.randn(n // 2, D, device="cuda", dtype=torch.float16)
     for config in configs:
         try:
-            getattr(nt_xent, launcher)(z, z, 0.5, False, config)
+            nt_xent(z, z, 0.5, grad, False, config)
         except Exception:
             continue  # reported where it is timed
