@@ -16,6 +16,7 @@ from torch import Tensor
 from ._launch import (
     Tilings,
     blocks,
+    cdiv,
     constants,
     on_device_of,
     padded,
@@ -222,7 +223,7 @@ def softmax_loss(
     if config is None and positive is not None and grads[1]:
         # a named row has a row of x beside its sum
         own = own._replace(rows=min(own.rows, 32))
-    blocks_of_side = triton.cdiv(max(N * grads[0], M * grads[1]), own.rows)
+    blocks_of_side = cdiv(max(N * grads[0], M * grads[1]), own.rows)
     own_blocks = blocks_of_side * sum(grads)
     splits = splits_of(max(1, own_blocks), N + M if stacked else max(N, M), own, x.device)
     shared = own_blocks if splits > 1 else 0

@@ -36,15 +36,27 @@ def resident_programs(device: torch.device) -> int:
     return 3 if INTERPRETED else _PROGRAMS
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up; `triton.cdiv` takes microseconds on the host."""
+    return -(-a // b)
+
+
 def workspace(device: torch.device, *sizes: int) -> list[Tensor]:
     """Uninitialized fp32 memory of these sizes, cut from one allocation and aligned for loads."""
-    ends = [triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    memory = torch.empty(sum(ends), dtype=torch.float32, device=device).split(ends)
-    return [part[:size] for part, size in zip(memory, sizes, strict=True)]
+    first, ends = 0, []
+    for size in sizes:
+        ends.append(first + size)
+        first += cdiv(size, _ALIGNMENT) * _ALIGNMENT
+    memory = torch.empty(first, dtype=torch.float32, device=device)
+    return [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
+@functools.lru_cache(typed=True)
 def constants(values: Constants) -> Constants:
-    """A NamedTuple whose elements the compiler knows, as a kernel's argument."""
+    """A NamedTuple whose elements the compiler knows, as a kernel's argument.
+
+    Triton compares arguments at every launch, which takes no time if they are the same objects.
+    """
     return type(values)(*map(tl.constexpr, values))
 
 
@@ -110,9 +122,10 @@ class Tilings(NamedTuple):
 
 def padded(D: int) -> int:
     """The width of a matrix of scaled rows: a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, 1 << (D - 1).bit_length())
 
 
+@functools.cache
 def blocks(tiles: Tiling, D: int) -> dict[str, Any]:
     """The arguments by which a kernel gets a tiling for rows of D elements."""
     sizes = Blocks(tiles.rows, tiles.columns, tiles.depth, padded(D), tiles.descriptors)
@@ -123,6 +136,7 @@ def blocks(tiles: Tiling, D: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def tilings(D: int, *, exact: bool, online: bool = False) -> Tilings:
     """Tilings of the softmax losses for rows of D elements.
 
@@ -156,7 +170,7 @@ def splits_of(blocks: int, columns: int, tiles: Tiling, device: torch.device) ->
     """How many programs share a block of rows, so that they fill the GPU evenly."""
     programs = resident_programs(device) * tiles.resident
     # every program has four tiles at least
-    most = min(triton.cdiv(columns, 4 * tiles.columns), triton.cdiv(4 * programs, blocks))
+    most = min(cdiv(columns, 4 * tiles.columns), cdiv(4 * programs, blocks))
 
     def busy(splits: int) -> float:
         waves = blocks * splits / programs

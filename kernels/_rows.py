@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import padded
+from ._launch import cdiv, padded
 
 # that of F.normalize: a shorter row is divided by this instead of by its norm
 EPS = tl.constexpr(1e-12)
@@ -454,7 +454,7 @@ def normalize(
     sides, other = (1, x) if y is None else (2, y)
     block = max(1, min(32, 8192 // BLOCK_D))
     longest = max(len(x), size - len(x) * (sides - 1))
-    _normalize_kernel[(triton.cdiv(longest, block), sides)](
+    _normalize_kernel[(cdiv(longest, block), sides)](
         matrix(x),
         matrix(other),
         positive,

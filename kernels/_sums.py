@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import INTERPRETED, Tiling, blocks, constants, resident_programs, workspace
+from ._launch import INTERPRETED, Tiling, blocks, cdiv, constants, resident_programs, workspace
 from ._rows import (
     LN2,
     ScaledRows,
@@ -88,7 +88,7 @@ class Statistics(NamedTuple):
     neg2_ptr: Tensor  # [total] log2 neg_i
     q_ptr: Tensor  # [total]
     partial_ptr: Tensor  # [partials] parts of the losses' sum
-    lowest_ptr: Tensor  # [1] how far the lowest log2 L_i is below the highest number; see `lowest2`
+    lowest_ptr: Tensor  # [1] from which `lowest2` reads the lowest log2 L_i
     N: int  # rows of x
     total: int
     counted: int
@@ -329,11 +329,11 @@ def row_sums(
     """
     (N, D), total = x.shape, len(x) + (0 if y is None else len(y))
     programs = resident_programs(x.device) * tiles.resident
-    slots, partials = programs * total, triton.cdiv(total, _SUM_ROWS.value)
+    slots, partials = programs * total, cdiv(total, _SUM_ROWS.value)
     if form.ONLINE:
         owners = [total] if form.STACKED else [N, total - N]
-        slots, partials = 0, sum(triton.cdiv(size, tiles.rows) for size in owners)
-    clear = [1, 3, triton.cdiv(counters, 4) * 4, slots]  # the last two are aligned
+        slots, partials = 0, sum(cdiv(size, tiles.rows) for size in owners)
+    clear = [1, 3, cdiv(counters, 4) * 4, slots]  # the last two are aligned
     zero, stat, neg2, q, pos2, partial = workspace(
         x.device, sum(clear), total, total, total, N, partials
     )

@@ -34,6 +34,7 @@ from ._launch import (
     Tiling,
     Tilings,
     blocks,
+    cdiv,
     meta_rows,
     on_device_of,
     padded,
@@ -275,7 +276,7 @@ def bank_step(
     (N, D), K = anchor.shape, len(bank)
     tiles = config or tilings(D, exact=exact)
     bank_first = N if keys is None else 2 * N
-    own_blocks = triton.cdiv(N, tiles.sums.rows)
+    own_blocks = cdiv(N, tiles.sums.rows)
     splits = 1 if losses is not None else splits_of(own_blocks, K, tiles.sums, bank.device)
     positive, weight, losses = (
         None if t is None else t.contiguous() for t in (positive, weight, losses)
@@ -309,7 +310,7 @@ def bank_step(
             N // views,
             **blocks(tiles.sums, D),
         )
-        _update_kernel[(triton.cdiv(K, tiles.gradient.rows),)](
+        _update_kernel[(cdiv(K, tiles.gradient.rows),)](
             matrix(bank),
             velocity,
             matrix(anchor),

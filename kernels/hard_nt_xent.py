@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gradient import softmax_loss
-from ._launch import Compilations, Tiling, blocks, meta_rows, on_device_of, padded, workspace
+from ._launch import Compilations, Tiling, blocks, cdiv, meta_rows, on_device_of, padded, workspace
 from ._rows import (
     FP16_BITS,
     LN2,
@@ -242,7 +242,7 @@ def hard_nt_xent(
         return softmax_loss(z0, z1, temperature, stacked=True, grads=grads, exact=exact)
     exact = exact and z0.dtype == torch.float32
     tiles = config or tiling(D, exact=exact)
-    partials = triton.cdiv(2 * N, tiles.rows)
+    partials = cdiv(2 * N, tiles.rows)
     loss = torch.empty((), dtype=torch.float32, device=z0.device)
     dz = torch.empty((2 * N, D) if grad else 0, dtype=torch.float32, device=z0.device)
     pos2, *memory = workspace(z0.device, N, *(4 * [2 * N]), partials)
@@ -267,7 +267,7 @@ def hard_nt_xent(
         if not grad:
             _mean_kernel[(1,)](stats.partial_ptr, loss, partials, 2 * N)
             return loss, dz
-        _hard_gradient_kernel[(triton.cdiv(N, tiles.rows), 2)](
+        _hard_gradient_kernel[(cdiv(N, tiles.rows), 2)](
             matrix(z0),
             matrix(z1),
             rows,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Compilations, on_device_of
+from ._launch import Compilations, cdiv, on_device_of
 
 BLOCK = 1024
 
@@ -147,7 +147,7 @@ def linf_step(
     packed = sizes[-1] == out.numel() and all(stride[-1] == 1 for stride in strides)
     reach = max(_reach(sizes, stride) for stride in strides)
     with on_device_of(x):
-        _linf_step_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+        _linf_step_kernel[(cdiv(x.numel(), BLOCK),)](
             x,
             grad,
             x0,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Compilations, Tiling, blocks, meta_rows, on_device_of, padded, workspace
+from ._launch import Compilations, Tiling, blocks, cdiv, meta_rows, on_device_of, padded, workspace
 from ._rows import (
     FP16_BITS,
     LN2,
@@ -161,7 +161,7 @@ def uel(
     N, D = z0.shape
     exact = exact and z0.dtype == torch.float32
     tiles = config or tiling(D, exact=exact)
-    own_blocks = triton.cdiv(N, tiles.rows)
+    own_blocks = cdiv(N, tiles.rows)
     loss = torch.empty((), dtype=torch.float32, device=z0.device)
     dz = torch.empty((2 * N, D) if grad else 0, dtype=torch.float32, device=z0.device)
     pos2, partial = workspace(z0.device, N, 2 * own_blocks)
