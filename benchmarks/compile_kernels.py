@@ -2,16 +2,18 @@
 
     python -m benchmarks.compile_kernels --targets 80,90,100
 
-Prints registers a thread, bytes spilled a thread and static shared memory a block for each Triton
-kernel at every default configuration, for each kernel of csrc/*.cu where nvcc is there, and each
-compute capability; exits 1 where one does not compile, spills, or asks for more shared memory than
-every card since compute capability 8.0 grants.
+This prints registers a thread, bytes spilled a thread and static shared memory a block, for every
+compute capability. It has a line for each Triton kernel at every default configuration and, if nvcc
+is installed, for each kernel of csrc/*.cu. It exits with 1 if a kernel does not compile, spills, or
+asks for more shared memory than every card since compute capability 8.0 grants.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -19,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,6 @@ os.environ.pop("TRITON_INTERPRET", None)
 # what every Triton so far does; 3.9 warns where it is not told
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,102 +39,26 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks._cli import Parser, int_list
-from clae_fast.kernels import (
-    augment,
-    bank_step,
-    hard_nt_xent,
-    info_nce,
-    linf_step,
-    nt_xent,
-    tied_nt_xent,
-    uel,
-)
-from clae_fast.ops.linf_step import _layout
+from clae_fast import kernels
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SHARED_LIMIT = 99 * 1024
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls of the launchers that take every kernel through its default configurations."""
-    empty = partial(torch.empty, device="meta")
-    for D in (16, 64, 128, 256, 512, 1024):
-        z = empty(2048, D, dtype=torch.float16)
-        yield f"D={D}", partial(nt_xent.nt_xent_fwd_bwd, z, z, 0.5)
-    for D in (128, 256):
-        z = empty(2048, D, dtype=torch.float16)
-        yield f"D={D} T=0.01", partial(nt_xent.nt_xent_fwd_bwd, z, z, 0.01)
-    for D in (64, 128, 1024):
-        z = empty(2048, D)
-        yield f"D={D} exact", partial(nt_xent.nt_xent_fwd_bwd, z, z, 0.5, exact=True)
-    z = empty(2048, 128, dtype=torch.float16)
-    yield "D=128 tied", partial(tied_nt_xent.tied_nt_xent, z, 0.5)
-    for case, symmetric, grads in (
-        ("one way", False, (True, True)),
-        ("queue", False, (True, False)),
-        ("two-way", True, (True, True)),
-    ):
-        options = {"symmetric": symmetric, "grads": grads}
-        yield f"D=128 {case}", partial(info_nce.info_nce, z, z, 0.5, **options)
-    named = {"positive": empty(2048, dtype=torch.int64), "mean": False}
-    for D, T in ((128, 0.5), (128, 0.01), (256, 0.5)):
-        z = empty(2048, D, dtype=torch.float16)
-        options = {"symmetric": False, "grads": (True, True), "weight": empty(2048), **named}
-        yield f"D={D} T={T} rows", partial(info_nce.info_nce, z, z, T, **options)
-    widths = (64, 128, 256, 512)
-    for D, exact in (*zip(widths, (False,) * 4, strict=True), (64, True), (128, True)):
-        z = empty(256, D, dtype=torch.float32 if exact else torch.float16)
-        bank, names, rows = empty(4096, D), empty(256, dtype=torch.int64), empty(256)
-        numbers = (empty(()), 1, 0.02, 0.9, 1e-4, exact)
-        for case, given in (
-            ("keys", (z, None, None, None)),
-            ("named", (None, names, rows, None)),
-            ("losses", (None, names, None, rows)),
-        ):
-            yield (
-                f"D={D}{exact * ' exact'} {case}",
-                partial(bank_step.bank_step, bank, bank, z, *given, *numbers),
-            )
-    for D, exact in ((64, False), (128, False), (128, True), (256, False)):
-        z = empty(2048, D, dtype=torch.float32 if exact else torch.float16)
-        yield f"D={D}{exact * ' exact'}", partial(uel.uel, z, z, 0.5, True, exact=exact)
-    for D, exact in ((64, False), (128, False), (128, True), (256, False)):
-        z = empty(2048, D, dtype=torch.float32 if exact else torch.float16)
-        for case, *setting in (("", 0.5, 1.0), (" T=0.01", 0.01, 1.0), (" beta=0", 0.5, 0.0)):
-            call = partial(hard_nt_xent.hard_nt_xent, z, z, *setting, 0.1, False, True, exact)
-            yield f"D={D}{exact * ' exact'}{case}", call
-    for name, dtype in DTYPES.items():
-        x = empty(64, 3, 32, 32, dtype=dtype)
-        last = x.contiguous(memory_format=torch.channels_last)
-        one, three = ((0.1,),) * 4, ((0.1, 0.2, 0.3),) * 4
-        for case, grad, x0, bounds in (
-            ("", x, None, one),
-            (" per channel, x0", x, x, three),
-            (" table", x, None, empty(4, 3)),
-            (" channels_last", last, last, three),
-        ):
-            layout = _layout(x, x, grad, x if x0 is None else x0)
-            yield f"{name}{case}", partial(linf_step.linf_step, x, grad, x0, x, bounds, layout)
-    for size in (32, 224):
-        images = empty(1000, 3, size, size, dtype=torch.uint8)
-        ids, params = empty(64, dtype=torch.int64), empty(2, 64, 16)
-        out = empty(128, 3, size, size)
-        last = out.half().contiguous(memory_format=torch.channels_last)
-        plain = (images, None, None, params, None, out, out, None, False)
-        yield f"{size}", partial(augment.augment, *plain)
-        all_of_it = (params, ids, last, last, (0.5,) * 6, True)
-        yield (
-            f"{size} bicubic fp16 rows norm",
-            partial(augment.augment, images, None, None, *all_of_it),
-        )
-        ragged = (images.flatten(), empty(1000, dtype=torch.int64))
-        ragged += (empty(1000, 2, dtype=torch.int64),)
-        yield f"{size} the same, ragged", partial(augment.augment, *ragged, *all_of_it)
+    """Calls of every op's launchers that take its kernels through their default configurations.
+
+    An op declares them beside its kernels, as `compilations`.
+    """
+    for info in pkgutil.iter_modules(kernels.__path__):
+        if not info.name.startswith("_"):
+            op = importlib.import_module(f"{kernels.__name__}.{info.name}")
+            for case, call in op.compilations():
+                yield f"{info.name} {case}", call
 
 
 class Launch(NamedTuple):
-    """A kernel as Triton specialises it for what a launcher gave it."""
+    """A kernel, and what Triton compiles it for when a launcher calls it."""
 
     case: str
     kernel: JITFunction
@@ -161,7 +85,7 @@ class Usage(NamedTuple):
 
 
 class _Absent:
-    """The driver of a GPU that is not there."""
+    """Stands in for the driver of a GPU that is not there."""
 
     def __init__(self, target: int) -> None:
         self.target = GPUTarget("cuda", target, 32)
@@ -189,7 +113,7 @@ def launches(target: int) -> list[Launch]:
 
 
 def _recorder(case: str, found: list[Launch]) -> Callable[..., None]:
-    """In place of the method that compiles what is launched."""
+    """What replaces the method that compiles a launch: it only notes the launch in `found`."""
 
     def record(
         kernel: JITFunction,
@@ -201,8 +125,10 @@ def _recorder(case: str, found: list[Launch]) -> Callable[..., None]:
         attributes: Any,
         warmup: bool,
     ) -> None:
-        launch = Launch(case, kernel, signature, constants, attributes, options.__dict__)
-        # not every kernel depends on what tells this case from the ones before
+        again = any(other.kernel is kernel and other.case == case for other in found)
+        name = f"{case}, again" if again else case
+        launch = Launch(name, kernel, signature, constants, attributes, options.__dict__)
+        # what tells this case from those before may make no difference to this kernel
         if all(launch[1:] != other[1:] for other in found):
             found.append(launch)
 
@@ -260,16 +186,16 @@ def demangled(symbol: str) -> str:
     return name
 
 
-def report(targets: list[int], kernels: str) -> bool:
+def report(targets: list[int], named: str) -> bool:
     """Compiles and prints the table; whether all is well."""
     print(f"triton {triton.__version__}: registers, bytes spilled, bytes of shared memory")
     title = "".join(f"{f'sm_{target}':>20}" for target in targets)
-    print(f"{'kernel':<28}{'case':<28}{title}", flush=True)
+    print(f"{'kernel':<22}{'case':<34}{title}", flush=True)
     rows: dict[tuple[str, str], dict[int, Usage]] = {}
     failures = []
     # fresh processes: one that has used threads cannot be forked safely
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for (kernel, case, target), future in submitted(pool, targets, kernels).items():
+        for (kernel, case, target), future in submitted(pool, targets, named).items():
             try:
                 result = future.result()
             except Exception as error:  # whatever the compiler raises is the result
@@ -284,7 +210,7 @@ def report(targets: list[int], kernels: str) -> bool:
     well = not failures
     for (kernel, case), usages in rows.items():
         cells = "".join(f"{usages.get(target, '-')!s:>20}" for target in targets)
-        print(f"{kernel:<28}{case:<28}{cells}")
+        print(f"{kernel:<22}{case:<34}{cells}")
         well = well and all(usage.fits for usage in usages.values())
     for failure in failures:
         print(failure)
@@ -293,11 +219,11 @@ def report(targets: list[int], kernels: str) -> bool:
 
 
 def submitted(
-    pool: ProcessPoolExecutor, targets: list[int], kernels: str
+    pool: ProcessPoolExecutor, targets: list[int], named: str
 ) -> dict[tuple[str, str, int], Future[Any]]:
     """The compilations under way: kernel, or file, and case and target."""
     jobs: dict[tuple[str, str, int], Future[Any]] = {}
-    sources = [path.name for path in sorted(CSRC.glob("*.cu")) if kernels in path.stem]
+    sources = [path.name for path in sorted(CSRC.glob("*.cu")) if named in path.stem]
     if shutil.which("nvcc") is None:
         print("nvcc is not there: csrc/*.cu is not compiled")
         sources = []
@@ -308,7 +234,7 @@ def submitted(
     for target in targets:
         for index, launch in enumerate(launches(target)):
             name = launch.kernel.__name__.strip("_")
-            if kernels in name:
+            if named in name:
                 jobs[name, launch.case, target] = pool.submit(compile_launch, index, target)
     return jobs
 

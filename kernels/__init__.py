@@ -1,1 +1,1 @@
-"""Triton kernels and the launchers that allocate for them, one module an op."""
+"""Triton kernels and their launchers, which allocate what they need: one module for each op."""

@@ -1,24 +1,28 @@
-"""Both augmented views of a batch in Triton: one launch, one program for each view of a sample.
+"""Both augmented views of a batch in Triton: one launch, and one program for each view of a sample.
 
-The view lies in `out` between the phases of its program: contrast needs the mean of all its pixels,
-the blur its neighbours, and the image of any size is worked on in tiles. Reading back what was
-written costs less than cutting and resizing again, since it stays in the cache.
+A program works in phases, because contrast needs the mean of all pixels of the view and the blur
+needs a pixel's neighbors. It goes over the pixels in tiles and keeps the view in `out` between the
+phases: to read back what it wrote costs less than to cut and resize again, since that stays in the
+cache.
 """
 
 import math
+from functools import partial
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device_of
+from ._launch import Compilations, constants, on_device_of
 
 BLOCK = 256
-# columns of the table
+# columns of `params`
 _FLIP = tl.constexpr(4)
 _ORDER = tl.constexpr(5)
 _FACTORS = tl.constexpr(9)
-_GREY = tl.constexpr(13)
+_GRAY = tl.constexpr(13)
 _SIGMA = tl.constexpr(14)
 _SOLARIZE = tl.constexpr(15)
 _COLUMNS = tl.constexpr(16)
@@ -28,13 +32,36 @@ _GAUSS = tl.constexpr(-0.5 / math.log(2))
 _CONTRAST = tl.constexpr(1)
 
 
+class Images(NamedTuple):
+    """Images of one size in any strides, or images of different sizes in one piece."""
+
+    ptr: Tensor  # [S, 3, H, W] or [bytes]
+    offsets_ptr: Tensor | None  # [S]
+    sizes_ptr: Tensor | None  # [S, 2]
+    stride_s: int
+    stride_c: int
+    stride_h: int
+    stride_w: int
+
+
+class View(NamedTuple):
+    """What the kernel is compiled for."""
+
+    SIZE: int  # height and width
+    RADIUS: int  # of the blur
+    BICUBIC: bool
+    STRIDE_C: int  # from a channel of `out` to the next
+    STRIDE: int  # from a pixel of `out` to the next
+    BLOCK: int  # pixels of a tile
+
+
 @triton.jit
 def _clamp(x):
     return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
-def _grey(r, g, b):
+def _gray(r, g, b):
     return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
@@ -57,16 +84,16 @@ def _filter(distance, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def _taps(at, length, SIZE: tl.constexpr, BICUBIC: tl.constexpr):
+def _taps(at, length, view):
     """The taps of the pixels `at` of a view over a crop of `length` pixels.
 
     Returns the first source pixel, its distance from the pixel's center in units of the filter, how
     far the next one is, and how many there are. A filter covers more pixels where it shrinks the
     image, which is the antialiasing.
     """
-    scale = length / SIZE
+    scale = length / view.SIZE
     stretch = tl.maximum(scale, 1.0)
-    radius = stretch * 2 if BICUBIC else stretch
+    radius = stretch * 2 if view.BICUBIC else stretch
     center = scale * (at + 0.5)
     first = tl.floor(center - radius + 0.5)
     step = 1.0 / stretch
@@ -75,25 +102,28 @@ def _taps(at, length, SIZE: tl.constexpr, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def _crop(
-    image_ptr,  # [3, H, W]
-    params_ptr,
-    y,
-    x,
-    stride_c,
-    stride_h,
-    stride_w,
-    SIZE: tl.constexpr,
-    BICUBIC: tl.constexpr,
-):
-    """The pixels (y, x) of the cut, resized and perhaps mirrored image."""
+def _image(images, row):
+    """An image by its row: its pointer and the strides of its channels, rows and columns."""
+    if images.offsets_ptr is not None:
+        ptr = images.ptr + tl.load(images.offsets_ptr + row)
+        strides = (1, 3 * tl.load(images.sizes_ptr + 2 * row + 1), 3)
+    else:
+        ptr = images.ptr + row * images.stride_s
+        strides = (images.stride_c, images.stride_h, images.stride_w)
+    return ptr, strides
+
+
+@triton.jit
+def _crop(image_ptr, strides, params_ptr, y, x, view):
+    """The pixels (y, x) of the image after the cut, the resizing and the flip."""
+    stride_c, stride_h, stride_w = strides
     top = tl.load(params_ptr).to(tl.int32)
     left = tl.load(params_ptr + 1).to(tl.int32)
     height = tl.load(params_ptr + 2)
     width = tl.load(params_ptr + 3)
-    x = tl.where(tl.load(params_ptr + _FLIP) != 0, -x + (SIZE - 1), x)
-    first_y, distance_y, step_y, taps_y = _taps(y, height, SIZE, BICUBIC)
-    first_x, distance_x, step_x, taps_x = _taps(x, width, SIZE, BICUBIC)
+    x = tl.where(tl.load(params_ptr + _FLIP) != 0, -x + (view.SIZE - 1), x)
+    first_y, distance_y, step_y, taps_y = _taps(y, height, view)
+    first_x, distance_x, step_x, taps_x = _taps(x, width, view)
     # the innermost loop is most of the kernel's work: it compares integers, which are not converted
     height = height.to(tl.int32)
     width = width.to(tl.int32)
@@ -106,12 +136,12 @@ def _crop(
     b = tl.zeros(y.shape, tl.float32)
     for tap_y in range(taps_y):
         at_y = first_y + tap_y
-        weight_y = _filter(distance_y + tl.cast(tap_y, tl.float32) * step_y, BICUBIC)
+        weight_y = _filter(distance_y + tl.cast(tap_y, tl.float32) * step_y, view.BICUBIC)
         mask_y = (at_y >= 0) & (at_y < height)
         r_ptr = start_ptr + at_y.to(tl.int64) * stride_h
         for tap_x in range(taps_x):
             at_x = first_x + tap_x
-            weight_x = _filter(distance_x + tl.cast(tap_x, tl.float32) * step_x, BICUBIC)
+            weight_x = _filter(distance_x + tl.cast(tap_x, tl.float32) * step_x, view.BICUBIC)
             mask = mask_y & (at_x >= 0) & (at_x < width)
             weight = tl.where(mask, weight_y * weight_x, 0.0)
             g_ptr = r_ptr + stride_c
@@ -163,7 +193,7 @@ def _jitter(r, g, b, params_ptr, start, stop, mean):
             if which == 1:
                 other += mean
             if which == 2:
-                other = _grey(r, g, b)
+                other = _gray(r, g, b)
             r = _blend(r, other, factor)
             g = _blend(g, other, factor)
             b = _blend(b, other, factor)
@@ -171,24 +201,23 @@ def _jitter(r, g, b, params_ptr, start, stop, mean):
 
 
 @triton.jit
-def _blur(
-    view_ptr, y, x, exponent, down, SIZE: tl.constexpr, RADIUS: tl.constexpr, STRIDE_C, STRIDE
-):
+def _blur(view_ptr, y, x, exponent, down, view):
     """Gaussian blur of the pixels (y, x) along columns where `down`, else along rows.
 
     A tap at a distance d counts exp2(exponent d^2).
     """
+    last: tl.constexpr = view.SIZE - 1
     total = 0.0
     r = tl.zeros(y.shape, tl.float32)
     g = tl.zeros(y.shape, tl.float32)
     b = tl.zeros(y.shape, tl.float32)
-    for tap in range(-RADIUS, RADIUS + 1):
+    for tap in range(-view.RADIUS, view.RADIUS + 1):
         weight = tl.exp2(tl.cast(tap * tap, tl.float32) * exponent)
         # reflected at both edges, which are not repeated
         at = tl.abs((y if down else x) + tap)
-        at = -tl.abs(-at + (SIZE - 1)) + (SIZE - 1)
-        pixel = at * SIZE + x if down else y * SIZE + at
-        tap_r, tap_g, tap_b = _load(view_ptr, pixel, STRIDE_C, STRIDE)
+        at = -tl.abs(-at + last) + last
+        pixel = at * view.SIZE + x if down else y * view.SIZE + at
+        tap_r, tap_g, tap_b = _load(view_ptr, pixel, view)
         total += weight
         r += weight * tap_r
         g += weight * tap_g
@@ -197,20 +226,20 @@ def _blur(
 
 
 @triton.jit
-def _load(view_ptr, pixel, STRIDE_C: tl.constexpr, STRIDE: tl.constexpr):
-    at = view_ptr + pixel * STRIDE
+def _load(view_ptr, pixel, view):
+    at = view_ptr + pixel * view.STRIDE
     r = tl.load(at).to(tl.float32)
-    g = tl.load(at + STRIDE_C).to(tl.float32)
-    b = tl.load(at + 2 * STRIDE_C).to(tl.float32)
+    g = tl.load(at + view.STRIDE_C).to(tl.float32)
+    b = tl.load(at + 2 * view.STRIDE_C).to(tl.float32)
     return r, g, b
 
 
 @triton.jit
-def _store(view_ptr, pixel, mask, r, g, b, STRIDE_C: tl.constexpr, STRIDE: tl.constexpr):
-    at = view_ptr + pixel * STRIDE
+def _store(view_ptr, pixel, mask, r, g, b, view):
+    at = view_ptr + pixel * view.STRIDE
     tl.store(at, r.to(view_ptr.dtype.element_ty), mask=mask)
-    tl.store(at + STRIDE_C, g.to(view_ptr.dtype.element_ty), mask=mask)
-    tl.store(at + 2 * STRIDE_C, b.to(view_ptr.dtype.element_ty), mask=mask)
+    tl.store(at + view.STRIDE_C, g.to(view_ptr.dtype.element_ty), mask=mask)
+    tl.store(at + 2 * view.STRIDE_C, b.to(view_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -223,51 +252,43 @@ def _finish(x, threshold, norm, c: tl.constexpr):
 
 
 @triton.jit
-def _tile(start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _finish_all(r, g, b, threshold, norm):
+    r = _finish(r, threshold, norm, 0)
+    g = _finish(g, threshold, norm, 1)
+    return r, g, _finish(b, threshold, norm, 2)
+
+
+@triton.jit
+def _tile(start, view):
     """Pixels of a view and where they lie; the last tile repeats its last pixel."""
-    offs = start + tl.arange(0, BLOCK)
-    pixel = tl.minimum(offs, SIZE * SIZE - 1)
-    y = pixel // SIZE
-    return pixel, y, pixel - y * SIZE, offs < SIZE * SIZE
+    offs = start + tl.arange(0, view.BLOCK)
+    pixel = tl.minimum(offs, view.SIZE * view.SIZE - 1)
+    y = pixel // view.SIZE
+    return pixel, y, pixel - y * view.SIZE, offs < view.SIZE * view.SIZE
 
 
 @triton.jit
 def _augment_kernel(
-    images_ptr,  # [S, 3, H, W] or [bytes]
-    offsets_ptr,  # [S] or None
-    sizes_ptr,  # [S, 2] or None
+    images,  # Images
     params_ptr,  # [2N, 16]
     rows_ptr,  # [N] or None
     out_ptr,  # [2N, 3, SIZE, SIZE]
     scratch_ptr,  # as out
     norm,  # means and standard deviations, [6], or None
     N,
-    stride_s,
-    stride_c,
-    stride_h,
-    stride_w,
-    SIZE: tl.constexpr,
-    RADIUS: tl.constexpr,
-    BICUBIC: tl.constexpr,
-    STRIDE_C: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    view,  # View
 ):
-    view = tl.program_id(0).to(tl.int64)
-    row = view % N
+    """Makes one view of one sample."""
+    number = tl.program_id(0).to(tl.int64)
+    row = number % N
     if rows_ptr is not None:
         row = tl.load(rows_ptr + row)
-    if offsets_ptr is not None:
-        images_ptr += tl.load(offsets_ptr + row)
-        stride_c = 1
-        stride_h = 3 * tl.load(sizes_ptr + 2 * row + 1)
-        stride_w = 3
-    else:
-        images_ptr += row * stride_s
-    params_ptr += view * _COLUMNS
-    out_ptr += view * (3 * SIZE * SIZE)
-    scratch_ptr += view * (3 * SIZE * SIZE)
-    PIXELS: tl.constexpr = SIZE * SIZE
+    image_ptr, strides = _image(images, row)
+    params_ptr += number * _COLUMNS
+    PIXELS: tl.constexpr = view.SIZE * view.SIZE
+    BLOCK: tl.constexpr = view.BLOCK
+    out_ptr += number * (3 * PIXELS)
+    scratch_ptr += number * (3 * PIXELS)
 
     # the crop, and colors up to the contrast, which waits for the mean
     waits = 4
@@ -279,48 +300,44 @@ def _augment_kernel(
     # in lanes: a sum over the block in every tile would hold its warps together
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, PIXELS, BLOCK):
-        pixel, y, x, mask = _tile(start, SIZE, BLOCK)
-        r, g, b = _crop(images_ptr, params_ptr, y, x, stride_c, stride_h, stride_w, SIZE, BICUBIC)
+        pixel, y, x, mask = _tile(start, view)
+        r, g, b = _crop(image_ptr, strides, params_ptr, y, x, view)
         r, g, b = _jitter(r, g, b, params_ptr, 0, waits, 0.0)
-        total += tl.where(mask, _grey(r, g, b), 0.0)
-        _store(out_ptr, pixel, mask, r, g, b, STRIDE_C, STRIDE)
+        total += tl.where(mask, _gray(r, g, b), 0.0)
+        _store(out_ptr, pixel, mask, r, g, b, view)
     mean = tl.sum(total) / PIXELS
     tl.debug_barrier()
 
     # the other colors
-    grey = tl.load(params_ptr + _GREY)
+    gray = tl.load(params_ptr + _GRAY)
     sigma = tl.load(params_ptr + _SIGMA)
     # no pixel reaches 2
     threshold = tl.where(tl.load(params_ptr + _SOLARIZE) != 0, 0.5, 2.0)
     for start in range(0, PIXELS, BLOCK):
-        pixel, y, x, mask = _tile(start, SIZE, BLOCK)
-        r, g, b = _load(out_ptr, pixel, STRIDE_C, STRIDE)
+        pixel, y, x, mask = _tile(start, view)
+        r, g, b = _load(out_ptr, pixel, view)
         r, g, b = _jitter(r, g, b, params_ptr, waits, 4, mean)
-        if grey != 0:
-            r = _grey(r, g, b)
+        if gray != 0:
+            r = _gray(r, g, b)
             g = r
             b = r
         if sigma == 0:
-            r = _finish(r, threshold, norm, 0)
-            g = _finish(g, threshold, norm, 1)
-            b = _finish(b, threshold, norm, 2)
-        _store(out_ptr, pixel, mask, r, g, b, STRIDE_C, STRIDE)
+            r, g, b = _finish_all(r, g, b, threshold, norm)
+        _store(out_ptr, pixel, mask, r, g, b, view)
 
     if sigma != 0:
         exponent = _GAUSS / (sigma * sigma)
         tl.debug_barrier()
         for start in range(0, PIXELS, BLOCK):
-            pixel, y, x, mask = _tile(start, SIZE, BLOCK)
-            r, g, b = _blur(out_ptr, y, x, exponent, False, SIZE, RADIUS, STRIDE_C, STRIDE)
-            _store(scratch_ptr, pixel, mask, r, g, b, STRIDE_C, STRIDE)
+            pixel, y, x, mask = _tile(start, view)
+            r, g, b = _blur(out_ptr, y, x, exponent, False, view)
+            _store(scratch_ptr, pixel, mask, r, g, b, view)
         tl.debug_barrier()
         for start in range(0, PIXELS, BLOCK):
-            pixel, y, x, mask = _tile(start, SIZE, BLOCK)
-            r, g, b = _blur(scratch_ptr, y, x, exponent, True, SIZE, RADIUS, STRIDE_C, STRIDE)
-            r = _finish(r, threshold, norm, 0)
-            g = _finish(g, threshold, norm, 1)
-            b = _finish(b, threshold, norm, 2)
-            _store(out_ptr, pixel, mask, r, g, b, STRIDE_C, STRIDE)
+            pixel, y, x, mask = _tile(start, view)
+            r, g, b = _blur(scratch_ptr, y, x, exponent, True, view)
+            r, g, b = _finish_all(r, g, b, threshold, norm)
+            _store(out_ptr, pixel, mask, r, g, b, view)
 
 
 def augment(
@@ -334,37 +351,52 @@ def augment(
     norm: tuple[float, ...] | None,  # [6]
     bicubic: bool,
 ) -> None:
-    """Crop, flip, colors, grey, blur, solarization and normalization of 2N views, to `out`.
+    """Writes 2N views: crop, flip, colors, gray, blur, solarization and normalization.
 
     Args:
-        images: uint8, in any strides; or in one piece images of different sizes, [H, W, 3] each.
-        offsets: Where in `images` each of those begins, int64; None where all are of one size.
-        sizes: Their heights and widths, int64.
-        params: Box of the crop, flip, order and factors of brightness, contrast, saturation and
-            hue, grey, standard deviation of the blur, solarization, in fp32.
+        images: uint8 images of one size in any strides; or images of different sizes in one piece,
+            [H, W, 3] each.
+        offsets: Where each image of its own size begins in `images`, int64; None for one size.
+        sizes: The heights and widths of such images, int64.
+        params: For each view the box of the crop, flip, order and factors of brightness, contrast,
+            saturation and hue, gray, standard deviation of the blur, and solarization, in fp32.
         rows: Which of the images each sample is, int64; None is the first N.
-        out: Contiguous or channels_last, fp32 or fp16, in which the view is kept between phases.
-        scratch: Of the dtype and the strides of `out`, for the blur.
+        out: Where the views go, fp32 or fp16, contiguous or channels_last.
+        scratch: Memory for the blur, of the dtype and the strides of `out`.
         norm: Three means and three standard deviations.
-        bicubic: How crops are resized, else bilinear.
+        bicubic: Whether crops are resized bicubically; if not, they are resized bilinearly.
     """
     size = out.shape[-1]
-    tables = (None if t is None else t.contiguous() for t in (offsets, sizes, params, rows))
+    offsets, sizes, params, rows = (
+        None if t is None else t.contiguous() for t in (offsets, sizes, params, rows)
+    )
     strides = images.stride() if offsets is None else (0, 0, 0, 0)
+    view = View(size, max(size // 20, 1), bicubic, out.stride(1), out.stride(3), BLOCK)
     with on_device_of(images):
         _augment_kernel[(len(out),)](
-            images,
-            *tables,
+            Images(images, offsets, sizes, *strides),
+            params,
+            rows,
             out,
             scratch,
             norm,
             params.shape[1],
-            *strides,
-            SIZE=size,
-            RADIUS=max(size // 20, 1),
-            BICUBIC=bicubic,
-            STRIDE_C=out.stride(1),
-            STRIDE=out.stride(3),
-            BLOCK=BLOCK,
+            constants(view),
             num_warps=8,
         )
+
+
+def compilations() -> Compilations:
+    """Calls that compile the kernel for every form of its arguments."""
+    empty = partial(torch.empty, device="meta")
+    ids, params = empty(64, dtype=torch.int64), empty(2, 64, 16)
+    table = (empty(1000, dtype=torch.int64), empty(1000, 2, dtype=torch.int64))
+    for size in (32, 224):
+        images = empty(1000, 3, size, size, dtype=torch.uint8)
+        out = empty(128, 3, size, size)
+        last = out.half().contiguous(memory_format=torch.channels_last)
+        plain = (images, None, None, params, None, out, out, None, False)
+        yield f"{size}", partial(augment, *plain)
+        rest = (params, ids, last, last, (0.5,) * 6, True)
+        yield f"{size} bicubic fp16 rows norm", partial(augment, images, None, None, *rest)
+        yield f"{size} the same, ragged", partial(augment, images.flatten(), *table, *rest)

@@ -1,7 +1,7 @@
 """NT-Xent with hard and debiased negatives in Triton: loss and gradient in three launches.
 
-With the weights w = exp(beta s) of the n negatives of row i, A_i = sum of w exp(s), B_i = sum of w
-and tau the share of positives among them,
+Row i has n negatives, with the weights w = exp(beta s), and tau is the share of positives among
+them. With A_i = sum of w exp(s) and B_i = sum of w,
 
     Ng_i = n max((A_i / B_i - tau exp(s_i,pi)) / (1 - tau), exp(-1 / T))
     loss_i = log(Ng_i + exp(s_i,pi)) - s_i,pi
@@ -10,96 +10,85 @@ and tau the share of positives among them,
     d loss_i / d s_ij = w_ij (h_i exp(s_ij) - v_i)
     h_i = (1 + beta) c_i / A_i,   v_i = beta c_i / B_i
 
-or, for constant weights, h_i = c_i / A_i and v_i = 0; where the maximum is the second, h_i = v_i =
-0 and c_i has no term with tau. Programs own rows: they walk over the columns once for the
-sums, and once for the gradient, whose weights are those of the row and of the column, which is a
-row too. Sums stay in fp32's range with the largest cosine as the shift, and leave room for the
-factors of h; below T = 0.03 (1 + beta), where they would not, the shift is a running maximum.
+Constant weights have h_i = c_i / A_i and v_i = 0. Where the maximum is exp(-1 / T), h_i = v_i = 0
+and c_i has no term with tau.
+
+Programs own rows. They walk over the columns once for the sums and once for the gradient, which
+needs the weights of the row and those of the column, since that is a row too. With the largest
+possible cosine as the shift, the sums stay in the range of fp32 and leave room for the factors of
+h. Below T = 0.03 (1 + beta) they would not, and the shift is a running maximum.
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Tiling, blocks, on_device_of, padded
+from ._gradient import softmax_loss
+from ._launch import Compilations, Tiling, blocks, cdiv, meta_rows, on_device_of, padded, workspace
 from ._rows import (
     FP16_BITS,
     LN2,
     MAX_EXPONENT,
     _mean_kernel,
-    base2_scale,
+    add_rescaled,
+    load_own,
     load_raw,
-    load_tile,
-    log1p,
+    load_unit,
+    matrix,
     mean,
     negative_logits,
-    scaled_rows,
+    normalize,
+    scaled_memory,
     select_side,
+    sigmoid,
+    softplus,
     store_raw_grad,
-    unit,
+    unscaled,
 )
-from ._softmax import softmax_loss
 
-# from here up, over 1 + beta, exp(-2 (1 + beta) / T) is 1e9 times the smallest normal fp32 number
+# from here up, times 1 + beta, exp(-2 (1 + beta) / T) is 1e9 times the least normal fp32 number
 _FIXED_TEMPERATURE = 0.03
+
+
+class HardStatistics(NamedTuple):
+    """What the gradient needs to know of all 2N rows."""
+
+    c_ptr: Tensor  # [2N]
+    h_ptr: Tensor  # [2N]
+    v_ptr: Tensor  # [2N]
+    shift_ptr: Tensor  # [2N], of the exponentials in h and v
+    partial_ptr: Tensor  # [programs] parts of the losses' sum
 
 
 @triton.jit
 def _hard_sums_kernel(
-    u_ptr,  # [padded, BLOCK_D]
-    u_low_ptr,  # [padded, BLOCK_D] or None
-    scale_ptr,  # [padded]
+    rows,  # ScaledRows
     pos2_ptr,  # [N]
-    c_ptr,  # [2N]
-    h_ptr,  # [2N]
-    v_ptr,  # [2N]
-    shift_ptr,  # [2N]
-    partial_ptr,  # [programs]
+    stats,  # HardStatistics
     N,
-    scale2,
     beta,
     tau_plus,
     ONLINE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     DEBIASED: tl.constexpr,
     CONSTANT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    blocks,  # Blocks
 ):
-    """Losses of the rows that a program owns, and what the gradient needs of them."""
+    """Computes the losses of the rows that a program owns, and their statistics."""
+    BLOCK_M: tl.constexpr = blocks.BLOCK_M
+    n = 2 * N
     own_first = tl.program_id(0) * BLOCK_M
-    rows = own_first + tl.arange(0, BLOCK_M)
-    own_scale = tl.load(scale_ptr + rows) * scale2
-    own, own_low = 0, 0
-    if BLOCK_K == BLOCK_D:
-        own, own_low = load_tile(u_ptr, u_low_ptr, own_first, BLOCK_M, BLOCK_D, False)
+    own = load_own(rows, rows.u_ptr, own_first, n, blocks)
     # no logit is beyond these, but by a rounding
-    shift = tl.zeros([BLOCK_M], tl.float32) + (-scale2 if ONLINE else scale2)
+    shift = tl.zeros([BLOCK_M], tl.float32) + (-rows.scale2 if ONLINE else rows.scale2)
     total = tl.zeros([BLOCK_M], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(0, 2 * N, BLOCK_N):
-        s2, _, _, _ = negative_logits(
-            own,
-            own_low,
-            u_ptr,
-            u_ptr,
-            u_low_ptr,
-            scale_ptr,
-            own_scale,
-            own_first,
-            2 * N,
-            first,
-            2 * N,
-            N,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_D,
-            False,
-        )
+    for first in range(0, n, blocks.BLOCK_N):
+        s2, _, _ = negative_logits(rows, own, rows.u_ptr, first, n, N, blocks)
         if ONLINE:
             new_shift = tl.maximum(shift, tl.max(s2, axis=1))
             total *= tl.exp2((1.0 + beta) * (shift - new_shift))
@@ -113,154 +102,106 @@ def _hard_sums_kernel(
             mass += tl.sum(weights, axis=1)
         total += tl.sum(exp, axis=1)
 
-    is_row = rows < 2 * N
-    pos2 = tl.load(pos2_ptr + tl.where(rows < N, rows, rows - N), mask=is_row, other=0.0)
-    negatives = (2 * N - 2).to(tl.float32)
+    offs_m = own_first + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < n
+    pos2 = tl.load(pos2_ptr + tl.where(offs_m < N, offs_m, offs_m - N), mask=mask_m, other=0.0)
+    negatives = (n - 2).to(tl.float32)
     if not WEIGHTED:
         mass += negatives
-    # log2 of Ng / n over exp(s_i,pi)
+    # log2 of Ng / n, divided by exp(s_i,pi)
     ratio2 = shift + tl.log2(total) - tl.log2(mass) - pos2
-    floored = rows < 0
+    floored = offs_m < 0
     if DEBIASED:
-        # above any share that leaves something, but in fp32's range
+        # where the ratio is tiny: more than any share that leaves something, but in fp32's range
         share = tau_plus * tl.exp2(tl.where(ratio2 < -100.0, 100.0, -ratio2))
         spent = share >= 1.0
         kept = tl.where(spent, 1.0, (1.0 - share) / (1.0 - tau_plus))
         debiased2 = ratio2 + tl.log2(kept)
-        floor2 = -scale2 - pos2
+        floor2 = -rows.scale2 - pos2
         floored = spent | (debiased2 <= floor2)
         ratio2 = tl.where(floored, floor2, debiased2)
     margin = (ratio2 + tl.log2(negatives)) * LN2
-    ratio = tl.exp(-tl.abs(margin))
-    loss = tl.maximum(margin, 0.0) + log1p(ratio)
-    q = tl.where(margin > 0, 1.0, ratio) / (1.0 + ratio)
-    c = q
+    c = sigmoid(margin)
     if DEBIASED:
-        others = tl.where(margin > 0, ratio, 1.0) / (1.0 + ratio)
-        c += tl.where(floored, 0.0, others * negatives * tau_plus / (1.0 - tau_plus))
+        others = sigmoid(-margin) * negatives * tau_plus / (1.0 - tau_plus)
+        c += tl.where(floored, 0.0, others)
     free = tl.where(floored, 0.0, c)
-    tl.store(c_ptr + rows, c, mask=is_row)
-    tl.store(h_ptr + rows, free * (1.0 if CONSTANT else 1.0 + beta) / total, mask=is_row)
-    tl.store(v_ptr + rows, free * (0.0 if CONSTANT else beta) / mass, mask=is_row)
-    tl.store(shift_ptr + rows, shift, mask=is_row)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(is_row, loss, 0.0)))
+    tl.store(stats.c_ptr + offs_m, c, mask=mask_m)
+    tl.store(stats.h_ptr + offs_m, free * (1.0 if CONSTANT else 1.0 + beta) / total, mask=mask_m)
+    tl.store(stats.v_ptr + offs_m, free * (0.0 if CONSTANT else beta) / mass, mask=mask_m)
+    tl.store(stats.shift_ptr + offs_m, shift, mask=mask_m)
+    loss = tl.sum(tl.where(mask_m, softplus(margin), 0.0))
+    tl.store(stats.partial_ptr + tl.program_id(0), loss)
 
 
 @triton.jit
 def _hard_gradient_kernel(
-    z0_ptr,  # [N, D]
-    z1_ptr,  # [N, D]
-    u_ptr,  # [padded, BLOCK_D]
-    u_low_ptr,  # [padded, BLOCK_D] or None
-    scale_ptr,  # [padded]
-    c_ptr,  # [2N]
-    h_ptr,  # [2N]
-    v_ptr,  # [2N]
-    shift_ptr,  # [2N]
-    partial_ptr,  # [partials]
+    z0,  # Matrix [N, D]
+    z1,  # Matrix [N, D]
+    rows,  # ScaledRows
+    stats,  # HardStatistics
     loss_ptr,  # []
     dz_ptr,  # [2N, D]
-    N,
-    D,
-    stride0_n,
-    stride0_d,
-    stride1_n,
-    stride1_d,
     partials,
-    scale2,
     beta,
     grad_scale,
     ONLINE: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    blocks,  # Blocks
 ):
-    """Gradients of the raw rows of one view that a program owns; the first adds up the loss."""
+    """Computes the gradients of the raw rows of one view that a program owns.
+
+    The first program adds up the loss.
+    """
+    BLOCK_M: tl.constexpr = blocks.BLOCK_M
+    BLOCK_D: tl.constexpr = blocks.BLOCK_D
+    N = z0.N
+    n = 2 * N
     side = tl.program_id(1)
     if (tl.program_id(0) == 0) & (side == 0):
-        tl.store(loss_ptr, mean(partial_ptr, partials, 2 * N))
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_own = rows < N
+        tl.store(loss_ptr, mean(stats.partial_ptr, partials, n))
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < N
     base = side * N
-    own_first, own_end = base + tl.program_id(0) * BLOCK_M, base + N
-    own_scale = tl.load(scale_ptr + own_first + tl.arange(0, BLOCK_M)) * scale2
-    own, own_low = 0, 0
-    if BLOCK_K == BLOCK_D:
-        own, own_low = load_tile(u_ptr, u_low_ptr, own_first, BLOCK_M, BLOCK_D, False)
-    own_h = tl.load(h_ptr + base + rows, mask=mask_own, other=0.0)[:, None]
-    own_v = tl.load(v_ptr + base + rows, mask=mask_own, other=0.0)[:, None]
-    own_shift = tl.load(shift_ptr + base + rows, mask=mask_own, other=0.0)[:, None]
+    own = load_own(rows, rows.u_ptr, base + tl.program_id(0) * BLOCK_M, base + N, blocks)
+    own_h = tl.load(stats.h_ptr + base + offs_m, mask=mask_m, other=0.0)[:, None]
+    own_v = tl.load(stats.v_ptr + base + offs_m, mask=mask_m, other=0.0)[:, None]
+    own_shift = tl.load(stats.shift_ptr + base + offs_m, mask=mask_m, other=0.0)[:, None]
     exponent = tl.zeros([BLOCK_M], tl.float32) + MAX_EXPONENT
     du = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, 2 * N, BLOCK_N):
-        s2, tile, tile_low, scale = negative_logits(
-            own,
-            own_low,
-            u_ptr,
-            u_ptr,
-            u_low_ptr,
-            scale_ptr,
-            own_scale,
-            own_first,
-            own_end,
-            first,
-            2 * N,
-            N,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_D,
-            False,
-        )
-        columns = first + tl.arange(0, BLOCK_N)
-        mask_n = columns < 2 * N
-        h = tl.load(h_ptr + columns, mask=mask_n, other=0.0)[None, :]
-        v = tl.load(v_ptr + columns, mask=mask_n, other=0.0)[None, :]
+    for first in range(0, n, blocks.BLOCK_N):
+        s2, columns, scale = negative_logits(rows, own, rows.u_ptr, first, n, N, blocks)
+        offs_n = first + tl.arange(0, blocks.BLOCK_N)
+        mask_n = offs_n < n
+        h = tl.load(stats.h_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        v = tl.load(stats.v_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         if ONLINE:
-            shift = tl.load(shift_ptr + columns, mask=mask_n, other=0.0)[None, :]
+            shift = tl.load(stats.shift_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
             from_row, from_column = s2 - own_shift, s2 - shift
             weights = tl.exp2((1.0 + beta) * from_row) * own_h
             weights += tl.exp2((1.0 + beta) * from_column) * h
             if WEIGHTED:
                 weights -= tl.exp2(beta * from_row) * own_v + tl.exp2(beta * from_column) * v
         else:
-            below = s2 - scale2
+            below = s2 - rows.scale2
             weights = tl.exp2(below) * (own_h + h)
             if WEIGHTED:
                 weights = tl.exp2(beta * below) * (weights - (own_v + v))
-        # for fp16: a row's weights are scaled by a power of two that follows the largest so far
         weights *= (scale * 2.0 ** (FP16_BITS - 1))[None, :]
-        top = tl.maximum(tl.max(tl.abs(weights), axis=1), 2.0 ** (FP16_BITS - MAX_EXPONENT))
-        new_exponent = tl.minimum(exponent, -tl.ceil(tl.log2(top)) + FP16_BITS)
-        weights *= tl.exp2(new_exponent)[:, None]
-        du *= tl.exp2(new_exponent - exponent)[:, None]
-        exponent = new_exponent
-        high = weights.to(tl.float16)
-        du = tl.dot(high, tile, du)
-        if u_low_ptr is not None:
-            du = tl.dot((weights - high.to(tl.float32)).to(tl.float16), tile, du)
-            du = tl.dot(high, tile_low, du)
-    du *= tl.exp2(-exponent - (FP16_BITS - 1.0))[:, None]
+        du, exponent = add_rescaled(du, exponent, weights, columns, rows)
+    du = unscaled(du, exponent)
 
-    c = tl.load(c_ptr + rows, mask=mask_own, other=0.0)
-    c += tl.load(c_ptr + N + rows, mask=mask_own, other=0.0)
-    z_ptr, stride_n, stride_d, _ = select_side(
-        z0_ptr, z1_ptr, stride0_n, stride0_d, stride1_n, stride1_d, N, N, 1 - side
-    )
-    other, other_norm = load_raw(z_ptr, stride_n, stride_d, rows, mask_own, D, BLOCK_D)
-    du -= c[:, None] * unit(other, other_norm)
-    z_ptr, stride_n, stride_d, _ = select_side(
-        z0_ptr, z1_ptr, stride0_n, stride0_d, stride1_n, stride1_d, N, N, side
-    )
-    z, norm = load_raw(z_ptr, stride_n, stride_d, rows, mask_own, D, BLOCK_D)
-    dz_ptr += base.to(tl.int64) * D
-    store_raw_grad(dz_ptr, du * grad_scale, z, norm, rows, N, D, BLOCK_D)
+    c = tl.load(stats.c_ptr + offs_m, mask=mask_m, other=0.0)
+    c += tl.load(stats.c_ptr + N + offs_m, mask=mask_m, other=0.0)
+    other = select_side(z0, z1, 1 - side)
+    du -= c[:, None] * load_unit(other, offs_m, mask_m, BLOCK_D)
+    dz_ptr += base.to(tl.int64) * z0.D
+    raw, norm = load_raw(select_side(z0, z1, side), offs_m, mask_m, BLOCK_D)
+    store_raw_grad(dz_ptr, du * grad_scale, raw, norm, offs_m, mask_m, z0.D, BLOCK_D)
 
 
 def tiling(D: int, *, exact: bool) -> Tiling:
-    """Tiling for rows of D <= 256 elements, kept in two parts where `exact`."""
+    """The tiling for rows of D <= 256 elements, which are kept in two parts where `exact`."""
     width = padded(D)
     rows = min(64, 8192 // width) // (1 + exact)
     return Tiling(rows, min(16 if exact else 32, rows), min(64 if exact else 128, width), 8, 2)
@@ -291,35 +232,31 @@ def hard_nt_xent(
         config: A tiling other than the default.
 
     Returns:
-        The loss, fp32 [], and dz, fp32 [2N, D], rows 0 to N - 1 for z0; [0] where not wanted.
+        The loss, fp32 [], and dz, fp32 [2N, D]: rows 0 to N - 1 are for z0, the others for z1. dz
+        has no elements where it is not wanted.
     """
     N, D = z0.shape
-    # NT-Xent as it is, of which half a matrix is enough
+    # this is NT-Xent, of which half a matrix is enough
     if N == 1 or beta == tau_plus == 0:
         grads = (grad, grad)
-        loss, dz = softmax_loss(z0, z1, temperature, stacked=True, grads=grads, exact=exact)
-        return loss, dz if grad else dz.view(0)
+        return softmax_loss(z0, z1, temperature, stacked=True, grads=grads, exact=exact)
     exact = exact and z0.dtype == torch.float32
     tiles = config or tiling(D, exact=exact)
-    partials = triton.cdiv(2 * N, tiles.rows)
-    statistics = torch.empty(4, 2 * N, dtype=torch.float32, device=z0.device)
-    partial = torch.empty(partials, dtype=torch.float32, device=z0.device)
+    partials = cdiv(2 * N, tiles.rows)
     loss = torch.empty((), dtype=torch.float32, device=z0.device)
     dz = torch.empty((2 * N, D) if grad else 0, dtype=torch.float32, device=z0.device)
-    scale2 = base2_scale(temperature)
+    pos2, *memory = workspace(z0.device, N, *(4 * [2 * N]), partials)
+    stats = HardStatistics(*memory)
+    size = 2 * N + max(tiles.rows, tiles.columns)
+    rows = scaled_memory(size, D, temperature, exact=exact, device=z0.device)
     form = {"ONLINE": temperature < _FIXED_TEMPERATURE * (1 + beta), "WEIGHTED": beta > 0}
     with on_device_of(z0):
-        padding = max(tiles.rows, tiles.columns)
-        u, u_low, scale, pos2, _ = scaled_rows(z0, z1, temperature, exact=exact, padding=padding)
+        normalize(z0, z1, rows, pos2=pos2)
         _hard_sums_kernel[(partials,)](
-            u,
-            u_low,
-            scale,
+            rows,
             pos2,
-            *statistics,
-            partial,
+            stats,
             N,
-            scale2,
             float(beta),
             float(tau_plus),
             DEBIASED=tau_plus > 0,
@@ -328,24 +265,16 @@ def hard_nt_xent(
             **blocks(tiles, D),
         )
         if not grad:
-            _mean_kernel[(1,)](partial, loss, partials, 2 * N)
+            _mean_kernel[(1,)](stats.partial_ptr, loss, partials, 2 * N)
             return loss, dz
-        _hard_gradient_kernel[(triton.cdiv(N, tiles.rows), 2)](
-            z0,
-            z1,
-            u,
-            u_low,
-            scale,
-            *statistics,
-            partial,
+        _hard_gradient_kernel[(cdiv(N, tiles.rows), 2)](
+            matrix(z0),
+            matrix(z1),
+            rows,
+            stats,
             loss,
             dz,
-            N,
-            D,
-            *z0.stride(),
-            *z1.stride(),
             partials,
-            scale2,
             float(beta),
             1.0 / (2 * N * temperature),
             **form,
@@ -354,3 +283,12 @@ def hard_nt_xent(
             maxnreg=tiles.registers,
         )
     return loss, dz
+
+
+def compilations() -> Compilations:
+    """Calls that compile every kernel of this file at every default tiling."""
+    for D, exact in ((64, False), (128, False), (128, True), (256, False)):
+        z = meta_rows(D, exact=exact)
+        for case, *setting in (("", 0.5, 1.0), (" T=0.01", 0.01, 1.0), (" beta=0", 0.5, 0.0)):
+            call = partial(hard_nt_xent, z, z, *setting, 0.1, False, True, exact)
+            yield f"D={D}{exact * ' exact'}{case}", call

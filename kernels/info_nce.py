@@ -1,9 +1,12 @@
-"""InfoNCE of anchors against keys in Triton, in one direction or in both, in three launches."""
+"""InfoNCE of anchors against keys in Triton: one direction or both, in three launches."""
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ._softmax import Tilings, softmax_loss
+from ._gradient import softmax_loss
+from ._launch import Compilations, Tilings, meta_rows
 
 
 def info_nce(
@@ -34,8 +37,8 @@ def info_nce(
         mean: Whether the loss is the anchors' mean; if not, the gradients are those of their sum.
 
     Returns:
-        The loss, fp32 [] or [N], and the gradients, fp32 [N, D] and [M, D], or [0] where not
-        wanted.
+        The loss, fp32 [] or [N], and the gradients, fp32 [N, D] and [M, D]. A gradient that is not
+        wanted has no elements.
     """
     largest = None
     if weight is not None:
@@ -58,6 +61,24 @@ def info_nce(
     )
     if largest is not None:
         dz *= largest
-    danchor, dkeys = dz.split([len(anchor) * grads[0], len(keys) * grads[1]])
-    none = dz.new_empty(0)
-    return loss, danchor if grads[0] else none, dkeys if grads[1] else none
+    none = loss.new_empty(0)
+    if not grads[0]:
+        return loss, none, dz
+    return loss, dz[: len(anchor)], dz[len(anchor) :] if grads[1] else none
+
+
+def compilations() -> Compilations:
+    """Calls that compile every kernel of this file at every default tiling."""
+    z = meta_rows(128, exact=False)
+    for case, symmetric, grads in (
+        ("one way", False, (True, True)),
+        ("queue", False, (True, False)),
+        ("two-way", True, (True, True)),
+    ):
+        yield f"D=128 {case}", partial(info_nce, z, z, 0.5, symmetric, grads)
+    named = {"positive": torch.empty(2048, dtype=torch.int64, device="meta"), "mean": False}
+    weight = torch.empty(2048, device="meta")
+    for D, T in ((128, 0.5), (128, 0.01), (256, 0.5)):
+        z = meta_rows(D, exact=False)
+        call = partial(info_nce, z, z, T, False, (True, True), weight=weight, **named)
+        yield f"D={D} T={T} rows", call

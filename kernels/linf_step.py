@@ -1,10 +1,13 @@
 """The signed-gradient step and its projections in Triton: one pass over memory, one launch."""
 
+from functools import partial
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device_of
+from ._launch import Compilations, cdiv, on_device_of
 
 BLOCK = 1024
 
@@ -19,7 +22,7 @@ def _two_sum(a, b):
 
 @triton.jit
 def _neighbor(value, up, down, INT: tl.constexpr):
-    """The next number above where `up`, the one below where `down`, else the value."""
+    """The next number above the value where `up`, the next below where `down`, else the value."""
     bits = value.to(INT, bitcast=True)
     # in the sign-magnitude format of floats, one more is one step away from 0
     step = tl.where(up ^ (bits < 0), 1, -1).to(INT)
@@ -27,17 +30,20 @@ def _neighbor(value, up, down, INT: tl.constexpr):
 
 
 @triton.jit
-def _bound(bound, channel, C: tl.constexpr):
-    """A bound's value at every channel, out of C numbers."""
-    value = bound[0]
-    for c in tl.static_range(1, C):
-        value = tl.where(channel == c, bound[c], value)
+def _bound(bound, channel, C: tl.constexpr, TABLE: tl.constexpr):
+    """A bound's value at every channel, out of a table in memory or of C numbers."""
+    if TABLE:
+        value = tl.load(bound + channel)
+    else:
+        value = bound[0]
+        for c in tl.static_range(1, C):
+            value = tl.where(channel == c, bound[c], value)
     return value
 
 
 @triton.jit
 def _locate(index, sizes, strides):
-    """Where the elements `index` of a dense tensor lie in one of the same sizes."""
+    """Where the elements numbered `index` lie in memory, by the digits of these numbers."""
     offset = index % sizes[3] * strides[3]
     index = index // sizes[3]
     offset += index % sizes[2] * strides[2]
@@ -48,22 +54,20 @@ def _locate(index, sizes, strides):
 
 @triton.jit
 def _linf_step_kernel(
-    x_ptr,  # as `layout` says, and so the next two
-    grad_ptr,
-    x0_ptr,  # or None
+    x_ptr,  # laid out as `layout` says
+    grad_ptr,  # likewise
+    x0_ptr,  # likewise, or None
     out_ptr,  # [size]
-    alpha,  # C numbers or [C], and so the next three
-    eps,
-    lo,
-    hi,
+    bounds,  # alpha, eps, lo and hi, each of them C numbers or [C]
     size,
     stride_c,
-    layout,  # sizes, strides of x, grad and x0, [4, 4]; None where all lie as out does
+    layout,  # [4, 4] base and strides of x, grad and x0; None where all lie as out does
     C: tl.constexpr,
     TABLE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Steps and projects the elements of one block of `out`."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     mask = offs < size
@@ -73,16 +77,10 @@ def _linf_step_kernel(
         channel = (first + tl.arange(0, BLOCK)) // stride_c % C
     else:
         channel = tl.zeros([BLOCK], tl.int32)
-    if TABLE:
-        alpha = tl.load(alpha + channel)
-        eps = tl.load(eps + channel)
-        lo = tl.load(lo + channel)
-        hi = tl.load(hi + channel)
-    else:
-        alpha = _bound(alpha, channel, C)
-        eps = _bound(eps, channel, C)
-        lo = _bound(lo, channel, C)
-        hi = _bound(hi, channel, C)
+    alpha = _bound(bounds[0], channel, C, TABLE)
+    eps = _bound(bounds[1], channel, C, TABLE)
+    lo = _bound(bounds[2], channel, C, TABLE)
+    hi = _bound(bounds[3], channel, C, TABLE)
 
     if layout is None:
         offs_x = offs
@@ -129,9 +127,9 @@ def linf_step(
     bounds: tuple[tuple[float, ...], ...] | Tensor,  # [4, 1] or [4, C]
     layout: tuple[tuple[int, ...], ...],  # [4, 4]
 ) -> None:
-    """clip(clip(x + alpha sign(grad), x0 - eps, x0 + eps), lo, hi), rounded towards x0, to `out`.
+    """Writes clip(clip(x + alpha sign(grad), x0 - eps, x0 + eps), lo, hi), rounded towards x0.
 
-    One launch, whatever the layouts; where all lie in memory as `out` does, in wide loads.
+    There is one launch for all layouts; its loads are wide where all tensors lie as `out` does.
 
     Args:
         x: Where the step starts, fp32, fp16 or bf16.
@@ -149,12 +147,12 @@ def linf_step(
     packed = sizes[-1] == out.numel() and all(stride[-1] == 1 for stride in strides)
     reach = max(_reach(sizes, stride) for stride in strides)
     with on_device_of(x):
-        _linf_step_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+        _linf_step_kernel[(cdiv(x.numel(), BLOCK),)](
             x,
             grad,
             x0,
             out,
-            *bounds,
+            tuple(bounds),
             x.numel(),
             out.stride(1) if C > 1 else 1,
             None if packed else layout,
@@ -168,3 +166,22 @@ def linf_step(
 def _reach(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """The largest offset, that of the last element."""
     return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def compilations() -> Compilations:
+    """Calls that compile the kernel for every form of its arguments."""
+    packed = ((1, 1, 1, 64 * 3 * 1024), *(3 * [(0, 0, 0, 1)]))
+    # out and x are contiguous, and the others are channels_last
+    apart = ((1, 64, 3, 1024), (0, 3072, 1024, 1), *(2 * [(0, 3072, 1, 3)]))
+    one, three = ((0.1,),) * 4, ((0.1, 0.2, 0.3),) * 4
+    table = torch.empty(4, 3, device="meta")
+    for dtype in (torch.float16, torch.float32):
+        x = torch.empty(64, 3, 32, 32, dtype=dtype, device="meta")
+        for case, x0, bounds, layout in (
+            ("", None, one, packed),
+            (" per channel, x0", x, three, packed),
+            (" table", None, table, packed),
+            (" channels_last", x, three, apart),
+        ):
+            name = str(dtype).removeprefix("torch.")
+            yield f"{name}{case}", partial(linf_step, x, x, x0, x, bounds, layout)

@@ -1,8 +1,11 @@
 """The gradient of NT-Xent at tied views in Triton, in three launches."""
 
+from functools import partial
+
 from torch import Tensor
 
-from ._softmax import Tilings, softmax_loss
+from ._gradient import softmax_loss
+from ._launch import Compilations, Tilings, meta_rows
 
 
 def tied_nt_xent(
@@ -22,7 +25,10 @@ def tied_nt_xent(
     Returns:
         dz, fp32 [N, D].
     """
-    grads = (True, False)
-    return softmax_loss(
-        z, None, temperature, stacked=True, grads=grads, exact=exact, config=config
-    )[1]
+    options = {"stacked": True, "grads": (True, False), "exact": exact, "config": config}
+    return softmax_loss(z, None, temperature, **options)[1]
+
+
+def compilations() -> Compilations:
+    """Calls that compile every kernel of this file at every default tiling."""
+    yield "D=128", partial(tied_nt_xent, meta_rows(128, exact=False), 0.5)

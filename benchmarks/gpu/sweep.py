@@ -1,4 +1,4 @@
-"""The stage that times other tilings and the gradient's other form beside the default."""
+"""The stage that times other tilings beside the default."""
 
 from __future__ import annotations
 
@@ -26,59 +26,23 @@ def sweep(suite: Suite) -> Iterator[Task]:
         yield Task("sweep", f"nt_xent, n={n}, D={D}", seconds, partial(_sweep, suite, n, D))
         if suite.rehearsal:
             break  # the interpreter takes its time
-    for n in (16384, 8192):
-        yield Task("sweep", f"symmetric gradient, n={n}", 30, partial(_symmetric, suite, n))
-
-
-def _symmetric(suite: Suite, n: int) -> None:
-    """Time the gradient from half of the similarities beside the one whose programs own rows."""
-    from benchmarks.gpu.symmetric_gradient import example, symmetric_gradient
-    from clae_fast.kernels._launch import Tiling
-    from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
-
-    n, D = suite.size(n), suite.size(128, 16)
-    z = _halves(suite, n, D)
-    candidates = {
-        "loss": Candidate([partial(nt_xent_fwd, *z, 0.5)], True),
-        "loss, gradient by rows": Candidate([partial(nt_xent_fwd_bwd, *z, 0.5)], True),
-    }
-    shapes = [(16, 16)] if suite.rehearsal else [(64, 64), (128, 64), (128, 32)]
-    for (rows, columns), num_warps in itertools.product(shapes, (4, 8)):
-        tiles = Tiling(rows, columns, D, num_warps, 2)
-        operands = example(n, D, suite.device, tiles)
-
-        def call(operands: Any = operands, tiles: Any = tiles) -> None:
-            operands[-1].zero_()
-            symmetric_gradient(*operands, 2.0, tiles)
-
-        candidates[f"symmetric gradient, {rows}x{columns}, {num_warps} warps"] = Candidate(
-            [call], True
-        )
-    measured = suite.measure(candidates, rounds=5)
-    by_rows = measured["loss, gradient by rows"].ms - measured["loss"].ms
-    for name, timed in measured.items():
-        row = {"stage": "sweep", "candidate": name, "n": n, "D": D, "dtype": "fp16"}
-        row |= timed.row("us")
-        if name.startswith("symmetric"):
-            row["over_gradient_by_rows"] = timed.ms / by_rows
-        suite.results.add(row)
 
 
 def _sweep(suite: Suite, n: int, D: int) -> None:
     """Time tilings of the sums, and then of the gradient with the best tiling of the sums."""
-    from clae_fast.kernels._softmax import tilings
-    from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
+    from clae_fast.kernels._launch import tilings
+    from clae_fast.kernels.nt_xent import nt_xent
 
     n, D = suite.size(n), suite.size(D, 16)
     default = tilings(D, exact=False)
     inputs = [_halves(suite, n, D, seed) for seed in range(2)]
     best = default
-    for part, launch in (("sums", nt_xent_fwd), ("gradient", nt_xent_fwd_bwd)):
+    for part, grad in (("sums", False), ("gradient", True)):
         options = [getattr(default, part), *_tilings(suite, part, D)]
         configs = {t: best._replace(**{part: t}) for t in options}
-        _compile_ahead(suite, launch.__name__, n, D, list(configs.values()))
+        _compile_ahead(suite, grad, n, D, list(configs.values()))
         candidates = {
-            t: Candidate([partial(launch, *z, 0.5, False, c) for z in inputs], True)
+            t: Candidate([partial(nt_xent, *z, 0.5, grad, False, c) for z in inputs], True)
             for t, c in configs.items()
         }
         # some need more than the card has
@@ -121,23 +85,23 @@ def _tilings(suite: Suite, part: str, D: int) -> list[Any]:
     ]
 
 
-def _compile_ahead(suite: Suite, launcher: str, n: int, D: int, configs: Sequence[Any]) -> None:
+def _compile_ahead(suite: Suite, grad: bool, n: int, D: int, configs: Sequence[Any]) -> None:
     """Fill Triton's cache with what the configurations need, on all cores."""
     if suite.rehearsal:
         return
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     shares = [configs[i::workers] for i in range(workers)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(partial(_compile_some, launcher, n, D), shares):
+        for _ in pool.map(partial(_compile_some, grad, n, D), shares):
             pass
 
 
-def _compile_some(launcher: str, n: int, D: int, configs: Sequence[Any]) -> None:
-    from clae_fast.kernels import nt_xent
+def _compile_some(grad: bool, n: int, D: int, configs: Sequence[Any]) -> None:
+    from clae_fast.kernels.nt_xent import nt_xent
 
     z = torch.randn(n // 2, D, device="cuda", dtype=torch.float16)
     for config in configs:
         try:
-            getattr(nt_xent, launcher)(z, z, 0.5, False, config)
+            nt_xent(z, z, 0.5, grad, False, config)
         except Exception:
             continue  # reported where it is timed

@@ -33,9 +33,9 @@ def _nt_xent_fwd_impl(
     if impl != "triton":
         native = _native.nt_xent_cuda if impl == "cuda" else _native.nt_xent
         return native(z0, z1, temperature, grad=False)[0]
-    from clae_fast.kernels.nt_xent import nt_xent_fwd
+    from clae_fast.kernels.nt_xent import nt_xent
 
-    return nt_xent_fwd(z0, z1, temperature, exact)
+    return nt_xent(z0, z1, temperature, False, exact)[0]
 
 
 @torch.library.impl("clae_fast::nt_xent_fwd_bwd", ("cpu", "cuda"))
@@ -51,9 +51,9 @@ def _nt_xent_fwd_bwd_impl(
         loss, dz = native(z0, z1, temperature, grad=True)
         assert dz is not None
         return loss, dz
-    from clae_fast.kernels.nt_xent import nt_xent_fwd_bwd
+    from clae_fast.kernels.nt_xent import nt_xent
 
-    return nt_xent_fwd_bwd(z0, z1, temperature, exact)
+    return nt_xent(z0, z1, temperature, True, exact)
 
 
 @torch.library.register_fake("clae_fast::nt_xent_fwd")

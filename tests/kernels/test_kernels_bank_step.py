@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
 from bank_step_cases import assert_stepped, both_methods, in_fp64, problem, step
 
 from clae_fast import reference
-from clae_fast.kernels import _launch, _softmax
+from clae_fast.kernels import _launch
 from clae_fast.kernels import bank_step as module
-from clae_fast.kernels._launch import Tiling
+from clae_fast.kernels._launch import Tiling, Tilings
 from clae_fast.testing import assert_bitwise_equal
 
 pytestmark = [
@@ -36,7 +36,7 @@ def run(bank, velocity, anchor, *, temperature=0.1, exact=False, tiles=SMALL, **
     config = None
     if tiles is not None:
         tiles = tiles._replace(depth=min(tiles.depth, _launch.padded(bank.shape[1])))
-        config = _softmax.Tilings(tiles, tiles)
+        config = Tilings(tiles, tiles)
     found = (bank.clone().to(DEVICE), velocity.clone().to(DEVICE))
     module.bank_step(
         *found,

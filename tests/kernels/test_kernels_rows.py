@@ -10,8 +10,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from clae_fast import reference
-from clae_fast.kernels import _launch, _rows, _softmax, info_nce, nt_xent, tied_nt_xent, uel
-from clae_fast.kernels._launch import Tiling
+from clae_fast.kernels import (
+    _gradient,
+    _launch,
+    _rows,
+    _sums,
+    info_nce,
+    nt_xent,
+    tied_nt_xent,
+    uel,
+)
+from clae_fast.kernels._launch import Tiling, Tilings
 from clae_fast.testing import assert_accurate, assert_bitwise_equal, projections, value_and_grads
 
 pytestmark = [
@@ -43,13 +52,11 @@ def run(loss, x, y, temperature, *, exact=False, tiles=None, grads=(True, True))
     x, y = x.to(DEVICE), y.to(DEVICE)
     if tiles is not None:
         tiles = tiles._replace(depth=min(tiles.depth, _launch.padded(x.shape[1])))
-    config = tiles and _softmax.Tilings(tiles, tiles)
+    config = tiles and Tilings(tiles, tiles)
     value = None
-    if loss == "nt_xent" and any(grads):
-        value, dz = nt_xent.nt_xent_fwd_bwd(x, y, temperature, exact, config)
-        found = dz.split(len(x))
-    elif loss == "nt_xent":
-        value, found = nt_xent.nt_xent_fwd(x, y, temperature, exact, config), []
+    if loss == "nt_xent":
+        value, dz = nt_xent.nt_xent(x, y, temperature, any(grads), exact, config)
+        found = dz.split(len(x)) if any(grads) else [dz]
     elif loss == "tied":
         found = [tied_nt_xent.tied_nt_xent(x, temperature, exact, config)]
     elif loss == "uel":
@@ -119,7 +126,7 @@ def test_rows_that_count_differently(positive, exact, temperature, noise):
         False,
         (True, True),
         exact,
-        _softmax.Tilings(tiles, tiles),
+        Tilings(tiles, tiles),
         positive=None if positive is None else positive.to(DEVICE),
         weight=weight.to(DEVICE),
         mean=False,
@@ -182,7 +189,7 @@ def test_blocks_of_rows_shared_among_programs(loss, exact, monkeypatch):
     x, y = operands(loss, 24, 6, dtype=torch.float16)
     results = []
     for programs in (1, 3):
-        monkeypatch.setattr(_softmax, "splits_of", lambda *_, splits=programs: splits)
+        monkeypatch.setattr(_gradient, "splits_of", lambda *_, splits=programs: splits)
         results.append(run(loss, x, y, 0.2, exact=exact, tiles=SMALL)[1])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
 
@@ -203,9 +210,9 @@ def test_blocks_of_rows_shared_among_programs(loss, exact, monkeypatch):
     ],
 )
 def test_splits_fill_the_gpu_evenly(blocks, columns, splits, monkeypatch):
-    monkeypatch.setattr(_softmax, "resident_programs", lambda device: 132)
+    monkeypatch.setattr(_launch, "resident_programs", lambda device: 132)
     tiles = Tiling(64, 64, 128, 4, 3, resident=2)
-    assert _softmax.splits_of(blocks, columns, tiles, torch.device("cpu")) == splits
+    assert _launch.splits_of(blocks, columns, tiles, torch.device("cpu")) == splits
 
 
 @every_loss
@@ -344,18 +351,16 @@ def test_at_most_three_launches(loss, monkeypatch):
             launched.append(self.name)
             return self.kernel[grid]
 
-    for module in (_rows, _softmax, uel):
+    for module in (_rows, _sums, _gradient, uel):
         for name, kernel in vars(module).copy().items():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Counting(name, kernel))
     x, y = (z.to(DEVICE) for z in operands(loss, 3, 4))
     calls = {
-        "nt_xent": [lambda: nt_xent.nt_xent_fwd(x, y, 0.5)],
+        "nt_xent": [lambda grad=grad: nt_xent.nt_xent(x, y, 0.5, grad) for grad in (True, False)],
         "tied": [lambda: tied_nt_xent.tied_nt_xent(x, 0.5)],
         "uel": [lambda: uel.uel(x, y, 0.5, True), lambda: uel.uel(x, y, 0.5, False)],
     }.get(loss, [lambda: info_nce.info_nce(x, y, 0.5, loss == "two_way", (True, True))])
-    if loss == "nt_xent":
-        calls.append(lambda: nt_xent.nt_xent_fwd_bwd(x, y, 0.5))
     for call in calls:
         launched.clear()
         call()
