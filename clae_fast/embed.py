@@ -91,14 +91,14 @@ def _main(argv: Sequence[str] | None) -> None:
         raise ValueError(f"--batch-size must be positive, got {batch_size}")
     run = RunFolder.open(args.pop("run"))
     path = run.find(args.pop("checkpoint", None))
-    config = replace(run.config, **args)
-    encoder = restore_frozen(run, path, device=pick_device(config.device))
+    config = run.config.replace(**args)
+    encoder = restore_frozen(run, path, device=pick_device(config.engine.device))
     features, names = embed(
         encoder,
         folder,
         batch_size=batch_size,
-        workers=config.workers,
-        on_corrupt=config.on_corrupt,
+        workers=config.data.workers,
+        on_corrupt=config.data.on_corrupt,
         progress=True,
     )
     buffer = io.BytesIO()

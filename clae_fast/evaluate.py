@@ -19,7 +19,6 @@ chosen on training images. results.json in the run's folder has
 A later call with the same checkpoint at the same step adds to what is there; any other replaces it.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Collection, Sequence
@@ -96,7 +95,7 @@ def evaluate(
         require_autoattack()
     config = folder.config
     path = path or folder.best_or_last
-    device = pick_device(config.device)
+    device = pick_device(config.engine.device)
     encoder, step = encoders.restore(folder, path, device)
     identity = {"step": step, "checkpoint": path.name}
     results = _read(folder, identity)
@@ -122,7 +121,7 @@ def _measure(
 ) -> dict[str, Any]:
     train = extract_features(encoder, splits.labelled, config, device)
     test = extract_features(encoder, splits.test, config, device)
-    probe = fit_linear(*train, seed=config.seed)
+    probe = fit_linear(*train, seed=config.run.seed)
     results: dict[str, Any] = {
         "protocol": "clean",
         "knn": knn_accuracy(*train, *test),
@@ -140,10 +139,10 @@ def _measure(
     attacks: dict[str, Any] = {}
     if "robust" in extras:
         images = batches(splits.test, config, device)
-        attacks |= robust_accuracies(classifier, images, seed=config.seed)
+        attacks |= robust_accuracies(classifier, images, seed=config.run.seed)
     if "autoattack" in extras:
         images = batches(splits.test, config, device)
-        attacks["autoattack"] = autoattack_accuracies(classifier, images, seed=config.seed)
+        attacks["autoattack"] = autoattack_accuracies(classifier, images, seed=config.run.seed)
     if attacks:
         results["robust"] = attacks
     return results
@@ -171,11 +170,11 @@ def _merge(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _load(config: Config) -> data.Splits:
     return data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        limit=config.limit,
-        download=config.download,
-        on_corrupt=config.on_corrupt,
+        config.data.dataset,
+        data_dir=config.data.data_dir,
+        limit=config.data.limit,
+        download=config.data.download,
+        on_corrupt=config.data.on_corrupt,
     )
 
 
@@ -203,7 +202,7 @@ def _main(argv: Sequence[str] | None) -> None:
     checkpoints = [folder.find(name) for folder in folders]
     runs = []
     for folder, path in zip(folders, checkpoints, strict=True):
-        folder.config = dataclasses.replace(folder.config, **args)
+        folder.config = folder.config.replace(**args)
         splits = None
         if transfer is None:
             splits = _load(folder.config)

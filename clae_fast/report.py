@@ -4,7 +4,6 @@ One page that loads nothing: curves of all runs, what a step costs, and of each 
 views, a map of its embedding, neighbours and similarities. Training leaves one in its run folder.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +69,7 @@ def _main(argv: Sequence[str] | None) -> None:
         raise ValueError(f"--out must be in a folder that exists, got {out.parent}")
     runs = read(paths)
     for run in runs:
-        run.folder.config = dataclasses.replace(run.config, **args)
+        run.folder.config = run.config.replace(**args)
     try:
         write(out, runs)
     except CheckpointError as error:

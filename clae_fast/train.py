@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -124,11 +124,12 @@ def _build(config: Config, world: World, options: dict[str, Any]) -> Trainer:
     say(f"ops: {ops}")
     say(f"device: {trainer.device}" + f", {world.size} processes" * (world.size > 1))
     say(
-        f"dataset: {config.dataset}, {len(trainer.train)} training and {len(trainer.test)} test "
-        f"images, views of {config.image_size}x{config.image_size}"
+        f"dataset: {config.data.dataset}, {len(trainer.train)} training and {len(trainer.test)} "
+        f"test images, views of {config.views.image_size}x{config.views.image_size}"
     )
-    say(f"encoder: {config.arch}, {parameters:,} parameters")
-    say(f"method: {config.method}, attack {config.attack}; steps: {trainer.engine}")
+    say(f"encoder: {config.encoder.arch}, {parameters:,} parameters")
+    method, attack = config.objective.method, config.adversary.attack
+    say(f"method: {method}, attack {attack}; steps: {trainer.engine}")
     return trainer
 
 
@@ -145,7 +146,7 @@ def _write_page(folder: RunFolder, splits: data.Splits) -> None:
 
 
 def _start(config: Config, options: dict[str, Any]) -> tuple[RunFolder, Trainer]:
-    world = distributed.init(config.device)
+    world = distributed.init(config.engine.device)
     path = world.broadcast(options["out"] or _default_out(config))
     if world.leads:
         require_free(path)
@@ -165,7 +166,7 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
         raise ValueError(f"--resume goes on with the run's own settings: drop {names}")
     folder = RunFolder.open(options["resume"])
     config = folder.config.resumed(settings)
-    world = distributed.init(config.device)
+    world = distributed.init(config.engine.device)
     trainer = _build(config, world, options)
     trainer.restore(folder)
     if not world.leads:
@@ -184,8 +185,8 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
 
 def _default_out(config: Config) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    dataset = config.dataset.replace("/", "-")
-    return Path("runs") / f"{now}-{config.method}-{config.attack}-{dataset}"
+    dataset = config.data.dataset.replace("/", "-")
+    return Path("runs") / f"{now}-{config.objective.method}-{config.adversary.attack}-{dataset}"
 
 
 # flags that are no setting of a run: what starts one, what resumes one
@@ -247,7 +248,7 @@ _EXAMPLES = {
 
 def _epilog() -> str:
     """What names there are to choose from."""
-    presets = {name: _summary(resolve({}, name)) for name in PRESETS}
+    presets = {name: _summary(resolve({}, name).to_dict()) for name in PRESETS}
     recipes = {name: _views(recipe) for name, recipe in RECIPES.items()}
     own = {
         name: " ".join(f"{option}={cli.shown(default)}" for option, (_, default) in known.items())
@@ -258,9 +259,10 @@ def _epilog() -> str:
     return "\n\n".join(f"{title}:\n{cli.columns(lines)}" for title, lines in tables.items())
 
 
-def _summary(config: Config) -> str:
-    attack = "no attack" if config.attack == "none" else f"{config.attack} attack"
-    return f"{attack}, {config.arch}, {config.epochs} epochs of batch {config.batch_size}"
+def _summary(settings: Mapping[str, Any]) -> str:
+    attack = "no attack" if settings["attack"] == "none" else f"{settings['attack']} attack"
+    size = f"{settings['epochs']} epochs of batch {settings['batch_size']}"
+    return f"{attack}, {settings['arch']}, {size}"
 
 
 def _views(recipe: Recipe) -> str:

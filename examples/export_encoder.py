@@ -42,7 +42,7 @@ def in_its_library(arch, image_size):
 
 def main(run, out):
     encoder = load_encoder(run)
-    arch = RunFolder.open(run).config.arch
+    arch = RunFolder.open(run).config.encoder.arch
     x = torch.rand(4, 3, encoder.image_size, encoder.image_size)
 
     # the names are those of timm or torchvision; files want weights in one piece

@@ -6,7 +6,7 @@ from typing import Any
 
 from clae_fast import data, distributed
 from clae_fast.cli.parser import columns, shown
-from clae_fast.config import Config
+from clae_fast.config import Config, groups
 from clae_fast.data.memory import readable
 from clae_fast.distributed.device import pick_device
 from clae_fast.training import cost
@@ -31,16 +31,19 @@ def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     """
     if distributed.started_by_torchrun():
         raise ValueError("--dry-run describes one process: start it without torchrun")
-    device = pick_device(config.device)
+    device = pick_device(config.engine.device)
     method = build_method(config)
     images = steps = resident = None
     split = _training_images(config)
     if split is not None:
         images = len(split)
         steps = data.BatchSchedule(
-            images, config.batch_size, epochs=config.epochs, seed=config.seed
+            images,
+            config.optimization.batch_size,
+            epochs=config.optimization.epochs,
+            seed=config.run.seed,
         ).steps_per_epoch
-        resident = data.resident_bytes(split, config.resident, device=device)
+        resident = data.resident_bytes(split, config.data.resident, device=device)
     memory = cost.step_memory(config, method, device)
     if resident is not None:
         memory["images"] = resident
@@ -59,17 +62,17 @@ def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 def _training_images(config: Config) -> data.Split | None:
     """The training images, None where they would have to be fetched first."""
-    if config.dataset.startswith("hf/"):
+    if config.data.dataset.startswith("hf/"):
         return None
     try:
         splits = data.load(
-            config.dataset,
-            data_dir=config.data_dir,
-            limit=config.limit,
-            on_corrupt=config.on_corrupt,
+            config.data.dataset,
+            data_dir=config.data.data_dir,
+            limit=config.data.limit,
+            on_corrupt=config.data.on_corrupt,
         )
     except data.DataError:
-        if config.download:
+        if config.data.download:
             return None
         raise
     return hold_out(config, splits)[0].train
@@ -78,14 +81,16 @@ def _training_images(config: Config) -> data.Split | None:
 def _sources(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The last layer that has each setting, of those that differ from the defaults."""
     named = {name: layer for layer, values in layers.items() for name in values}
+    settings = config.to_dict()
     changed = [
         field.name
-        for field in dataclasses.fields(config)
-        if field.default is not dataclasses.MISSING and getattr(config, field.name) != field.default
+        for group in groups().values()
+        for field in group
+        if field.default not in (dataclasses.MISSING, settings[field.name])
     ]
     changed += ["options"] * ("options" in named)
     # what no layer says, the method does
-    return {name: named.get(name, f"method {config.method}") for name in changed}
+    return {name: named.get(name, f"method {config.objective.method}") for name in changed}
 
 
 def text(plan: Mapping[str, Any]) -> str:

@@ -120,7 +120,7 @@ def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
     """What argparse needs to know of a field's type."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(hint) is dict:
+    if typing.get_origin(hint) is Mapping:
         return {"action": _Pairs, "nargs": "+", "metavar": "NAME=VALUE"}
     inner = [t for t in typing.get_args(hint) if t not in (type(None), ...)]
     if typing.get_origin(hint) is tuple:

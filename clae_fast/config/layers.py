@@ -16,12 +16,14 @@ from typing import Any
 
 import yaml
 
-from clae_fast.config.config import Config, convert, nearest, require_known
+from clae_fast.config.config import Config, convert, groups, nearest, require_known
 from clae_fast.config.presets import PRESETS, dataset_defaults
 from clae_fast.data import RECIPES
 
 _LAYERS = ("preset", "recipe")
-_CHOICES = {field.name: field.metadata["choices"] or () for field in dataclasses.fields(Config)}
+_CHOICES = {
+    field.name: field.metadata["choices"] or () for group in groups().values() for field in group
+}
 
 
 def resolve(

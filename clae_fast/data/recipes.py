@@ -34,7 +34,7 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Any) -> "Recipe":
-        """The recipe in the settings of a run."""
+        """The recipe in a run's settings of views."""
         names = (field.name for field in dataclasses.fields(cls))
         return cls(**{name: getattr(settings, name) for name in names})
 

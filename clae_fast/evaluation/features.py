@@ -18,9 +18,9 @@ def batches(
     """The middles of a split's images, in 0..1, and labels, in order.  # [B, 3, H, W], [B]."""
     loader = data.image_loader(
         split,
-        data.eval_transform(config.image_size),
-        batch_size=config.batch_size,
-        workers=config.workers,
+        data.eval_transform(config.views.image_size),
+        batch_size=config.optimization.batch_size,
+        workers=config.data.workers,
         pin_memory=device.type == "cuda",
     )
     for x, labels in loader:
@@ -58,18 +58,18 @@ def views(
 
     Fewer images than there are batches are left out of an epoch.
     """
-    count = -(-len(split) // config.batch_size)
+    count = -(-len(split) // config.optimization.batch_size)
     return data.view_source(
         split,
         recipe,
-        image_size=config.image_size,
+        image_size=config.views.image_size,
         batch_size=len(split) // count,
         epochs=epochs,
-        seed=config.seed,
+        seed=config.run.seed,
         start=0,
         device=device,
         dtype=torch.float32,
-        workers=config.workers,
+        workers=config.data.workers,
         resident="auto",
         labels=True,
     )

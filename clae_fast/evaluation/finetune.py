@@ -48,7 +48,7 @@ def finetune_accuracies(
         size = max(round(fraction * len(labels)), int(labels.max()) + 1)
         part = splits.labelled
         if size < len(labels):
-            part = part.select(data.stratified(labels, size, config.seed))
+            part = part.select(data.stratified(labels, size, config.run.seed))
         classifier = _finetuned(encoder, part, epochs, config, device)
         correct = total = 0
         for x, y in batches(splits.test, config, device):
@@ -63,10 +63,10 @@ def _finetuned(
     encoder: Encoder, part: data.Split, epochs: int, config: Config, device: torch.device
 ) -> nn.Module:
     """A classifier of pixels, in eval mode."""
-    probe = fit_linear(*extract_features(encoder, part, config, device), seed=config.seed)
+    probe = fit_linear(*extract_features(encoder, part, config, device), seed=config.run.seed)
     classifier = nn.Sequential(copy.deepcopy(encoder.backbone), probe).requires_grad_()
     recipe = dataclasses.replace(
-        data.Recipe.of(config),
+        data.Recipe.of(config.views),
         color_jitter=(0.0, 0.0, 0.0, 0.0),
         grey_prob=0.0,
         blur_prob=(0.0, 0.0),
@@ -76,7 +76,7 @@ def _finetuned(
     steps = len(source)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=_LR, momentum=0.9, nesterov=True)
     classifier.train()
-    with seeded(config.seed):
+    with seeded(config.run.seed):
         for step, batch in enumerate(tqdm(source, desc=f"{len(part)} labels", disable=None)):
             x = torch.cat(batch.views)
             y = torch.cat([batch.labels] * 2)

@@ -104,7 +104,7 @@ def repeated_seeds(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[t
     first: dict[str, str] = {}
     pairs = []
     for name, config, _ in runs:
-        key = repr(_settings(config) | {"seed": config.seed})
+        key = repr(_settings(config) | {"seed": config.run.seed})
         if key in first:
             pairs.append((first[key], name))
         first.setdefault(key, name)

@@ -38,21 +38,23 @@ def susceptibility(
         "cosine_attacked" and "cosine_random", from -1 to 1: the less, the further it moves.
     """
     # what a run leaves to its method is settled by now
-    assert config.temperature is not None
+    assert config.objective.temperature is not None
     encoder.eval()
     # the whole way at once
     noise = dataclasses.replace(attack, step_size=None)
     totals = {"cosine_attacked": 0.0, "cosine_random": 0.0}
     images = 0
-    found = views(split, data.Recipe.of(config), config, device)
-    with seeded(config.seed):
+    found = views(split, data.Recipe.of(config.views), config, device)
+    with seeded(config.run.seed):
         for batch in tqdm(found, desc="susceptibility", unit="batch", disable=None):
             x_p, x_q = batch.views
             with torch.no_grad():
                 z_p, z_q = encoder(x_p), encoder(x_q)
-            anchor = z_q if config.attack == "self" else z_p
+            anchor = z_q if config.adversary.attack == "self" else z_p
             perturbed = {
-                "cosine_attacked": _attacked(encoder, x_q, anchor, attack, config.temperature),
+                "cosine_attacked": _attacked(
+                    encoder, x_q, anchor, attack, config.objective.temperature
+                ),
                 "cosine_random": noise.step(x_q, torch.randn_like(x_q)),
             }
             images += len(x_q)

@@ -129,9 +129,9 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
         ValueError, RuntimeError: the encoder cannot be built here.
     """
     config, path = run.config, run.folder.best_or_last
-    device = pick_device(config.device)
+    device = pick_device(config.engine.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         encoder, step = encoders.restore(run.folder, path, device)
         encoder.eval()
         (train, labelled, test), _ = hold_out(config, splits or load(config))
@@ -150,7 +150,9 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
             ),
             positives=F.cosine_similarity(z_p, z_q).cpu().numpy(),
             negatives=_hardest(z_p, z_q).cpu().numpy(),
-            twins=None if config.attack == "none" else _twins(run, encoder, batch, (z_p, z_q)),
+            twins=None
+            if config.adversary.attack == "none"
+            else _twins(run, encoder, batch, (z_p, z_q)),
         )
 
 
@@ -161,10 +163,10 @@ def load(config: Config) -> data.Splits:
         DataError: it cannot be used.
     """
     return data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        limit=config.limit,
-        on_corrupt=config.on_corrupt,
+        config.data.dataset,
+        data_dir=config.data.data_dir,
+        limit=config.data.limit,
+        on_corrupt=config.data.on_corrupt,
     )
 
 
@@ -192,21 +194,24 @@ def _pictures(x: Tensor) -> np.ndarray:  # [N, 3, H, H] in 0..1 -> [N, h, h, 3]
 
 def _views(config: Config, train: data.Split, device: torch.device) -> Batch:
     """A batch of training views, drawn by the run's own recipe."""
-    rows = min(config.batch_size, _BATCH if config.image_size <= _LARGE else _LARGE_BATCH)
+    rows = min(
+        config.optimization.batch_size,
+        _BATCH if config.views.image_size <= _LARGE else _LARGE_BATCH,
+    )
     few = train.evenly(rows)
     source = data.view_source(
         few,
-        data.Recipe.of(config),
-        image_size=config.image_size,
+        data.Recipe.of(config.views),
+        image_size=config.views.image_size,
         batch_size=len(few),
         epochs=1,
-        seed=config.seed,
+        seed=config.run.seed,
         start=0,
         device=device,
         dtype=torch.float32,
         workers=0,
         resident="no",
-        labels=METHODS[config.method].needs_labels,
+        labels=METHODS[config.objective.method].needs_labels,
     )
     return next(iter(source))
 
@@ -292,12 +297,12 @@ def _twins(
 def _attacked(method: Method, config: Config, batch: Batch) -> Tensor:
     """The adversarial views that a step of the method makes."""
     options = StepOptions(
-        kind=config.attack,
+        kind=config.adversary.attack,
         attack=build_attack(config),
-        adv_weight=config.adv_weight,
-        adv_fraction=config.adv_fraction,
-        adv_replace=config.adv_replace,
-        micro_batch=config.micro_batch,
+        adv_weight=config.adversary.adv_weight,
+        adv_fraction=config.adversary.adv_fraction,
+        adv_replace=config.adversary.adv_replace,
+        micro_batch=config.engine.micro_batch,
     )
     x_adv = method.step(batch._replace(views=batch.views[: method.views]), options).x_adv
     assert x_adv is not None

@@ -104,10 +104,11 @@ def _file(name: str) -> str:
 
 def _headline(run: Run) -> str:
     """What a run is, in a line."""
-    config = run.config
-    attack = "no attack" if config.attack == "none" else f"{config.attack} attack"
-    done = f"{run.epochs:g} of {config.epochs} epochs"
-    return " · ".join((config.method, attack, config.dataset, config.arch, done))
+    config, kind = run.config, run.config.adversary.attack
+    attack = "no attack" if kind == "none" else f"{kind} attack"
+    done = f"{run.epochs:g} of {config.optimization.epochs} epochs"
+    method, dataset = config.objective.method, config.data.dataset
+    return " · ".join((method, attack, dataset, config.encoder.arch, done))
 
 
 def _training(page: _Page, runs: Sequence[Run]) -> list[Figure]:

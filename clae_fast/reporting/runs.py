@@ -72,7 +72,7 @@ class Run:
 
         Rates are of the steps since the log point before, so that steps over rates add up.
         """
-        images = np.diff(self.rate_steps, prepend=0) * self.config.batch_size
+        images = np.diff(self.rate_steps, prepend=0) * self.config.optimization.batch_size
         ends = np.concatenate(([0.0], np.cumsum(images / self.rates)))
         return np.interp(steps, np.concatenate(([0], self.rate_steps)), ends)
 

@@ -21,17 +21,22 @@ def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
         RuntimeError: it needs a package that is not installed.
     """
     encoder = encoders.build(config, device)
-    given: dict[str, Any] = {"temperature": config.temperature, **config.options}
-    if config.teacher is not None:
-        given["teacher"] = _teacher(config.teacher, config, encoder, device)
-    return METHODS[config.method](encoder, adversarial=config.attack != "none", **given)
+    given: dict[str, Any] = {
+        "temperature": config.objective.temperature,
+        **config.objective.options,
+    }
+    if config.objective.teacher is not None:
+        given["teacher"] = _teacher(config.objective.teacher, config, encoder, device)
+    return METHODS[config.objective.method](
+        encoder, adversarial=config.adversary.attack != "none", **given
+    )
 
 
 def _teacher(
     source: str, config: Config, encoder: nn.Module, device: torch.device | str
 ) -> nn.Module:
     """Whom the encoder learns from, with as many features as it has projections."""
-    size = config.image_size
+    size = config.views.image_size
     try:
         teacher = encoders.load_encoder(source, image_size=size, device=device)
     except ValueError as error:
@@ -48,16 +53,20 @@ def _teacher(
 def build_attack(config: Config) -> LinfAttack:
     """The attack, in pixels of 0..1: views are normalised inside the encoder."""
     course: dict[str, Any] = {
-        "steps": config.attack_steps,
-        "start": config.attack_start,
-        "norm": config.attack_norm,
+        "steps": config.adversary.attack_steps,
+        "start": config.adversary.attack_start,
+        "norm": config.adversary.attack_norm,
     }
-    if config.eps_space == "pixel":
-        return LinfAttack(eps=config.eps, step_size=config.step_size, lo=0.0, hi=1.0, **course)
-    step_size = config.eps if config.step_size is None else config.step_size
+    if config.adversary.eps_space == "pixel":
+        return LinfAttack(
+            eps=config.adversary.eps, step_size=config.adversary.step_size, lo=0.0, hi=1.0, **course
+        )
+    step_size = (
+        config.adversary.eps if config.adversary.step_size is None else config.adversary.step_size
+    )
     return LinfAttack(
-        eps=tuple(config.eps * std for std in config.std),
-        step_size=tuple(step_size * std for std in config.std),
+        eps=tuple(config.adversary.eps * std for std in config.views.std),
+        step_size=tuple(step_size * std for std in config.views.std),
         **course,
     )
 
@@ -75,14 +84,14 @@ def hold_out(config: Config, splits: data.Splits) -> tuple[data.Splits, data.Spl
     Raises:
         ValueError: not that many images have labels.
     """
-    if not config.val_size:
+    if not config.run.val_size:
         return splits, None
     labelled = splits.labelled
-    if config.val_size >= len(labelled):
+    if config.run.val_size >= len(labelled):
         raise ValueError(
-            f"val_size must be below the {len(labelled)} labelled images, got {config.val_size}"
+            f"val_size must be below the {len(labelled)} labelled images, got {config.run.val_size}"
         )
-    rest, held = data.hold_out(labelled, config.val_size, config.seed)
+    rest, held = data.hold_out(labelled, config.run.val_size, config.run.seed)
     # a part of the training images where some have no labels
     train = splits.train.select(~torch.isin(splits.train.rows, held.rows))
     return data.Splits(train, rest, splits.test), held

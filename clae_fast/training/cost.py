@@ -1,7 +1,6 @@
 """What a run will cost: units of its steps, and an estimate of the memory that one takes."""
 
 import copy
-import dataclasses
 import weakref
 
 import torch
@@ -23,21 +22,26 @@ def step_units(config: Config) -> dict[str, float]:
         Those of an "attacked" step and of a "plain" one of the same method, and how many a step of
         the run takes on average, "mean".
     """
-    method, small = METHODS[config.method], (config.small_crop_size / config.image_size) ** 2
+    method, small = (
+        METHODS[config.objective.method],
+        (config.views.small_crop_size / config.views.image_size) ** 2,
+    )
 
     def units(kind: str) -> float:
         options = StepOptions(
             kind=kind,
             attack=build_attack(config),
-            adv_fraction=config.adv_fraction,
-            adv_replace=config.adv_replace,
-            micro_batch=config.micro_batch,
+            adv_fraction=config.adversary.adv_fraction,
+            adv_replace=config.adversary.adv_replace,
+            micro_batch=config.engine.micro_batch,
         )
-        cost = method.cost(options, small_crops=config.small_crops * small, **config.options)
-        return cost.units(chunks=config.micro_batch is not None)
+        cost = method.cost(
+            options, small_crops=config.views.small_crops * small, **config.objective.options
+        )
+        return cost.units(chunks=config.engine.micro_batch is not None)
 
-    attacked, plain = units(config.attack), units("none")
-    every = config.adv_every
+    attacked, plain = units(config.adversary.attack), units("none")
+    every = config.adversary.adv_every
     return {"attacked": attacked, "plain": plain, "mean": (attacked + (every - 1) * plain) / every}
 
 
@@ -57,24 +61,31 @@ def step_memory(config: Config, method: Method, device: torch.device) -> dict[st
         Bytes of "weights" (buffers and momentum encoders too), "gradients", "optimizer" (its
         state), "views" (of a batch) and "activations" (kept for backward passes, at their peak).
     """
-    precision = precision_on(device, config)
+    precision = precision_on(device, config.engine.precision)
     views_dtype = torch.float16 if precision == "fp16" else torch.float32
     # as many bytes, and no loss scale, which steps would read
     precision = "bf16" if precision == "fp16" else precision
-    config = dataclasses.replace(config, precision=precision, compile="no", capture="no")
+    config = config.replace(precision=precision, compile="no", capture="no")
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         method = copy.deepcopy(method)
     with mode:
         engine = Engine(config, method, build_attack(config), torch.device("cpu"))
-        sizes = [config.image_size] * 2 + [config.small_crop_size] * config.small_crops
-        views = [torch.empty(config.batch_size, 3, size, size, dtype=views_dtype) for size in sizes]
-        labels = torch.empty(config.batch_size, dtype=torch.int64)
+        sizes = [config.views.image_size] * 2 + [
+            config.views.small_crop_size
+        ] * config.views.small_crops
+        views = [
+            torch.empty(config.optimization.batch_size, 3, size, size, dtype=views_dtype)
+            for size in sizes
+        ]
+        labels = torch.empty(config.optimization.batch_size, dtype=torch.int64)
         taken = (*views[: method.views], *views[2:])
         kept = [*method.parameters(), *method.buffers()]
         saved = _Saved([*kept, *views])
         with saved:
-            engine.eager(config.attack, Batch(taken, labels if method.needs_labels else None))
+            engine.eager(
+                config.adversary.attack, Batch(taken, labels if method.needs_labels else None)
+            )
         state = engine.state_dict()["optimizer"]["state"].values()
         return {
             "weights": _bytes(kept),

@@ -84,22 +84,23 @@ def build(config: Config, device: torch.device | str = "cpu") -> Encoder:
         ValueError: an unknown architecture, or one that does not take images of this size.
         RuntimeError: it needs a package that is not installed.
     """
-    backbone, features = build_encoder(config.arch, config.image_size)
+    size = config.views.image_size
+    backbone, features = build_encoder(config.encoder.arch, size)
     head = ProjectionHead(
         features,
-        config.hidden_dim,
-        config.proj_dim,
-        layers=config.head_layers,
-        norm=config.head_norm,
+        config.encoder.hidden_dim,
+        config.encoder.proj_dim,
+        layers=config.encoder.head_layers,
+        norm=config.encoder.head_norm,
     )
-    encoder = Encoder(nn.Sequential(Normalize(config.mean, config.std), backbone), head)
+    encoder = Encoder(nn.Sequential(Normalize(config.views.mean, config.views.std), backbone), head)
     encoder.to(device).to(memory_format=torch.channels_last)
     try:
-        width(encoder, config.image_size)
+        width(encoder, size)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"image_size {config.image_size} does not fit arch {config.arch}: {reason}"
+            f"image_size {size} does not fit arch {config.encoder.arch}: {reason}"
         ) from error
     return encoder
 
@@ -159,7 +160,7 @@ def restore_frozen(
     """
     encoder, step = restore(folder, path, device)
     normalize, network = encoder.backbone.children()
-    size = folder.config.image_size if image_size is None else image_size
+    size = folder.config.views.image_size if image_size is None else image_size
     return FrozenEncoder(normalize, network, size, step)
 
 

@@ -57,11 +57,11 @@ class Engine:
     ) -> None:
         world = world or World.single(device)
         on_gpu = device.type == "cuda"
-        precision = precision_on(device, config)
-        if config.capture == "yes" and not on_gpu:
+        precision = precision_on(device, config.engine.precision)
+        if config.engine.capture == "yes" and not on_gpu:
             raise ValueError(f"capture must be no or auto on {device}: CUDA graphs need a GPU")
         autocast = _AUTOCAST[precision]
-        compiled = config.compile == "yes" or (config.compile == "auto" and on_gpu)
+        compiled = config.engine.compile == "yes" or (config.engine.compile == "auto" and on_gpu)
         # twins and momentum encoders, too
         for encoder in method.modules():
             if isinstance(encoder, Encoder):
@@ -74,8 +74,8 @@ class Engine:
         self._attack = attack
         self._device = device
         # chunks read and write the states of generators
-        captured = on_gpu and config.capture != "no" and config.micro_batch is None
-        self._optimizer = build_optimizer(config, method, device)
+        captured = on_gpu and config.engine.capture != "no" and config.engine.micro_batch is None
+        self._optimizer = build_optimizer(config.optimization, method, device)
         self._world = world
         self._reducer = GradientReducer(method.parameters(), world)
         self._scaler = GradScaler(device.type, enabled=precision == "fp16")
@@ -103,7 +103,11 @@ class Engine:
         """
         set_lr(self._optimizer, lr)
         self._method.before_step(progress)
-        kind = self._config.attack if number % self._config.adv_every == 0 else "none"
+        kind = (
+            self._config.adversary.attack
+            if number % self._config.adversary.adv_every == 0
+            else "none"
+        )
         # what a graph is of
         which = f"{kind} {self._method.phase}"
         self._taken[which] += 1
@@ -130,7 +134,7 @@ class Engine:
 
     def _do_without_graphs(self, error: RuntimeError) -> None:
         """Goes on after a capture that failed, during which nothing ran."""
-        if self._config.capture == "yes":
+        if self._config.engine.capture == "yes":
             raise error
         reason = str(error).partition("\n")[0]
         print(f"steps run uncaptured, since capture failed: {reason}", file=sys.stderr)
@@ -148,12 +152,12 @@ class Engine:
         options = StepOptions(
             kind=kind,
             attack=self._attack,
-            adv_weight=config.adv_weight,
-            adv_fraction=config.adv_fraction,
-            adv_replace=config.adv_replace,
-            batched=config.batch_views,
+            adv_weight=config.adversary.adv_weight,
+            adv_fraction=config.adversary.adv_fraction,
+            adv_replace=config.adversary.adv_replace,
+            batched=config.engine.batch_views,
             scale=self._scaler.scale(self._one) if self._scaler.is_enabled() else None,
-            micro_batch=config.micro_batch,
+            micro_batch=config.engine.micro_batch,
             last_backward=self._reducer.last_backward,
             world=self._world,
         )
@@ -180,10 +184,10 @@ class Engine:
             self._scaler.load_state_dict(state["scaler"])
 
 
-def precision_on(device: torch.device, config: Config) -> str:
-    """The precision that a device takes, "fp32", "bf16" or "fp16"."""
-    if config.precision != "auto":
-        return config.precision
+def precision_on(device: torch.device, precision: str) -> str:
+    """What the setting `precision` means on a device: "fp32", "bf16" or "fp16"."""
+    if precision != "auto":
+        return precision
     return "fp16" if device.type == "cuda" else "fp32"
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from clae_fast.config import Config
+from clae_fast.config import Optimization
 from clae_fast.training.lars import LARS
 
 
 def build_optimizer(
-    config: Config, module: nn.Module, device: torch.device | str = "cpu"
+    settings: Optimization, module: nn.Module, device: torch.device | str = "cpu"
 ) -> Optimizer:
     """The optimiser of all parameters of `module` that want a gradient, in fused kernels.
 
@@ -22,24 +22,24 @@ def build_optimizer(
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    lr: Any = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+    lr: Any = torch.tensor(settings.lr, device=device) if on_gpu else settings.lr
     # momentum encoders and teachers are not for it
     parameters = [p for p in module.parameters() if p.requires_grad]
-    exempt = [p for p in parameters if p.ndim <= 1 and not config.decay_1d]
-    decayed = [p for p in parameters if p.ndim > 1 or config.decay_1d]
+    exempt = [p for p in parameters if p.ndim <= 1 and not settings.decay_1d]
+    decayed = [p for p in parameters if p.ndim > 1 or settings.decay_1d]
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if exempt:
         groups.append({"params": exempt, "weight_decay": 0.0})
-    decay = config.weight_decay
-    if config.optimizer == "sgd":
-        sgd = SGD(groups, lr, momentum=config.momentum, weight_decay=decay, fused=True)
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        sgd = SGD(groups, lr, momentum=settings.momentum, weight_decay=decay, fused=True)
         # torch leaves it uninitialised where the first gradient is not finite
-        for p in parameters if config.momentum else []:
+        for p in parameters if settings.momentum else []:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
-    if config.optimizer == "lars":
-        return LARS(groups, lr, momentum=config.momentum, weight_decay=decay)
-    adam = Adam if config.optimizer == "adam" else AdamW
+    if settings.optimizer == "lars":
+        return LARS(groups, lr, momentum=settings.momentum, weight_decay=decay)
+    adam = Adam if settings.optimizer == "adam" else AdamW
     # steps before a capture are meant to run without
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return adam(groups, lr, weight_decay=decay, fused=True, capturable=on_gpu)
@@ -68,19 +68,19 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({**state, "param_groups": own})
 
 
-def lr_factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate at a step, relative to `config.lr`: linear warm-up, then the schedule."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    total = config.epochs * steps_per_epoch
+def lr_factor(settings: Optimization, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate at a step, relative to `lr`: linear warm-up, then the schedule."""
+    warmup = settings.warmup_epochs * steps_per_epoch
+    total = settings.epochs * steps_per_epoch
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        if config.schedule == "cosine":
+        if settings.schedule == "cosine":
             return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
-        if config.schedule == "step":
-            passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
-            return (1.0, *config.factors)[passed]
+        if settings.schedule == "step":
+            passed = sum(step >= epoch * steps_per_epoch for epoch in settings.milestones)
+            return (1.0, *settings.factors)[passed]
         return 1.0
 
     return factor

@@ -36,7 +36,7 @@ _WATCHED = 512
 class Trainer:
     """A run: data, method, optimiser and the place in the schedule.
 
-    Building one seeds torch's global generator with `config.seed`.
+    Building one seeds torch's global generator with `config.run.seed`.
 
     Args:
         config: the settings.
@@ -66,31 +66,34 @@ class Trainer:
     ) -> None:
         self.config = config
         self._progress = progress
-        self.world = world or World.single(pick_device(config.device))
-        self.world.local_batch(config.batch_size)
+        self.world = world or World.single(pick_device(config.engine.device))
+        self.world.local_batch(config.optimization.batch_size)
         self.device = self.world.device
         with self.world.one_at_first():
             self.splits = data.load(
-                config.dataset,
-                data_dir=config.data_dir,
-                limit=config.limit,
-                download=config.download,
-                on_corrupt=config.on_corrupt,
+                config.data.dataset,
+                data_dir=config.data.data_dir,
+                limit=config.data.limit,
+                download=config.data.download,
+                on_corrupt=config.data.on_corrupt,
             )
         (self.train, self.labelled, self.test), self.held = hold_out(config, self.splits)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         self.method = build_method(config, self.device)
         # the same seed gives the same weights on machines that are alike
         self.world.share(self.method)
-        if config.sync_norm:
+        if config.engine.sync_norm:
             convert(self.method, self.world)
         self.engine = Engine(config, self.method, build_attack(config), self.device, self.world)
         self.step = 0
         self.saved: int | None = None
         self._steps_per_epoch = data.BatchSchedule(
-            len(self.train), config.batch_size, epochs=config.epochs, seed=config.seed
+            len(self.train),
+            config.optimization.batch_size,
+            epochs=config.optimization.epochs,
+            seed=config.run.seed,
         ).steps_per_epoch
-        self._lr_factor = lr_factor(config, self._steps_per_epoch)
+        self._lr_factor = lr_factor(config.optimization, self._steps_per_epoch)
         self._metrics_size = 0
         self._window = _Window()
         # the step and the validation accuracy of the best checkpoint
@@ -107,20 +110,20 @@ class Trainer:
         config = self.config
         return data.view_source(
             self.train,
-            data.Recipe.of(config),
-            image_size=config.image_size,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            seed=config.seed,
+            data.Recipe.of(config.views),
+            image_size=config.views.image_size,
+            batch_size=config.optimization.batch_size,
+            epochs=config.optimization.epochs,
+            seed=config.run.seed,
             start=self.step,
             device=self.device,
             dtype=self.engine.dtype,
-            workers=config.workers,
-            resident=config.resident,
+            workers=config.data.workers,
+            resident=config.data.resident,
             labels=self.method.needs_labels,
-            small_crops=config.small_crops,
-            small_crop_size=config.small_crop_size,
-            small_crop_scale=config.small_crop_scale,
+            small_crops=config.views.small_crops,
+            small_crop_size=config.views.small_crop_size,
+            small_crop_scale=config.views.small_crop_scale,
             rank=self.world.rank,
             world=self.world.size,
             progress=self._progress,
@@ -142,9 +145,9 @@ class Trainer:
             raise CheckpointError(
                 f"checkpoint {folder.checkpoint} is not one of this run: {checkpoint.reason(error)}"
             ) from error
-        if self.step > self.config.epochs * self._steps_per_epoch:
+        if self.step > self.config.optimization.epochs * self._steps_per_epoch:
             raise ValueError(
-                f"epochs is {self.config.epochs}, but the run has done "
+                f"epochs is {self.config.optimization.epochs}, but the run has done "
                 f"{self.step / self._steps_per_epoch:g}"
             )
 
@@ -188,7 +191,10 @@ class Trainer:
         if not self.world.leads:
             self._follow()
             return
-        done, size = self.step * config.batch_size, len(self.views) * config.batch_size
+        done, size = (
+            self.step * config.optimization.batch_size,
+            len(self.views) * config.optimization.batch_size,
+        )
         with (
             MetricsLog(folder, step=self.step, size=self._metrics_size, also=log) as metrics,
             tqdm(
@@ -204,9 +210,9 @@ class Trainer:
             for batch in self._batches(stopped):
                 self._window.add(self._train_step(batch))
                 self.step += 1
-                bar.update(config.batch_size)
+                bar.update(config.optimization.batch_size)
                 save = self._saves_at(self.step)
-                if save or self.step % config.log_every == 0:
+                if save or self.step % config.run.log_every == 0:
                     self._log(folder, metrics, bar)
                     self._window = _Window()
                 if save:
@@ -232,7 +238,7 @@ class Trainer:
     def _follow(self) -> None:
         """Trains on this process's rows, while another one logs, validates and saves."""
         # random layers draw other numbers for other rows
-        torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)
+        torch.manual_seed(hash((self.config.run.seed, self.step, self.world.rank)) % 2**63)
         if self.step == 0:
             self.world.require_equal(self.method)
         for batch in self.views:
@@ -243,15 +249,17 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> StepResult:
         # two large views are made at least, of which a method may take one
-        batch = batch._replace(views=batch.views[: self.method.views + self.config.small_crops])
-        done = self.step / (self.config.epochs * self._steps_per_epoch)
+        batch = batch._replace(
+            views=batch.views[: self.method.views + self.config.views.small_crops]
+        )
+        done = self.step / (self.config.optimization.epochs * self._steps_per_epoch)
         return self.engine.step(batch, number=self.step, lr=self._lr(self.step), progress=done)
 
     def _lr(self, step: int) -> float:
-        return self.config.lr * self._lr_factor(step)
+        return self.config.optimization.lr * self._lr_factor(step)
 
     def _saves_at(self, step: int) -> bool:
-        every = self.config.checkpoint_every
+        every = self.config.run.checkpoint_every
         return step % self._steps_per_epoch == 0 or (every is not None and step % every == 0)
 
     def _ends_epoch(self, every: int | None) -> bool:
@@ -297,9 +305,9 @@ class Trainer:
                 raise self._diverged(f"{name} is {value}", folder)
         bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
         epoch = self.step / self._steps_per_epoch
-        rate = self._window.rate() * self.config.batch_size
+        rate = self._window.rate() * self.config.optimization.batch_size
         values = {"epoch": epoch, **losses, "lr": self._lr(self.step - 1)}
-        if self._ends_epoch(self.config.val_every):
+        if self._ends_epoch(self.config.run.val_every):
             if self.held is not None:
                 values["val_knn"] = self._validate()
             else:
@@ -332,7 +340,7 @@ class Trainer:
         paths = []
         if self._best is not None and self._best["step"] == self.step:
             paths.append(folder.best)
-        if self._ends_epoch(self.config.keep_every):
+        if self._ends_epoch(self.config.run.keep_every):
             paths.append(folder.kept(self.step // self._steps_per_epoch))
         return paths
 

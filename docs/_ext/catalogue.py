@@ -21,7 +21,6 @@ from sphinx.util.nodes import nested_parse_with_titles
 
 import clae_fast
 from clae_fast import methods, ops
-from clae_fast.config import Config
 from clae_fast.config.layers import resolve
 from clae_fast.config.presets import PRESETS
 from clae_fast.methods import METHODS, Method
@@ -84,8 +83,8 @@ class _Presets(_Written):
     def lines(self) -> Iterable[str]:
         yield from _row(("preset", *self.columns.values()), first=True)
         for name in PRESETS:
-            config = resolve({}, name)
-            values = (_value(getattr(config, column)) for column in self.columns)
+            settings = resolve({}, name).to_dict()
+            values = (_value(settings[column]) for column in self.columns)
             yield from _row((f"`{name}`", *values))
 
 
@@ -149,7 +148,7 @@ def _method_facts(name: str, method: type[Method]) -> dict[str, str]:
     own = method.own_options()
     needs = ["labels of the training images"] * method.needs_labels
     needs += ["a frozen teacher, ``--teacher``"] * method.needs_teacher
-    presets = [preset for preset, settings in PRESETS.items() if _method_of(settings) == name]
+    presets = [preset for preset, settings in PRESETS.items() if settings["method"] == name]
     return {
         "Units of a step": kinds,
         "Needs": ", ".join(needs),
@@ -159,10 +158,6 @@ def _method_facts(name: str, method: type[Method]) -> dict[str, str]:
         ),
         "Presets": ", ".join(f"``{preset}``" for preset in presets),
     }
-
-
-def _method_of(settings: Mapping[str, Any]) -> str:
-    return settings.get("method", Config.method)
 
 
 def _loss_of_op(method: type[Method]) -> Iterable[str]:

@@ -41,7 +41,7 @@ def test_a_step_is_the_schedule_and_the_optimisers(attack):
     for number, lr in enumerate((0.01, 0.002)):
         result = ours.step(Batch(views()), progress=0.0, number=number, lr=lr)
         assert (result.adv_loss is None) == (attack == "none")
-    optimizer = build_optimizer(config, by_hand)
+    optimizer = build_optimizer(config.optimization, by_hand)
     for lr in (0.01, 0.002):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()

@@ -85,8 +85,8 @@ class TestFit:
         assert [line["step"] for line in lines] == [3, 4, 6, 8]  # every third, and epoch ends
         assert [line["epoch"] for line in lines] == [0.75, 1, 1.5, 2]
         assert all(math.isfinite(line["loss"]) and line["adv_loss"] > 0 for line in lines)
-        factor = lr_factor(folder.config, 4)
-        expected = [folder.config.lr * factor(line["step"] - 1) for line in lines]
+        factor = lr_factor(folder.config.optimization, 4)
+        expected = [folder.config.optimization.lr * factor(line["step"] - 1) for line in lines]
         assert [line["lr"] for line in lines] == expected
 
     def test_tensorboard_has_the_same_numbers(self, folder):
@@ -105,7 +105,7 @@ class TestFit:
 
     def test_weights_moved_and_both_branches_saw_data(self, folder):
         config = folder.config
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         before = build_method(config).state_dict()
         after = checkpoint.load(folder.checkpoint)["method"]
         moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -213,23 +213,23 @@ class TestDivergence:
 
 class TestAttack:
     def test_pixels_are_clamped(self):
-        attack = build_attack(Config(eps=0.1, step_size=0.2))
+        attack = build_attack(Config.from_dict({"eps": 0.1, "step_size": 0.2}))
         assert (attack.eps, attack.step_size, attack.lo, attack.hi) == (0.1, 0.2, 0.0, 1.0)
 
     def test_normalized_units_become_pixels_without_a_clamp(self):
         config = resolve({}, "clae-plain-cifar10")
         attack = build_attack(config)
-        assert attack.eps == attack.step_size == tuple(0.03 * std for std in config.std)
+        assert attack.eps == attack.step_size == tuple(0.03 * std for std in config.views.std)
         assert (attack.lo, attack.hi) == (None, None)
         longer = build_attack(resolve({"step_size": 0.06}, "clae-plain-cifar10"))
-        assert longer.step_size == tuple(0.06 * std for std in config.std)
+        assert longer.step_size == tuple(0.06 * std for std in config.views.std)
 
     def test_the_encoder_normalises_first(self):
         config = tiny(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
         x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         encoder = build_method(config).encoder.eval()
         normalize, backbone = encoder.backbone
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.views.mean, config.views.std))
         torch.testing.assert_close(normalize(x), (x - mean) / std)
         torch.testing.assert_close(encoder.features(x), backbone((x - mean) / std))
 
