@@ -1,12 +1,12 @@
 """What the commands share: flags and help, exit codes and signals, the dry run."""
 
-from clae_fast.cli.parser import Parser, add_settings, columns, flag, shown
+from clae_fast.cli.parser import Parser, add_checkpoint, add_settings, columns, flag, shown
 from clae_fast.cli.run import (
     BAD_INPUT,
     FAILED,
     INTERRUPTED,
     TERMINATED,
-    run,
+    command,
     stopped_gently,
     warn,
 )
@@ -17,10 +17,11 @@ __all__ = [
     "INTERRUPTED",
     "TERMINATED",
     "Parser",
+    "add_checkpoint",
     "add_settings",
     "columns",
+    "command",
     "flag",
-    "run",
     "shown",
     "stopped_gently",
     "warn",

@@ -2,36 +2,18 @@
 
 from clae_fast.config.config import (
     MAY_CHANGE,
-    Adversary,
     Config,
     Data,
-    Encoder,
-    Engine,
     Objective,
     Optimization,
     Run,
-    Views,
     convert,
     groups,
     hints,
     nearest,
-    require_known,
-)
+)  # fmt: skip
 
 __all__ = [
-    "MAY_CHANGE",
-    "Adversary",
-    "Config",
-    "Data",
-    "Encoder",
-    "Engine",
-    "Objective",
-    "Optimization",
-    "Run",
-    "Views",
-    "convert",
-    "groups",
-    "hints",
-    "nearest",
-    "require_known",
-]
+    "MAY_CHANGE", "Config", "Data", "Objective", "Optimization", "Run", "convert", "groups",
+    "hints", "nearest",
+]  # fmt: skip

@@ -20,11 +20,10 @@ class Data(Group):
     dataset: str = field("digits", f"data set: {', '.join(DATASETS)}")
     data_dir: str | None = field(None, "folder of the data set")
     download: bool = field(False, "fetch a published data set that is not in the data folder")
-    limit: int | None = field(None, "use only N images of each split", positive=True)
+    limit: int | None = field(None, "use only N images of each split", above=0)
     on_corrupt: str = field(
         "fail",
-        "what happens at an image that cannot be read: fail ends the run, skip leaves the image "
-        "out and counts it",
+        "at an image that cannot be read, fail ends the run, and skip leaves it out and counts it",
         choices=("fail", "skip"),
     )
     workers: int = field(
@@ -42,12 +41,10 @@ class Data(Group):
 
 @dataclass(frozen=True)
 class Views(Group):
-    """How views are drawn from an image, and what the encoder does to their pixels first."""
+    """How views are drawn from an image, and what the encoder first does to their pixels."""
 
-    image_size: int = field(16, "height and width of a view in pixels", positive=True)
-    crop_min_scale: float = field(
-        0.4, "smallest part of the image's area that a crop takes", positive=True, most=1
-    )
+    image_size: int = field(16, "height and width of a view in pixels", above=0)
+    crop_min_scale: float = field(0.4, "smallest part of an image in a crop", above=0, most=1)
     interpolation: str = field("bilinear", "how crops are resized", choices=("bilinear", "bicubic"))
     flip: bool = field(False, "mirror views left and right at random")
     color_jitter: tuple[float, float, float, float] = field(
@@ -62,21 +59,15 @@ class Views(Group):
         (0.0, 0.0), "probability of solarization, of view p and of view q", least=0, most=1
     )
     small_crops: int = field(0, "small crops of an image, besides its two views", least=0)
-    small_crop_size: int = field(96, "height and width of a small crop in pixels", positive=True)
+    small_crop_size: int = field(96, "height and width of a small crop in pixels", above=0)
     small_crop_scale: tuple[float, float] = field(
-        (0.05, 0.14),
-        "smallest and largest part of the image's area that a small crop takes",
-        positive=True,
-        most=1,
+        (0.05, 0.14), "smallest and largest part of an image in a small crop", above=0, most=1
     )
     mean: tuple[float, float, float] = field(
         (0.5, 0.5, 0.5), "mean of each color, which the encoder subtracts from pixels in 0..1"
     )
     std: tuple[float, float, float] = field(
-        (0.5, 0.5, 0.5),
-        "standard deviation of each color, by which the encoder divides after the mean is "
-        "subtracted",
-        positive=True,
+        (0.5, 0.5, 0.5), "deviation of each color, by which the encoder then divides", above=0
     )
 
     def _check(self) -> None:
@@ -104,7 +95,7 @@ class Objective(Group):
         "torchvision/NAME or timm/NAME",
     )
     temperature: float | None = field(
-        None, "temperature of the softmax; each method has its own default", positive=True
+        None, "temperature of the softmax; each method has its own default", above=0
     )
 
     def _check(self) -> None:
@@ -136,16 +127,14 @@ class Adversary(Group):
         choices=("none", "pair", "self"),
     )
     adv_weight: float = field(1.0, "weight of the adversarial loss", least=0)
-    adv_every: int = field(
-        1, "one of this many steps is adversarial, the others are plain", positive=True
-    )
+    adv_every: int = field(1, "one of N steps is adversarial, the others are plain", above=0)
     adv_fraction: float = field(
-        1.0, "part of the batch that gets an adversarial view", positive=True, most=1
+        1.0, "part of the batch that gets an adversarial view", above=0, most=1
     )
     adv_replace: bool = field(False, "the adversarial view replaces view q instead of being added")
     eps: float = field(0.06, "radius of the attack", least=0)
-    attack_steps: int = field(1, "moves of the attack", positive=True)
-    step_size: float | None = field(None, "length of a move of the attack; eps by default", least=0)
+    attack_steps: int = field(1, "moves of the attack", above=0)
+    step_size: float | None = field(None, "length of a move of the attack; by default eps", least=0)
     attack_start: str = field(
         "view",
         "where the attack starts: at the view, or at a random point of the ball around it",
@@ -177,12 +166,11 @@ class Encoder(Group):
     )
     head_norm: str = field(
         "none",
-        "BatchNorm in the projection head: none, hidden (between its layers) or all (after each "
-        "layer)",
+        "BatchNorm in the projection head: hidden between its layers, all after each layer",
         choices=("none", "hidden", "all"),
     )
-    hidden_dim: int = field(128, "hidden units of the projection head", positive=True)
-    proj_dim: int = field(64, "length of the projection", positive=True)
+    hidden_dim: int = field(128, "hidden units of the projection head", above=0)
+    proj_dim: int = field(64, "length of the projection", above=0)
 
 
 @dataclass(frozen=True)
@@ -190,7 +178,7 @@ class Optimization(Group):
     """The optimizer, its learning rate over time, and how long it runs."""
 
     optimizer: str = field("adam", "optimizer", choices=("adam", "adamw", "sgd", "lars"))
-    lr: float = field(3e-3, "learning rate after the warm-up", positive=True)
+    lr: float = field(3e-3, "learning rate after the warm-up", above=0)
     momentum: float = field(0.9, "momentum of sgd and lars", least=0)
     weight_decay: float = field(0.0, "weight decay", least=0)
     decay_1d: bool = field(True, "apply weight decay to biases and BatchNorm too")
@@ -199,11 +187,9 @@ class Optimization(Group):
     )
     warmup_epochs: int = field(1, "epochs of linear warm-up", least=0)
     milestones: tuple[int, ...] = field((), "epochs at which the step schedule changes", least=0)
-    factors: tuple[float, ...] = field(
-        (), "learning rate from each milestone on, relative to lr", least=0
-    )
-    epochs: int = field(30, "passes over the training set", positive=True)
-    batch_size: int = field(128, "images in a batch, of all processes together", positive=True)
+    factors: tuple[float, ...] = field((), "rate from each milestone on, relative to lr", least=0)
+    epochs: int = field(30, "passes over the training set", above=0)
+    batch_size: int = field(128, "images in a batch, of all processes together", above=0)
 
     def _check(self) -> None:
         if self.warmup_epochs > self.epochs:
@@ -223,9 +209,7 @@ class Engine(Group):
     """How a device computes a step."""
 
     micro_batch: int | None = field(
-        None,
-        "encode N images at a time, where a whole batch does not fit into memory",
-        positive=True,
+        None, "encode N images at a time, where a whole batch does not fit into memory", above=0
     )
     batch_views: bool = field(
         False, "encode both views of a plain step at once; each keeps its own BatchNorm statistics"
@@ -258,20 +242,16 @@ class Run(Group):
     """The seed, and what a run writes and validates, and when."""
 
     seed: int = field(0, "seed of weights, order and augmentation", least=0)
-    log_every: int = field(10, "steps between log points", positive=True)
-    checkpoint_every: int | None = field(
-        None, "steps between checkpoints within an epoch", positive=True
-    )
-    keep_every: int | None = field(
-        None, "keep the checkpoint after every Nth epoch for good", positive=True
-    )
+    log_every: int = field(10, "steps between log points", above=0)
+    checkpoint_every: int | None = field(None, "steps between checkpoints within an epoch", above=0)
+    keep_every: int | None = field(None, "keep the checkpoint of every Nth epoch", above=0)
     val_size: int = field(
         0,
         "labeled training images that are held out for validation; best.pt is the checkpoint "
         "with the best accuracy on them",
         least=0,
     )
-    val_every: int = field(1, "epochs between validations", positive=True)
+    val_every: int = field(1, "epochs between validations", above=0)
 
 
 @dataclass(frozen=True)
@@ -316,20 +296,15 @@ class Config:
             require_known(name)
         return cls(
             **{
-                title: group(
-                    **{name: values[name] for name in get_type_hints(group) if name in values}
-                )
-                for title, group in get_type_hints(cls).items()
+                name: group(**{key: values[key] for key in get_type_hints(group) if key in values})
+                for name, group in get_type_hints(cls).items()
             }
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name as plain values, for JSON."""
-        return {
-            name: value
-            for group in dataclasses.asdict(self).values()
-            for name, value in group.items()
-        }
+        groups = dataclasses.asdict(self).values()
+        return {name: value for group in groups for name, value in group.items()}
 
     def replace(self, **changes: Any) -> "Config":
         """The same settings but for these, by name; errors are those of `from_dict`."""
@@ -380,11 +355,8 @@ def groups() -> dict[str, list[dataclasses.Field]]:
 @functools.cache
 def hints() -> dict[str, Any]:
     """The type of each setting, by name."""
-    return {
-        name: hint
-        for group in get_type_hints(Config).values()
-        for name, hint in get_type_hints(group).items()
-    }
+    found = map(get_type_hints, get_type_hints(Config).values())
+    return {name: hint for group in found for name, hint in group.items()}
 
 
 def require_known(name: str) -> None:

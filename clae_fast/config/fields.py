@@ -17,7 +17,7 @@ def field(
     text: str,
     *,
     choices: tuple[str, ...] | None = None,
-    positive: bool = False,
+    above: float | None = None,
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
@@ -27,12 +27,11 @@ def field(
         default: Its value where nobody gives one.
         text: What the command line's help says about it.
         choices: The words that it takes, where it takes only some.
-        positive: Whether its numbers have to be greater than 0.
+        above: What every number has to be greater than.
         least: The least number that it takes.
         most: The greatest number that it takes.
     """
-    bounds = {"positive": positive, "least": least, "most": most}
-    about = {"help": text, "choices": choices, **bounds}
+    about = {"help": text, "choices": choices, "above": above, "least": least, "most": most}
     if isinstance(default, Mapping):
         return dataclasses.field(default_factory=dict, metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -55,7 +54,7 @@ class Group:
             value = convert(name, hints[name], getattr(self, name))
             # a frozen dataclass leaves no other way
             object.__setattr__(self, name, value)
-            _require_in_range(name, value, **setting.metadata)
+            _require_in_range(name, value, setting.metadata)
         self._check()
 
     def _check(self) -> None:
@@ -98,24 +97,16 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _require_in_range(
-    name: str,
-    value: Any,
-    *,
-    choices: tuple[str, ...] | None,
-    positive: bool,
-    least: float | None,
-    most: float | None,
-    **_: Any,
-) -> None:
+def _require_in_range(name: str, value: Any, about: Mapping[str, Any]) -> None:
+    choices, above, least, most = (about[key] for key in ("choices", "above", "least", "most"))
     if choices and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if _is(float, v)]
     bounds = (
-        (0 if positive else None, operator.gt, "positive"),
+        (above, operator.gt, "positive" if above == 0 else f"above {above}"),
         (least, operator.ge, f"{least} or more"),
         (most, operator.le, f"at most {most}"),
     )
+    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if _is(float, v)]
     for bound, holds, wanted in bounds:
         if bound is not None and not all(math.isfinite(v) and holds(v, bound) for v in numbers):
             raise ValueError(f"{name} must be {wanted}, got {value}")

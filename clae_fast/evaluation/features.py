@@ -53,10 +53,11 @@ def views(
     device: torch.device,
     *,
     epochs: int = 1,
+    labels: bool = True,
 ) -> data.ViewSource:
-    """Both views of a split's images, and labels; of equal batches, so that few images are left.
+    """Both views of a split's images, and labels.
 
-    Fewer images than there are batches are left out of an epoch.
+    Batches have equal sizes, so that an epoch leaves out fewer images than it has batches.
     """
     count = -(-len(split) // config.optimization.batch_size)
     return data.view_source(
@@ -71,7 +72,7 @@ def views(
         dtype=torch.float32,
         workers=config.data.workers,
         resident="auto",
-        labels=True,
+        labels=labels,
     )
 
 

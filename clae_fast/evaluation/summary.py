@@ -1,6 +1,6 @@
 """Results as people and scripts read them: lines of one run, a table and means of several."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from clae_fast.config import MAY_CHANGE, Config
@@ -12,16 +12,19 @@ NOT_PER_CENT = ("alignment", "uniformity", "cosine_attacked", "cosine_random")
 _SAME = {"seed", *MAY_CHANGE} - {"epochs"}
 
 
-def flatten(results: dict[str, Any], *above: str) -> dict[str, float]:
+def flat(values: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:
+    """Values by name; the names of nested values begin with those above them."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, *above, name)
+        else:
+            yield " ".join((*above, name)), value
+
+
+def flatten(results: dict[str, Any]) -> dict[str, float]:
     """The measured numbers of a results.json by name, such as "robust pgd20 8/255"."""
-    found: dict[str, float] = {}
-    for name, value in results.items():
-        if isinstance(value, dict):
-            found |= flatten(value, *above, name)
-        # whole numbers count, such as steps
-        elif isinstance(value, float):
-            found[" ".join((*above, name))] = value
-    return found
+    # whole numbers, such as steps, are counted and not measured
+    return {name: value for name, value in flat(results) if isinstance(value, float)}
 
 
 def report(results: dict[str, Any]) -> str:

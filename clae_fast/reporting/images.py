@@ -1,10 +1,10 @@
-"""What a report shows of a run's encoder: it needs the checkpoint and the data set.
+"""What a report shows of a run's encoder, which needs the checkpoint and the data set.
 
-Everything is computed on few images and in fp32, in eval mode but for the attack, which is the
-run's own training step on a batch of its own views.
+Everything is computed on a few images in fp32. The encoder is in eval mode, except in the attack,
+which is a training step of the run on a batch of its own views.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,31 +15,30 @@ from torch.nn import functional as F
 from clae_fast import data
 from clae_fast.config import Config
 from clae_fast.distributed.device import pick_device
-from clae_fast.evaluation.features import batches
+from clae_fast.evaluation.features import batches, views
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder
 from clae_fast.ops import topk_similarity
 from clae_fast.reporting.runs import Run
 from clae_fast.steps.batch import Batch
-from clae_fast.steps.options import StepOptions
 from clae_fast.training import checkpoint, encoders
-from clae_fast.training.build import build_attack, build_method, hold_out
+from clae_fast.training.build import build_method, hold_out, load_data, step_options
 
-# test images on the map, training images that neighbours are looked for among
+# test images on the map, and training images among which neighbors are searched
 _MAPPED = 1000
 _SEARCHED = 2000
 _QUERIES = 6
 _NEIGHBOURS = 8
 _TWINS = 8
-# views of a batch; fewer where they are large
+# images in the batch of views; fewer where views are large
 _BATCH = 128
 _LARGE_BATCH = 32
 _LARGE = 64
-# images that make a map
+# fewest images that make a map
 _FEWEST = 8
-# spread of normalised features that is rounding
+# a smaller spread of normalized features is rounding
 _ALIKE = 1e-5
-# side of the pictures, at most
+# largest height and width of a picture
 _SIDE = 96
 
 
@@ -48,10 +47,10 @@ class Neighbours:
     """The training images nearest to a few test images.
 
     Attributes:
-        pictures: a row a query, which comes first, [Q, 1 + K, H, H, 3].
-        labels: their classes, [Q, 1 + K].
-        similarity: cosine of each neighbour's features and the query's, [Q, K].
-        among: how many training images were compared.
+        pictures: Each query, and then its neighbors, [Q, 1 + K, H, H, 3].
+        labels: Their classes, [Q, 1 + K].
+        similarity: Cosine of each neighbor's features and the query's, [Q, K].
+        among: How many training images were compared.
     """
 
     pictures: np.ndarray
@@ -62,14 +61,14 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Twins:
-    """Views, what the run's attack makes of them.
+    """Views, and what the run's attack makes of them.
 
     Attributes:
-        views: attacked views, [K, H, H, 3].
-        adversarial: their adversarial views, [K, H, H, 3].
-        change: what the attack added, in units of the largest change, [K, H, H, 3].
-        largest: that change, in pixels of 0..1.
-        similarity: cosine of the projections of each adversarial view and its positive, [M].
+        views: Attacked views, [K, H, H, 3].
+        adversarial: Their adversarial views, [K, H, H, 3].
+        change: What the attack added, in units of the largest change, [K, H, H, 3].
+        largest: The largest change, in pixels of 0..1.
+        similarity: Cosine of the projections of each adversarial view and its positive, [M].
     """
 
     views: np.ndarray
@@ -84,16 +83,16 @@ class Pictures:
     """What the encoder of a run makes of a few images.
 
     Attributes:
-        checkpoint: name of the checkpoint.
-        step: the optimiser step that it is from.
-        classes: names of the classes by number; numbers where there are none.
-        labels: classes of the mapped test images, [N].
-        images: what they look like, [N, H, H, 3].
-        places: where t-SNE puts their features, [N, 2]; None where they are few or all alike.
-        neighbours: of some of them.
-        positives: cosine of the projections of an image's two views, [B].
-        negatives: the largest cosine of each first view and a view of another image, [B].
-        twins: of the attack; why there are none where it cannot be run; None without an attack.
+        checkpoint: Name of the checkpoint.
+        step: The optimizer step of the checkpoint.
+        classes: Names of the classes by number; the numbers where they have no names.
+        labels: Classes of the mapped test images, [N].
+        images: The mapped test images, [N, H, H, 3].
+        places: Where t-SNE puts their features, [N, 2]; None where they are few or all alike.
+        neighbours: Of some of them.
+        positives: Cosine of the projections of an image's two views, [B].
+        negatives: The largest cosine of each first view and a view of another image, [B].
+        twins: What the attack makes of views, or why the attack cannot be run; None without one.
     """
 
     checkpoint: str
@@ -117,16 +116,16 @@ class _Encoded(NamedTuple):
 
 
 def look(run: Run, splits: data.Splits | None = None) -> Pictures:
-    """Computes the pictures of a run; torch's global generators stay where they are.
+    """Computes the pictures of a run; torch's global generators stay as they are.
 
     Args:
-        run: the run.
-        splits: its data set, if it is loaded already.
+        run: The run.
+        splits: Its data set, if it is loaded already.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another run.
-        DataError: the data set cannot be used.
-        ValueError, RuntimeError: the encoder cannot be built here.
+        CheckpointError: The checkpoint is missing, damaged or of another run.
+        DataError: The data set cannot be used.
+        ValueError, RuntimeError: The encoder cannot be built here.
     """
     config, path = run.config, run.folder.best_or_last
     device = pick_device(config.engine.device)
@@ -134,10 +133,15 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
         torch.manual_seed(config.run.seed)
         encoder, step = encoders.restore(run.folder, path, device)
         encoder.eval()
-        (train, labelled, test), _ = hold_out(config, splits or load(config))
+        if splits is None:
+            # a report fetches nothing
+            splits = load_data(replace(config.data, download=False))
+        (train, labelled, test), _ = hold_out(config.run, splits)
         mapped = _encoded(encoder, test.evenly(_MAPPED), config, device)
+        searched = _encoded(encoder, labelled.evenly(_SEARCHED), config, device)
         batch = _views(config, train, device)
         z_p, z_q = (_projections(encoder, view) for view in batch.views)
+        attacked = config.adversary.attack != "none"
         return Pictures(
             checkpoint=path.name,
             step=step,
@@ -145,29 +149,11 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
             labels=mapped.labels.numpy(),
             images=mapped.pictures,
             places=_places(mapped.features),
-            neighbours=_neighbours(
-                mapped, _encoded(encoder, labelled.evenly(_SEARCHED), config, device)
-            ),
+            neighbours=_neighbours(mapped, searched),
             positives=F.cosine_similarity(z_p, z_q).cpu().numpy(),
             negatives=_hardest(z_p, z_q).cpu().numpy(),
-            twins=None
-            if config.adversary.attack == "none"
-            else _twins(run, encoder, batch, (z_p, z_q)),
+            twins=_twins(run, encoder, batch, (z_p, z_q)) if attacked else None,
         )
-
-
-def load(config: Config) -> data.Splits:
-    """The data set of a run.
-
-    Raises:
-        DataError: it cannot be used.
-    """
-    return data.load(
-        config.data.dataset,
-        data_dir=config.data.data_dir,
-        limit=config.data.limit,
-        on_corrupt=config.data.on_corrupt,
-    )
 
 
 def _class_names(split: data.Split) -> tuple[str, ...]:
@@ -194,26 +180,10 @@ def _pictures(x: Tensor) -> np.ndarray:  # [N, 3, H, H] in 0..1 -> [N, h, h, 3]
 
 def _views(config: Config, train: data.Split, device: torch.device) -> Batch:
     """A batch of training views, drawn by the run's own recipe."""
-    rows = min(
-        config.optimization.batch_size,
-        _BATCH if config.views.image_size <= _LARGE else _LARGE_BATCH,
-    )
-    few = train.evenly(rows)
-    source = data.view_source(
-        few,
-        data.Recipe.of(config.views),
-        image_size=config.views.image_size,
-        batch_size=len(few),
-        epochs=1,
-        seed=config.run.seed,
-        start=0,
-        device=device,
-        dtype=torch.float32,
-        workers=0,
-        resident="no",
-        labels=METHODS[config.objective.method].needs_labels,
-    )
-    return next(iter(source))
+    largest = _BATCH if config.views.image_size <= _LARGE else _LARGE_BATCH
+    few = train.evenly(min(config.optimization.batch_size, largest))
+    labels = METHODS[config.objective.method].needs_labels
+    return next(iter(views(few, data.Recipe.of(config.views), config, device, labels=labels)))
 
 
 @torch.no_grad()
@@ -230,9 +200,9 @@ def _hardest(z_p: Tensor, z_q: Tensor) -> Tensor:  # [N, D], [N, D] -> [N]
 
 
 def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
-    """t-SNE of normalised features, which begins with their principal components.
+    """t-SNE of normalized features, which begins with their principal components.
 
-    None where there are few, or all are alike, of which scikit-learn's would make NaN and crash.
+    None where there are few, or where all are alike, on which scikit-learn's t-SNE crashes.
     """
     u = F.normalize(features).cpu().numpy()
     if len(u) < _FEWEST or not u.std(axis=0).max() > _ALIKE:
@@ -241,13 +211,13 @@ def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(u) - 1) / 3)
-    # its steps are too short for threads, which on a busy machine wait for each other
+    # steps of t-SNE are so short that threads would wait for each other on a busy machine
     with threadpool_limits(1):
         return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(u)
 
 
 def _neighbours(mapped: _Encoded, searched: _Encoded) -> Neighbours:
-    """Of one test image of each of the first classes."""
+    """The neighbors of one test image of each of the first classes."""
     first = [int((mapped.labels == label).nonzero()[0]) for label in mapped.labels.unique()]
     queries = torch.tensor(first[:_QUERIES])
     count = min(_NEIGHBOURS, len(searched.labels))
@@ -266,17 +236,17 @@ def _neighbours(mapped: _Encoded, searched: _Encoded) -> Neighbours:
 def _twins(
     run: Run, encoder: Encoder, batch: Batch, projections: tuple[Tensor, Tensor]
 ) -> Twins | str:
-    """The run's own step on these views; what it does to the weights' gradients goes nowhere."""
+    """What a step of the run makes of these views, or why it cannot be taken."""
     config = run.config
     try:
         method = build_method(config, batch.views[0].device)
         method.load_state_dict(checkpoint.load(run.folder.best_or_last)["method"])
         x_adv = _attacked(method.train(), config, batch)
-    # a teacher that is gone, or too few images for the method
+    # the teacher may be gone, or the images too few for the method
     except (ValueError, RuntimeError) as error:
         return checkpoint.reason(error)
     z_p, z_q = projections
-    # one of the views is attacked or, one after the other, both
+    # methods attack view p, view q, or both, one after the other
     pairs = [
         *zip(batch.views, (z_q, z_p), strict=True),
         (torch.cat(batch.views), torch.cat((z_q, z_p))),
@@ -296,14 +266,7 @@ def _twins(
 
 def _attacked(method: Method, config: Config, batch: Batch) -> Tensor:
     """The adversarial views that a step of the method makes."""
-    options = StepOptions(
-        kind=config.adversary.attack,
-        attack=build_attack(config),
-        adv_weight=config.adversary.adv_weight,
-        adv_fraction=config.adversary.adv_fraction,
-        adv_replace=config.adversary.adv_replace,
-        micro_batch=config.engine.micro_batch,
-    )
-    x_adv = method.step(batch._replace(views=batch.views[: method.views]), options).x_adv
+    taken = batch._replace(views=batch.views[: method.views])
+    x_adv = method.step(taken, step_options(config)).x_adv
     assert x_adv is not None
     return x_adv

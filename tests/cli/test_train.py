@@ -21,7 +21,7 @@ from clae_fast.config import hints
 from clae_fast.config.presets import PRESETS
 from clae_fast.data import RECIPES
 from clae_fast.methods import METHODS
-from clae_fast.training import checkpoint, run_folder
+from clae_fast.training import checkpoint, metrics
 from clae_fast.training.trainer import Trainer
 
 # two epochs of four steps on 32 digits of 8x8
@@ -256,7 +256,8 @@ class TestDryRun:
 KILLED = """
 import os, signal, sys
 import torch
-from clae_fast import checkpoint, train
+from clae_fast import train
+from clae_fast.training import checkpoint
 
 torch.set_num_threads(1)
 moment, count = sys.argv[1], int(sys.argv[2])
@@ -313,7 +314,7 @@ class TestInterruption:
         original, run = Trainer._train_step, tmp_path / "run"
 
         def train_step(self, views):
-            if self.step == 5:
+            if self.global_step == 5:
                 raise KeyboardInterrupt
             return original(self, views)
 
@@ -373,7 +374,7 @@ class TestFailure:
             def write(self, _):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(run_folder, "open", FullFile, raising=False)
+        monkeypatch.setattr(metrics, "open", FullFile, raising=False)
         line = fails(capsys, [*TINY, "--out", tmp_path / "run"], code=1)
         assert line == f"error: {tmp_path}/run/metrics.jsonl: No space left on device"
 

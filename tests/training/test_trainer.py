@@ -131,7 +131,7 @@ def stop_before(monkeypatch, step):
     original = Trainer._train_step
 
     def train_step(self, views):
-        if self.step == step:
+        if self.global_step == step:
             raise StopError
         return original(self, views)
 
@@ -154,7 +154,7 @@ class TestResume:
         trainer = Trainer(folder.config)
         torch.manual_seed(12345)
         trainer.restore(folder)
-        assert trainer.step == {0: 0, 2: 0, 3: 3, 4: 4, 7: 6}[stopped]
+        assert trainer.global_step == {0: 0, 2: 0, 3: 3, 4: 4, 7: 6}[stopped]
         trainer.fit(folder)
         assert_same_run(whole, folder)
 
@@ -164,7 +164,7 @@ class TestResume:
             method.encoder.head.insert(0, nn.Dropout(0.5))
             return method
 
-        monkeypatch.setattr("clae_fast.training.trainer.build_method", build)
+        monkeypatch.setattr("clae_fast.training.build.build_method", build)
         config = tiny(attack="none", checkpoint_every=1)
         whole = fit(tmp_path / "whole", config)
         with monkeypatch.context() as patch:
@@ -201,7 +201,7 @@ class TestDivergence:
 
         def train_step(self, views):
             result = original(self, views)
-            if self.step == 7:
+            if self.global_step == 7:
                 next(self.method.parameters()).data.fill_(math.nan)
             return result
 
@@ -278,7 +278,7 @@ class TestKeptCheckpoints:
 
     def test_the_best_in_validation_stays(self, tmp_path, monkeypatch):
         accuracies = iter([50.0, 70.0, 60.0, 70.0])
-        monkeypatch.setattr("clae_fast.training.trainer.knn_accuracy", lambda *_: next(accuracies))
+        monkeypatch.setattr("clae_fast.training.watch.knn_accuracy", lambda *_: next(accuracies))
         config = tiny(epochs=8, limit=16, val_size=8, val_every=2)
         folder = fit(tmp_path / "run", config)
         assert kept(folder) == ["best.pt", "last.pt"]
@@ -334,7 +334,7 @@ class TestHeldOut:
     def test_they_are_taken_out_of_unlabelled_training_images_too(self):
         splits = data.load("digits", limit=32)
         few = splits._replace(labelled=splits.train.select(slice(0, 20)))
-        parts, held = hold_out(tiny(val_size=5), few)
+        parts, held = hold_out(tiny(val_size=5).run, few)
         assert [len(part) for part in (parts.train, parts.labelled, held)] == [27, 15, 5]
         assert not set(held.rows.tolist()) & set(parts.train.rows.tolist())
 
@@ -342,7 +342,7 @@ class TestHeldOut:
         assert Trainer(tiny()).held is None
 
     def test_too_many_are_named(self):
-        with pytest.raises(ValueError, match="val_size must be below the 32 labelled images, got"):
+        with pytest.raises(ValueError, match="val_size must be below the 32 labeled images, got"):
             Trainer(tiny(val_size=32))
 
 
@@ -362,7 +362,7 @@ class TestForeignCheckpoints:
         assert opened.config == folder.config
         trainer = Trainer(opened.config)
         trainer.restore(opened)
-        assert trainer.step == 8
+        assert trainer.global_step == 8
 
     @pytest.mark.parametrize(
         ("change", "message"),
