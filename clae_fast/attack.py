@@ -1,10 +1,10 @@
-"""How far an attack goes, from where and in how many steps inside an l-infinity ball.
+"""Attacks inside an l-infinity ball: how far they go, from where, and in how many moves.
 
     x_t+1 = clip(clip(x_t + step_size * sign(g_t), x_0 - eps, x_0 + eps), lo, hi)
 
-One step is the fast gradient sign method (Goodfellow et al., ICLR 2015), several are projected
-gradient descent (Madry et al., ICLR 2018). `linf_twin` is a step for a loop that is written by
-hand: an identity whose backward pass leaves the adversarial view behind.
+One move is the fast gradient sign method (Goodfellow et al., ICLR 2015). Several moves are
+projected gradient descent (PGD; Madry et al., ICLR 2018). `linf_twin` is for loops that are written
+by hand: it makes one move on the way of a plain backward pass.
 """
 
 import math
@@ -44,7 +44,7 @@ class Twin:
 
 
 class _LinfTwin(torch.autograd.Function):
-    """Identity; its backward writes `twin.x_adv` and hands no gradient on."""
+    """Identity; its backward pass writes `twin.x_adv` and hands no gradient on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, twin: Twin) -> Tensor:
@@ -62,27 +62,28 @@ class _LinfTwin(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class LinfAttack:
-    """Attacks inside an l-infinity ball: one signed step, or several (PGD).
+    """An attack inside an l-infinity ball: one signed move, or several (PGD).
 
-    All lengths are in the units of the view: a view normalised by `std` takes a radius of
-    `eps / std`, one number per channel, and bounds `(0 - mean) / std`, `(1 - mean) / std`.
+    All lengths are in the units of the view. A view that was normalized by `mean` and `std` takes a
+    radius of `eps / std`, one number per channel, and bounds of `(0 - mean) / std` and
+    `(1 - mean) / std`.
 
     Attributes:
         eps: Radius of the ball, a number or one per channel (dim 1 of the view).
-        step_size: Length of a step, a number or one per channel; None takes `eps`.
-        lo: Lower end of the range of values, a number or one per channel; None leaves it open.
-        hi: Upper end of the range of values, a number or one per channel; None leaves it open.
-        steps: How many steps it takes, each of 2 units; where a trained pass of the view gives the
-            first one, that costs nothing.
-        start: Where the first one starts: at the "view", or at a "random" point of the ball.
-        norm: How BatchNorm normalises in passes for the attack alone: by the batch as in "train"
-            mode, or by running statistics, the whole encoder in "eval" mode.
+        step_size: Length of a move, a number or one per channel; None takes `eps`.
+        lo: Lower bound of the values, a number or one per channel; None for no bound.
+        hi: Upper bound of the values, a number or one per channel; None for no bound.
+        steps: How many moves the attack makes. A move costs 2 units, and the first one costs
+            nothing where a training pass of the view makes it.
+        start: Where the first move starts: at the "view", or at a "random" point of the ball.
+        norm: How passes for the attack alone normalize: "train" by the batch's statistics, "eval"
+            by the running statistics, with the whole encoder in eval mode.
         impl: Implementation of `clae_fast.linf_step` and `clae_fast.stem_step`.
 
     Raises:
-        TypeError: If a length is neither a number nor a sequence of numbers, or `steps` no integer.
-        ValueError: If a length is negative or not finite, `lo` is not below `hi`, `steps` is not
-            positive, or `start` or `norm` is none of those.
+        TypeError: A length is neither a number nor a sequence of numbers, or `steps` is no integer.
+        ValueError: A length is negative or not finite, `lo` is not below `hi`, `steps` is below 1,
+            or `start` or `norm` has none of these values.
     """
 
     eps: PerChannel
@@ -123,11 +124,11 @@ class LinfAttack:
 
     @property
     def begins_in_training(self) -> bool:
-        """Whether a trained pass of the view can give the first step."""
+        """Whether a training pass of the view can make the first move."""
         return (self.start, self.norm) == ("view", "train")
 
     def begin(self, x0: Tensor) -> Tensor:
-        """Where the first step starts, random by the global generator of `x0`'s device."""
+        """Where the first move starts; randomness comes from the global generator of the device."""
         return x0 if self.start == "view" else self.random_start(x0)
 
     def step(
@@ -136,12 +137,12 @@ class LinfAttack:
         grad: Tensor,  # as x
         x0: Tensor | None = None,  # as x
     ) -> Tensor:
-        """One signed step from `x` along `grad`, projected; one launch.
+        """One signed move from `x` along `grad`, projected, in one launch.
 
         Args:
-            x: Where the step starts.
+            x: Where the move starts.
             grad: Gradient of the loss at `x`; the sign of NaN is 0.
-            x0: Centre of the ball; None takes `x`.
+            x0: Center of the ball; None takes `x`.
 
         Returns:
             The adversarial view, with `|x_adv - x0| <= eps` in `x`'s dtype.
@@ -157,10 +158,10 @@ class LinfAttack:
         stride: int,
         padding: int,
     ) -> Tensor:
-        """`step` along the input gradient of a convolution, which is not stored; one launch.
+        """A move along the input gradient of a convolution, which is never stored, in one launch.
 
         Args:
-            x: Where the step starts, and the centre of the ball.
+            x: Where the move starts, and the center of the ball.
             dy: Gradient of the loss at the output of the convolution of `x`.
             weight: The convolution's weight.
             stride: The convolution's stride.
@@ -182,7 +183,7 @@ class LinfAttack:
         self.check("x0", x0)
         noise = torch.empty_like(x0).uniform_(-1.0, 1.0, generator=generator)
         parts = noise.unbind(1) if isinstance(self.eps, tuple) else (noise,)
-        # number by number: CUDA graphs capture no copy of them to the device
+        # a number at a time, since a CUDA graph cannot capture a copy of them to the device
         for part, eps in zip(parts, _numbers("eps", self.eps), strict=True):
             part.mul_(eps)
         return self.project(x0 + noise, x0)
@@ -222,31 +223,31 @@ def linf_twin(
     hi: PerChannel | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Twin]:
-    """Marks a view for attack: the backward pass that reaches it leaves `twin.x_adv` behind.
+    """Marks a view for attack: a backward pass that reaches it makes the adversarial view.
 
-    The forward is the identity. The backward turns the input gradient into the adversarial view
-    in one launch and stores no gradient; nothing flows on to `x`. When several backward passes
-    reach the view, the last one counts.
+    The forward pass is the identity. The backward pass turns the gradient of the view into the
+    adversarial view, `twin.x_adv`, in one launch. It stores no gradient, and none flows on to `x`.
+    Where several backward passes reach the view, the last one counts.
 
-    The pair attack in anybody's loop, 9 units where plain training takes 6, needs one cut: the
-    anchor's embedding becomes a leaf that both losses write into, and the anchor's encoder pass is
-    taken back once, last.
+    The example below is the pair attack in a loop of one's own, at 9 units where plain training
+    takes 6. The anchor's embedding is cut off the graph and becomes a leaf, into which both losses
+    write their gradients. The anchor's encoder pass is taken back last, once.
 
     Args:
         x: The view.
-        eps: Radius, a number or one per channel.
-        step_size: Length of the step, a number or one per channel; None takes `eps`.
-        lo: Lower end of the range of values; None leaves it open.
-        hi: Upper end of the range of values; None leaves it open.
+        eps: Radius of the ball, a number or one per channel.
+        step_size: Length of the move, a number or one per channel; None takes `eps`.
+        lo: Lower bound of the values, a number or one per channel; None for no bound.
+        hi: Upper bound of the values, a number or one per channel; None for no bound.
         impl: Implementation of `clae_fast.linf_step`.
 
     Returns:
         The view to give to the encoder, and its twin.
 
     Raises:
-        TypeError: If `x` is not a tensor of fp32, fp16 or fp64; bf16 is too coarse for eps.
-        ValueError: If a length is negative or not finite, `lo` is not below `hi`, or there are not
-            as many lengths as channels.
+        TypeError: `x` is not a tensor of fp32, fp16 or fp64 (bf16 is too coarse for eps).
+        ValueError: A length is negative or not finite, `lo` is not below `hi`, or the number of
+            lengths is not that of the channels.
 
     Example:
         >>> z_p = encoder(x_p)
@@ -260,7 +261,7 @@ def linf_twin(
 
 
 def _numbers(name: str, value: Any) -> list[float]:
-    """The numbers in a length given as a number or one per channel."""
+    """The numbers of a length, which is given as one number or as one per channel."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     if not numbers or any(not isinstance(number, (int, float)) for number in numbers):
         raise TypeError(f"{name} must be a number or one number per channel, got {value!r}")

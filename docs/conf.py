@@ -1,13 +1,13 @@
-"""How Sphinx builds this site: `sphinx-build -W --keep-going -b html docs docs/_build`.
+"""The settings of Sphinx: `sphinx-build -W --keep-going -b html docs docs/_build`.
 
-Nothing is fetched, neither by the build nor by a reader: formulas are MathML, figures SVG.
+Neither the build nor a reader's browser fetches anything: formulas are MathML and figures are SVG.
 """
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# the checkout's own Python; the compiled module is that of the installed package
+# the checkout's Python files are documented; the compiled module comes from the installed package
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
 import clae_fast  # noqa: E402
@@ -38,9 +38,9 @@ html_copy_source = False
 html_show_copyright = False
 html_math_renderer = "mathml"
 
-# a single pair of backticks is code, as in Markdown; names of the package become links
+# text in single backticks is code, as in Markdown, and names of the package become links
 default_role = "code"
-# dashes, but no quotes: in contracts these are of code
+# dashes are beautified and quotes are not, because those in docstrings belong to code
 smartquotes_action = "D"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -48,12 +48,12 @@ toc_object_entries = False
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# "fp32 or fp64" is no type
+# types such as "fp32 or fp64" are prose
 napoleon_preprocess_types = False
 
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 
 nitpicky = True
-# no inventory of another project is fetched
+# other projects are not linked, so that nothing is fetched
 nitpick_ignore_regex = [("py:.*", r"(?!clae_fast).*")]

@@ -1,4 +1,4 @@
-"""CLAE's step in a loop of your own: 9 units where plain SimCLR takes 6.
+"""CLAE's step in a loop of your own: it takes 9 units, where plain SimCLR takes 6.
 
 python examples/adversarial_step.py
 """
@@ -23,7 +23,7 @@ VIEWS = {
 
 
 def batches(epoch):
-    """Both views of each batch of digits, in 0..1."""
+    """Yields both views of each batch of digits, with pixels in 0..1."""
     digits = torch.from_numpy(load_digits().images * 15).byte()
     images = digits[:, None].expand(-1, 3, -1, -1).contiguous()
     for rows in torch.randperm(len(images)).split(BATCH_SIZE)[:-1]:
@@ -35,7 +35,7 @@ def main():
     torch.manual_seed(0)
     backbone, features = build_encoder("resnet-narrow", SIZE)
     encoder = Encoder(backbone, ProjectionHead(features, 128, 64))
-    # shares all weights but those of BatchNorm, which has statistics of its own
+    # the twin shares all weights except those of BatchNorm, which also has its own statistics
     adv_encoder = adversarial_twin(encoder)
     both = torch.nn.ModuleList([encoder, adv_encoder])
     optimizer = torch.optim.AdamW(both.parameters(), lr=3e-3)
@@ -43,7 +43,7 @@ def main():
     for epoch in range(EPOCHS):
         for x_p, x_q in batches(epoch):
             optimizer.zero_grad()
-            # leaves gradients of both losses, as backward() would
+            # leaves the gradients of both losses in .grad, as backward() would
             step = pair_step(encoder, adv_encoder, x_p, x_q, nt_xent, attack=attack)
             optimizer.step()
         print(f"epoch {epoch + 1}: loss {step.loss:.3f}, adversarial {step.adv_loss:.3f}")

@@ -1,6 +1,7 @@
-"""The encoder of a run for others: safetensors, timm or torchvision, and torch.export.
+"""Exports the encoder of a run, as safetensors for timm or torchvision, and with torch.export.
 
-pip install '.[examples]' && python examples/export_encoder.py [RUN]     # a short run by default
+pip install '.[examples]' && python examples/export_encoder.py [RUN]
+Without RUN, a short run is made first.
 """
 
 import sys
@@ -20,7 +21,7 @@ ARCH, SIZE = "timm/resnet10t", 32
 
 
 def short_run(path):
-    """A run of one step, to have something to export."""
+    """Makes a run of one step, to have something to export."""
     flags = ["--arch", ARCH, "--image-size", str(SIZE), "--limit", "32", "--batch-size", "32"]
     if train.main([*flags, "--epochs", "1", "--quiet", "--out", str(path)]):
         sys.exit("the run failed")
@@ -28,13 +29,13 @@ def short_run(path):
 
 
 def in_its_library(arch, image_size):
-    """The same network without our code, untrained and without a classifier."""
+    """The same network from its own library, untrained and without a classifier."""
     if arch.startswith("timm/"):
         return timm.create_model(arch.removeprefix("timm/"), num_classes=0)
     network = models.get_model(arch)
     network.fc = nn.Identity()
     if image_size <= 64:
-        # the stem for small images
+        # small images keep their size in the first layer
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
     return network
@@ -45,7 +46,7 @@ def main(run, out):
     arch = RunFolder.open(run).config.encoder.arch
     x = torch.rand(4, 3, encoder.image_size, encoder.image_size)
 
-    # the names are those of timm or torchvision; files want weights in one piece
+    # the weights have the names of timm or torchvision; safetensors wants them contiguous
     weights = {name: w.contiguous() for name, w in encoder.network.state_dict().items()}
     save_file(weights, out / "encoder.safetensors")
     network = in_its_library(arch, encoder.image_size)
@@ -55,7 +56,7 @@ def main(run, out):
     mean, std = (values.flatten().tolist() for values in (normalize.mean, normalize.std))
     print(f"{out / 'encoder.safetensors'}: loads into {arch}, mean {mean}, std {std}")
 
-    # a program without any of this Python, for any number of images
+    # the exported program needs none of this Python code, and takes any number of images
     images = torch.export.Dim("images")
     program = torch.export.export(encoder, (x,), dynamic_shapes=({0: images},))
     torch.export.save(program, out / "encoder.pt2")

@@ -1,4 +1,4 @@
-"""SimCLR in lightly's words, with the fused NT-Xent in the place of lightly's.
+"""SimCLR as lightly writes it, with the fused NT-Xent instead of lightly's loss.
 
 pip install '.[examples]' && python examples/lightly_simclr.py
 """
@@ -19,7 +19,7 @@ IMAGES, BATCH_SIZE, EPOCHS, SIZE = 256, 64, 2, 32
 
 
 class Digits(Dataset):
-    """scikit-learn's digits as RGB images, transformed."""
+    """scikit-learn's digits as transformed RGB images."""
 
     def __init__(self, transform):
         self.pixels = (load_digits().images[:IMAGES] * 15).astype(np.uint8)
@@ -50,7 +50,7 @@ def main():
     model = SimCLR()
     transform = SimCLRTransform(input_size=SIZE, hf_prob=0.0, cj_prob=0.0, gaussian_blur=0.0)
     loader = DataLoader(Digits(transform), BATCH_SIZE, shuffle=True, drop_last=True)
-    # was: lightly.loss.NTXentLoss(temperature=0.5)
+    # in lightly this is lightly.loss.NTXentLoss(temperature=0.5)
     criterion = NTXentLoss(temperature=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9)
     for epoch in range(EPOCHS):

@@ -1,4 +1,4 @@
-"""The adversarial step in PyTorch Lightning, by manual optimisation.
+"""The adversarial step in PyTorch Lightning, with manual optimization.
 
 pip install '.[examples]' && python examples/lightning_simclr.py
 """
@@ -22,7 +22,7 @@ class AdversarialSimCLR(pytorch_lightning.LightningModule):
 
     def __init__(self):
         super().__init__()
-        # pair_step takes the backward passes, and Lightning the rest
+        # pair_step runs the backward passes, and Lightning does the rest
         self.automatic_optimization = False
         self.encoder = torchvision.models.resnet18(num_classes=128)
         self.adv_encoder = adversarial_twin(self.encoder)
@@ -39,7 +39,7 @@ class AdversarialSimCLR(pytorch_lightning.LightningModule):
         self.log_dict({"loss": step.loss, "adv_loss": step.adv_loss})
 
     def configure_optimizers(self):
-        # each shared weight comes once
+        # parameters() yields each shared weight once
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 

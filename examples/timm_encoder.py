@@ -1,7 +1,7 @@
-"""Any network of timm as the encoder, here a vision transformer: it has no BatchNorm.
+"""A network of timm as the encoder. This one is a vision transformer, which has no BatchNorm.
 
 pip install '.[examples]' && python examples/timm_encoder.py
-The same from the command line: python -m clae_fast.train --arch timm/vit_tiny_patch16_224
+The command for the same is python -m clae_fast.train --arch timm/vit_tiny_patch16_224
 """
 
 import timm
@@ -22,7 +22,7 @@ def main():
     torch.manual_seed(0)
     network = timm.create_model(NAME, num_classes=0, img_size=SIZE, patch_size=8, depth=4)
     config = network.pretrained_cfg
-    # pixels in 0..1 come in, so that the attack is in pixels
+    # the encoder takes pixels in 0..1, so that the attack's radius counts pixels
     backbone = nn.Sequential(Normalize(config["mean"], config["std"]), network)
     encoder = Encoder(backbone, ProjectionHead(network.num_features, 512, 128))
     adv_encoder = adversarial_twin(encoder)

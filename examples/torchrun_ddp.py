@@ -1,10 +1,11 @@
-"""The adversarial step in several processes: the same weights as one with the whole batch.
+"""The adversarial step in several processes, with the weights of one process with the whole batch.
 
-torchrun --nproc-per-node 2 examples/torchrun_ddp.py     # a GPU each, or where there is none, gloo
+torchrun --nproc-per-node 2 examples/torchrun_ddp.py
+Each process takes a GPU. Without GPUs they use the CPU and gloo.
 
-DistributedDataParallel takes one backward pass a step, in which every parameter has its gradient;
-this step has several. In its place: negatives from all processes, and one overlapped sum of
-gradients.
+DistributedDataParallel expects one backward pass a step, in which every parameter gets its
+gradient, and this step has several. So the processes gather each other's embeddings as negatives,
+and sum the gradients once, while the last backward pass runs.
 """
 
 import torch
@@ -21,7 +22,7 @@ BATCH_SIZE, STEPS, SIZE = 64, 6, 16
 
 
 def main():
-    # alone without torchrun
+    # without torchrun this is a world of one process
     world = distributed.init("auto")
     torch.manual_seed(0)
     backbone, features = build_encoder("resnet-narrow", SIZE)
@@ -38,7 +39,7 @@ def main():
     images = digits[:, None].expand(-1, 3, -1, -1)
     crop = v2.RandomResizedCrop(SIZE, scale=(0.4, 1.0))
     for number in range(STEPS):
-        # all processes draw the same, and each takes its part
+        # all processes draw the same batch, and each takes its own rows
         batch = images[torch.randperm(len(images))[:BATCH_SIZE]]
         views = (torch.stack([crop(image) for image in batch]) for _ in range(2))
         x_p, x_q = (world.own_rows(x).to(world.device) for x in views)

@@ -1,4 +1,4 @@
-"""Data sets, recipes of augmentation, and the batches that feed training and evaluation."""
+"""Data sets, augmentation recipes, and the batches that training and evaluation read."""
 
 from clae_fast.data.corrupt import CorruptImages
 from clae_fast.data.datasets import DATASETS, load, require_dataset

@@ -1,4 +1,4 @@
-"""What happens to images that cannot be read."""
+"""Keeps count of the images that cannot be read."""
 
 import sys
 from collections.abc import Iterable
@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 
 class CorruptImages:
-    """The images of a data set that could not be read, each named once on stderr.
+    """The images of a data set that could not be read. Each is named once on stderr.
 
     Args:
-        on_corrupt: "fail" to raise DataError at the first one; "skip" to train on the next readable
-            image in its place, and to leave it out of evaluation.
+        on_corrupt: "fail" raises DataError at the first such image. "skip" trains on the next
+            readable image in its place, and leaves it out of evaluation.
     """
 
     def __init__(self, on_corrupt: str = "fail") -> None:
@@ -24,9 +24,9 @@ class CorruptImages:
         return len(self._names)
 
     def add(self, errors: Iterable[str]) -> None:
-        """Takes the messages of errors, which name the images, and prints those that are new."""
+        """Adds the messages of errors, which name the images, and prints the new ones."""
         for error in errors:
             if error not in self._names:
                 self._names.add(error)
-                # above a progress bar, if there is one
+                # tqdm.write prints above a progress bar where there is one
                 tqdm.write(f"skipped: {error}", file=sys.stderr)

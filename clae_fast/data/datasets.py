@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Loads data sets by name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,24 +25,26 @@ def load(
     download: bool = False,
     on_corrupt: str = "fail",
 ) -> Splits:
-    """Returns the splits of a data set: to train on, labelled, and to test on.
+    """Loads the splits of a data set: the training images, those with labels, and the test images.
 
     Args:
-        name: "digits" (scikit-learn's, embedded);
-            "cifar10", "cifar100", "stl10", "tiny_imagenet" (as published, unpacked in `data_dir`);
-            "imagenet100" (`data_dir`/train/WNID and val/WNID, 100 classes or all of ImageNet);
-            "folder" (`data_dir`/train/CLASS and test/CLASS or val/CLASS);
-            "parquet" (train*.parquet and test*.parquet in `data_dir`, the Hugging Face layout);
-            "hf/NAME" (of the Hugging Face hub, which the package `datasets` fetches).
-        data_dir: folder of the files; ./data for those that can be fetched.
-        limit: use `limit` images of each split: the first, or where they are stored class by class,
-            evenly spaced ones.
-        download: fetch a published set into `data_dir` when it is not there.
-        on_corrupt: what an unreadable image does, see `CorruptImages`.
+        name: Which data set:
+            "digits" comes with scikit-learn;
+            "cifar10", "cifar100", "stl10", "tiny_imagenet" are unpacked in `data_dir`;
+            "imagenet100" is `data_dir`/train/WNID and val/WNID, 100 classes or all of ImageNet;
+            "folder" is `data_dir`/train/CLASS and test/CLASS or val/CLASS;
+            "parquet" is train*.parquet and test*.parquet in `data_dir`, as Hugging Face lays it
+            out;
+            "hf/NAME" is a set of the Hugging Face hub, which the package `datasets` downloads.
+        data_dir: Folder of the files. Sets that can be downloaded are in ./data by default.
+        limit: How many images of each split are used; None for all. They are the first ones, or
+            evenly spaced ones where images are stored class by class.
+        download: Whether a published set is downloaded into `data_dir` when it is not there.
+        on_corrupt: What happens to an unreadable image, as in `CorruptImages`.
 
     Raises:
-        DataError: files are missing, damaged or not laid out as expected.
-        ValueError: an unknown name, or a set that needs `data_dir` without it.
+        DataError: Files are missing, damaged or not laid out as expected.
+        ValueError: The name is unknown, or the set needs `data_dir` and none is given.
     """
     require_dataset(name, data_dir)
     root = Path(data_dir or "data")
@@ -72,7 +74,7 @@ def load(
 
 
 def require_dataset(name: str, data_dir: str | Path | None) -> None:
-    """Raises ValueError where `load` would know before it looks for files that it cannot load."""
+    """Raises ValueError for a name that `load` refuses before it looks for any file."""
     by_name = name.startswith("hf/") and name != "hf/"
     if not by_name and name not in DATASETS[:-1]:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Encoded images, decoded when they are asked for: any kind of pixel becomes RGB bytes."""
+"""Decodes encoded images when they are asked for. Every kind of pixel becomes RGB bytes."""
 
 import hashlib
 import os
@@ -13,19 +13,19 @@ from PIL import Image, UnidentifiedImageError
 
 from clae_fast.errors import DataError
 
-# what `augment_params` draws crops of
+# the longest side of an image that `augment_params` can draw crops of
 _LARGEST = 2**15
 
 
 def decode(file: IO[bytes] | Path, name: str) -> Image.Image:
-    """The image as RGB bytes; transparency is dropped, 16-bit grey scaled.
+    """Decodes an image to RGB bytes. Transparency is dropped, and 16-bit gray is scaled to 8 bits.
 
     Args:
-        file: the encoded image.
-        name: what an error calls it.
+        file: The encoded image.
+        name: What an error calls it.
 
     Raises:
-        DataError: it cannot be read, or is no whole image.
+        DataError: It cannot be read, or is not a whole image.
     """
     with _opened(file, name) as image:
         image = to_rgb(image)
@@ -35,10 +35,10 @@ def decode(file: IO[bytes] | Path, name: str) -> Image.Image:
 
 
 def dimensions(file: IO[bytes] | Path, name: str) -> tuple[int, int]:
-    """Height and width of the image, from its header.
+    """Reads the height and width of an image from its header.
 
     Raises:
-        DataError: it cannot be read, or is no image.
+        DataError: It cannot be read, or is no image.
     """
     with _opened(file, name) as image:
         return image.height, image.width
@@ -46,31 +46,31 @@ def dimensions(file: IO[bytes] | Path, name: str) -> tuple[int, int]:
 
 @contextmanager
 def _opened(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
-    """The image, of which nothing but the header has been read; names what goes wrong with it."""
+    """Opens an image and reads its header; every failure becomes a DataError that names it."""
     try:
         with Image.open(file) as image:
             yield image
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: damaged image (of no known format)") from error
     except OSError as error:
-        # PIL's own have no number
+        # an OSError of PIL's own has no number
         if error.errno is None:
             raise DataError(f"{name}: damaged image ({error})") from error
         raise DataError(f"{name}: {error.strerror}") from error
     except MemoryError:
         raise
     except Exception as error:
-        # decoders raise anything on bytes that are not what they claim to be
+        # decoders can raise anything on damaged bytes
         raise DataError(f"{name}: damaged image ({error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB bytes; transparency is dropped, 16-bit grey scaled."""
+    """Converts an image to RGB bytes: transparency is dropped, 16-bit gray is scaled to 8 bits."""
     if image.mode.startswith("I"):
-        # PIL would clip 16 bits at 255
+        # PIL would clip 16-bit values at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     elif "transparency" in image.info:
-        # or PIL warns of what it does to palettes
+        # PIL would warn about palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -80,9 +80,9 @@ class Files:
     """Image files below a folder.
 
     Attributes:
-        root: the folder.
-        names: paths relative to it, as fixed-width bytes: a million take no Python objects, which
-            worker processes would copy by counting references.
+        root: The folder.
+        names: Paths relative to it, as bytes of one length. Python objects would be copied into
+            each loader process, since counting references writes to them.
     """
 
     root: Path
@@ -111,7 +111,7 @@ class Files:
         return self.root / os.fsdecode(self.names[row])
 
     def digest(self, rows: Sequence[int]) -> bytes:
-        """Of names and sizes."""
+        """A digest of the files' names and sizes."""
         digest = hashlib.sha256()
         root = os.fsencode(self.root)
         for name in self.names[np.asarray(rows, dtype=np.int64)].tolist():

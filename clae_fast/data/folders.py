@@ -1,4 +1,4 @@
-"""Image files in a folder for each class: any data set of that layout, and ImageNet-100 of it."""
+"""Data sets with a folder of image files for each class, ImageNet-100 among them."""
 
 import os
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def image_folder(root: Path) -> Splits:
 def imagenet100(root: Path) -> Splits:
     """100 classes of ImageNet, from `root`/train and `root`/val.
 
-    They are the folders that are there if these are 100, or else those listed in
-    `root`/imagenet100.txt, or else the list of Tian et al., "Contrastive multiview coding", ECCV
+    If `root`/train has 100 folders, these are the classes. Otherwise `root`/imagenet100.txt lists
+    them. Without that file they are those of Tian et al., "Contrastive multiview coding", ECCV
     2020, which most papers use.
     """
     classes = class_folders(root / "train")
@@ -50,7 +50,7 @@ def image_files(folder: Path) -> Files:
     """All image files below `folder`, sorted by their paths.
 
     Raises:
-        DataError: there is none, or a folder that may not be read.
+        DataError: There is no image, or a folder may not be read.
     """
 
     def fail(error: OSError) -> None:
@@ -68,7 +68,7 @@ def image_files(folder: Path) -> Files:
 
 
 def _test_folder(root: Path) -> Path:
-    """The first of test and val that has folders: ImageNet's test set has no labels."""
+    """The first of test and val that has folders of classes; ImageNet's test set has none."""
     for path in (root / "test", root / "val"):
         if path.is_dir() and _folders(path):
             return path
@@ -76,7 +76,7 @@ def _test_folder(root: Path) -> Path:
 
 
 def require_folder(path: Path) -> None:
-    """Raises DataError, which says what is there, where `path` is no folder."""
+    """Raises DataError where `path` is no folder; the message says what is there instead."""
     if path.is_dir():
         return
     if not path.parent.is_dir():
@@ -88,7 +88,7 @@ def require_folder(path: Path) -> None:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted; hidden ones are no classes."""
+    """The names of the folders in `folder`, sorted, without hidden ones."""
     require_folder(folder)
     names = _folders(folder)
     if not names:
@@ -105,9 +105,9 @@ def images_of(folder: Path, classes: Sequence[str], *, of_every: bool = True) ->
     """All image files below `folder`/CLASS.
 
     Args:
-        folder: where the classes' folders are.
-        classes: their names, in the order of the labels; other folders are ignored.
-        of_every: refuse a class without images, and not only to find none at all.
+        folder: The folder that holds the classes' folders.
+        classes: The names of the classes in the order of their labels. Other folders are ignored.
+        of_every: Whether every class must have an image; otherwise one image in all is enough.
     """
     numbers = {name: number for number, name in enumerate(classes)}
     found = make_dataset(str(folder), numbers, IMG_EXTENSIONS, allow_empty=True)
@@ -115,7 +115,7 @@ def images_of(folder: Path, classes: Sequence[str], *, of_every: bool = True) ->
     empty = sorted(set(numbers.values()) - set(labels))
     if empty and (of_every or not labels):
         path = folder / classes[empty[0]] if of_every else folder
-        # make_dataset passes over folders that it may not list
+        # make_dataset silently skips a folder that it may not list
         if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
             raise DataError(f"{path}: Permission denied")
         raise DataError(f"{path} holds no image ({', '.join(IMG_EXTENSIONS)})")

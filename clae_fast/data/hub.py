@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or of its layout in a folder, by the package `datasets`."""
+"""Data sets of the Hugging Face hub, or of a folder in its layout, by the package `datasets`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from clae_fast.errors import DataError
 
 @dataclass(frozen=True)
 class Table:
-    """Encoded images of a `datasets.Dataset`, which memory-maps them.
+    """The encoded images of a `datasets.Dataset`, which memory-maps them.
 
     Attributes:
-        name: what an error calls the set.
-        records: the data set.
-        column: where its images are.
+        name: What an error calls the set.
+        records: The data set.
+        column: The column that holds the images.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Table:
         return Path(record["path"]), f"{name}, {record['path']}"
 
     def digest(self, rows: Sequence[int]) -> bytes:
-        """Of the sizes that `datasets` knows."""
+        """A digest of the sizes that `datasets` knows."""
         info = self.records.info
         digest = hashlib.sha256(np.asarray(rows).tobytes())
         digest.update(f"{info.dataset_size} {self.records.split} {len(self)}".encode())
@@ -59,11 +59,11 @@ class Table:
 
 
 def hub(name: str, cache: Path | None) -> Splits:
-    """The splits train and test (or else validation, where test has no labels) of a data set.
+    """Loads the split train, and test or, where that has no labels, validation.
 
     Args:
-        name: as on the hub, or a folder.
-        cache: where `datasets` keeps what it fetched; its own folder by default.
+        name: The data set's name on the hub, or a folder.
+        cache: The folder in which `datasets` keeps downloads; its own by default.
     """
     try:
         import datasets
@@ -72,12 +72,12 @@ def hub(name: str, cache: Path | None) -> Splits:
         raise DataError(
             f"hf/{name} needs the package datasets: pip install 'clae_fast[hf]'"
         ) from error
-    # it announces each attempt; the last one is the error below
+    # it would announce each attempt; the last one becomes the error below
     huggingface_hub.logging.set_verbosity_error()
     try:
         found = datasets.load_dataset(name, cache_dir=cache and str(cache))
     except Exception as error:
-        # its own, the hub's, and those of the readers of a dozen formats
+        # errors come from the package, from the hub and from readers of a dozen formats
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"cannot load hf/{name} ({reason}): check the name and the network, or name a folder "
@@ -89,7 +89,7 @@ def hub(name: str, cache: Path | None) -> Splits:
     for part in ("test", "validation", "valid", "val"):
         if part in found:
             test = _split(name, found[part])
-            # a challenge keeps the labels of its test set to itself
+            # the test set of a challenge has no public labels
             if int(test.labels.min()) >= 0:
                 known = train.labels >= 0
                 return Splits(train, train if known.all() else train.select(known), test)

@@ -1,4 +1,4 @@
-"""Loader processes, and the loader of one pass for evaluation."""
+"""Starts loader processes, and loads a split once for evaluation."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from clae_fast.errors import DataError
 
 
 def eval_transform(image_size: int) -> v2.Compose:
-    """The middle of an image, as a float tensor [3, image_size, image_size] in [0, 1]."""
+    """Crops the middle of an image, as a float tensor [3, image_size, image_size] in [0, 1]."""
     middle = [v2.Resize(image_size), v2.CenterCrop(image_size)]
     as_floats = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
     return v2.Compose([*middle, *as_floats])
 
 
 class Batches:
-    """Batches of tensors; images that were skipped for them are named as the batches come."""
+    """Batches of tensors; skipped images are named on stderr as their batches arrive."""
 
     def __init__(self, loader: DataLoader, split: Split) -> None:
         self._loader = loader
@@ -52,9 +52,10 @@ def image_loader(
     workers: int,
     pin_memory: bool = False,
 ) -> Batches:
-    """Loads a split once, in order, with `workers` or fewer: images [N, 3, H, W] and labels [N].
+    """Loads a split once, in order: batches of images [N, 3, H, W] and labels [N].
 
-    Corrupt images are left out, where they are skipped.
+    At most `workers` processes decode, and at most one for each core. Where corrupt images are
+    skipped, batches leave them out.
     """
     images = _Images(split, transform)
     loader = make_loader(
@@ -68,29 +69,32 @@ def image_loader(
 
 
 def make_loader(dataset: Dataset, *, workers: int, **settings: Any) -> DataLoader:
-    """A DataLoader with `workers` processes or fewer, one a core, which leave Ctrl-C to this one.
+    """Makes a DataLoader whose processes ignore Ctrl-C, which this process handles.
 
-    `settings` are other arguments of it.
+    Args:
+        dataset: The data set.
+        workers: How many processes load, but at most one for each core; 0 loads in this one.
+        settings: Further arguments of DataLoader.
     """
     return DataLoader(
         dataset,
         num_workers=min(workers, _cores()),
         worker_init_fn=_leave_interrupts_to_the_parent,
-        # the loader's own seed, unused here, must not move the global generator on a resume
+        # a loader draws a seed that nothing here uses: it must not move the global generator
         generator=torch.Generator(),
         **settings,
     )
 
 
 def _cores() -> int:
-    """Cores that this process may use; more loader processes than that get in each other's way."""
+    """How many cores this process may use; more loader processes would only compete for them."""
     return len(os.sched_getaffinity(0))
 
 
 def _leave_interrupts_to_the_parent(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent ends its workers
+    # Ctrl-C reaches every process of a terminal, and the parent ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # and so may SIGTERM: one that fails would end the parent within a step
+    # SIGTERM may reach all as well: a worker that fails would end the parent in mid-step
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     sys.excepthook = _print_unless_parent_left
 
@@ -98,13 +102,13 @@ def _leave_interrupts_to_the_parent(_: int) -> None:
 def _print_unless_parent_left(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    # an interrupted parent leaves a batch half fetched, which is no news
+    # a parent that was interrupted leaves a batch half fetched, which nobody needs to know
     if not issubclass(kind, ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
 
 def _collate(items: list[tuple[Any, ...]]) -> tuple[list[Tensor], list[str]]:
-    """Stacks the tensors of items (*tensors, errors), passing over those that have none."""
+    """Stacks the tensors of items (*tensors, errors); items without tensors are left out."""
     errors = [error for *_, found in items for error in found]
     tensors = [parts for *parts, _ in items if parts]
     return default_collate(tensors) if tensors else [], errors

@@ -1,4 +1,4 @@
-"""Published sets: scikit-learn's digits, CIFAR and STL-10 by torchvision, Tiny ImageNet."""
+"""Published data sets: scikit-learn's digits, CIFAR and STL-10 by torchvision, Tiny ImageNet."""
 
 import os
 import tempfile
@@ -24,7 +24,7 @@ _TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 def digits() -> Splits:
-    """Handwritten digits, 1,797 grey 8x8 images: 1,437 to train on and 360 to test, stratified."""
+    """Handwritten digits, 1,797 gray 8x8 images: 1,437 to train on, 360 to test on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -41,7 +41,7 @@ def digits() -> Splits:
 
 
 def cifar(name: str, root: Path, *, download: bool) -> Splits:
-    """CIFAR-10 or CIFAR-100: 50,000 images of 32x32 to train on and 10,000 to test."""
+    """CIFAR-10 or CIFAR-100: 50,000 images of 32x32 to train on and 10,000 to test on."""
     kind: Any = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
 
     def split(train: bool) -> Split:
@@ -54,7 +54,7 @@ def cifar(name: str, root: Path, *, download: bool) -> Splits:
 
 
 def stl10(root: Path, *, download: bool) -> Splits:
-    """STL-10, images of 96x96: 100,000 without and 5,000 with labels to train on, 8,000 to test."""
+    """STL-10, 96x96: 100,000 images without and 5,000 with labels to train on, 8,000 to test on."""
 
     def split(name: str) -> Split:
         with _errors("stl10", root, datasets.STL10.url):
@@ -67,7 +67,7 @@ def stl10(root: Path, *, download: bool) -> Splits:
 
 
 def tiny_imagenet(root: Path, *, download: bool) -> Splits:
-    """Tiny ImageNet, 200 classes of 64x64: 100,000 images to train on, the 10,000 of val to test.
+    """Tiny ImageNet, 200 classes of 64x64: 100,000 images to train on, val to test on.
 
     The labels of its own test set are not published.
     """
@@ -79,7 +79,7 @@ def tiny_imagenet(root: Path, *, download: bool) -> Splits:
             if not download:
                 raise RuntimeError
             root.mkdir(parents=True, exist_ok=True)
-            # moved when it is whole
+            # unpacked aside and then moved, so that the folder is whole or absent
             with tempfile.TemporaryDirectory(dir=root) as scratch:
                 download_and_extract_archive(
                     _TINY_IMAGENET, str(root), extract_root=scratch, md5=_TINY_IMAGENET_MD5
@@ -115,7 +115,7 @@ def _read(file: Path) -> str:
 
 @contextmanager
 def _errors(name: str, root: Path, url: str) -> Iterator[None]:
-    """Turns what torchvision raises into one line that says what to do."""
+    """Turns torchvision's errors into one line that says what to do."""
     try:
         yield
     except (OSError, HTTPException) as error:

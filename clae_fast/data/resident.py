@@ -1,4 +1,4 @@
-"""Training images that are decoded once and stay on the device."""
+"""Decodes the training images once, to bytes that stay on the device."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,29 +17,29 @@ from clae_fast.data.schedule import BatchSchedule
 from clae_fast.data.split import Split
 from clae_fast.errors import DataError
 
-# images that a worker decodes at a time
+# how many images a worker decodes at a time
 _CHUNK = 64
 _NOTHING = np.empty((0, 0, 3), dtype=np.uint8)
-# samples whose parameters are drawn at a time, which takes about 5 KB each meanwhile
+# for so many samples at a time parameters are drawn, which takes about 5 KB each meanwhile
 _DRAWN = 2**14
 
 
 class Resident:
-    """Batches of images that lie decoded on the device, and how each is augmented.
+    """Batches of images that lie decoded on the device, with the parameters of their views.
 
-    Where corrupt images are skipped, the next readable ones stand in for them.
+    Where corrupt images are skipped, each is replaced by the next readable one.
 
     Args:
-        split: the training images.
-        schedule: which of them make up each batch.
-        draw: the tables of `augment_params` with the run's settings, for V views.
-        device: where the images stay.
-        workers: processes that decode them, at most one a core.
-        labels: whether batches have them.
-        bar: whether to show on stderr how far decoding is, where that takes longer.
+        split: The training images.
+        schedule: Which images make up each batch.
+        draw: Draws the tables of `augment_params` for all V views, with the run's settings.
+        device: The device that the images stay on.
+        workers: How many processes decode them, at most one for each core.
+        labels: Whether batches have labels.
+        bar: Whether a bar on stderr shows how far decoding is, if it takes a while.
 
     Raises:
-        DataError: an image cannot be read, or where such are skipped, none can.
+        DataError: An image cannot be read; or no image can, where such images are skipped.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Resident:
         images = unpack(pixels, sizes[decoded])
         self._images = images.to(device)
         found = decoded.nonzero().flatten()
-        # the place of each image, or of the next one that could be read
+        # the place of each image, or that of the next readable one
         rows = torch.searchsorted(found, torch.arange(len(split))) % len(found)
         self._rows = rows.to(device)  # [S]
         self._labels = split.labels[decoded].to(device) if labels else None
         self.where = f"on {pixels.device}, {readable(len(pixels))}"
 
     def __iter__(self) -> Iterator[tuple[Tensor | RaggedImages, Tensor, Tensor, Tensor | None]]:
-        """The images of all batches; parameters [V, n, 16], rows and labels [n] of each batch."""
+        """Yields all images, and for each batch parameters [V, n, 16], rows [n] and labels [n]."""
         n = self._schedule.batch_size // self._schedule.world
         for epoch, block in self._schedule.blocks(max(_DRAWN // n, 1)):
             ids = _to_device(torch.from_numpy(block).flatten(), self._rows.device)
@@ -80,7 +80,7 @@ class Resident:
 
 
 def _to_device(ids: Tensor, device: torch.device) -> Tensor:
-    # a copy from pageable memory would wait for the GPU to finish all it has
+    # a copy from memory that is not pinned would wait until the GPU has finished its work
     ids = ids.pin_memory() if device.type == "cuda" else ids
     return ids.to(device, non_blocking=True)
 
@@ -88,10 +88,7 @@ def _to_device(ids: Tensor, device: torch.device) -> Tensor:
 def _decode(
     split: Split, device: torch.device, *, workers: int, bar: bool
 ) -> tuple[Tensor, Tensor]:  # [bytes], [S, 2]
-    """The pixels of all readable images, and the sizes of all: those of the others are 0.
-
-    With `bar` it shows on stderr how far it is, where that takes longer.
-    """
+    """The pixels of all readable images, and the sizes of all images: 0 for an unreadable one."""
     chunks = _Chunks(split)
     loader = make_loader(chunks, workers=workers, batch_size=None)
     parts: deque[Tensor] = deque()
@@ -102,11 +99,11 @@ def _decode(
     ) as done:
         for pixels, found, errors in loader:
             reasons += errors
-            # a copy, since what a worker sends keeps a file open
+            # copied, since a tensor from a worker keeps a file open
             parts.append(pixels.clone())
             sizes.append(found.clone())
             done.update(len(found))
-    # not within the bar, which would show at once
+    # done after the bar is closed, since a message would make it appear
     split.corrupt.add(reasons)
     total = sum(len(part) for part in parts)
     if not total:
@@ -114,7 +111,7 @@ def _decode(
     whole = torch.empty(total, dtype=torch.uint8, device=device)
     end = total
     while parts:
-        # each part is freed when it is in its place
+        # each part is freed as soon as it is in its place
         part = parts.pop()
         whole[end - len(part) : end] = part
         end -= len(part)
@@ -122,7 +119,7 @@ def _decode(
 
 
 class _Chunks(Dataset):
-    """Runs of neighbouring images: pixels, sizes, and errors of those that are skipped."""
+    """Runs of neighboring images: their pixels, their sizes, and the errors of skipped ones."""
 
     def __init__(self, split: Split) -> None:
         self.split = split

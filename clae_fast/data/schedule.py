@@ -1,4 +1,4 @@
-"""Which images make up each batch of a training run."""
+"""Decides which images make up each batch of a training run."""
 
 from collections.abc import Iterator
 
@@ -7,22 +7,23 @@ from torch.utils.data import Sampler
 
 
 class BatchSchedule(Sampler[tuple[int, np.ndarray]]):
-    """The batches of a run from one step to its last, each an epoch and indices of images.
+    """The batches of a run from some step to its last. A batch is an epoch and indices of images.
 
-    An epoch is a permutation drawn from (seed, epoch), cut into full batches; the rest is dropped.
-    One iterator spans the epochs, so that workers never idle at a boundary.
+    Each epoch is a permutation, which (seed, epoch) determines, cut into full batches. The images
+    that are left over at its end are dropped. One iterator spans all epochs, so that loader
+    processes never idle between two.
 
     Args:
-        size: images in the training set.
-        batch_size: images in a batch, of all processes together.
-        epochs: passes over the set in the whole run.
-        seed: of the run.
-        start: steps that are done already.
-        rank: whose part of each batch this is.
-        world: processes that share a batch; rank r gets the r-th of as many equal parts.
+        size: How many images the training set has.
+        batch_size: How many images a batch has, over all processes together.
+        epochs: How many passes over the set the whole run makes.
+        seed: The run's seed.
+        start: How many steps are done already.
+        rank: The process whose part of each batch this is.
+        world: How many processes share a batch; each gets an equal part.
 
     Raises:
-        ValueError: a batch that is empty, larger than the set, or does not divide by `world`.
+        ValueError: A batch is empty, is larger than the set, or is not divisible by `world`.
     """
 
     def __init__(

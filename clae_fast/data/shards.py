@@ -1,4 +1,4 @@
-"""Encoded images in Parquet shards, the image layout of Hugging Face."""
+"""Encoded images in Parquet shards, laid out as Hugging Face's image data sets are."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from clae_fast.data.encoded import decode, dimensions
 from clae_fast.data.split import Split, Splits
 from clae_fast.errors import DataError
 
-# a split of at most so many bytes is kept in memory; of a larger one, an image's row group is read
+# a split of at most so many bytes is kept in memory; of a larger one, single row groups are read
 _IN_MEMORY = 2**31
-# but not where groups are larger than this, and reading one takes longer than training on an image
+# row groups above this size are not read one at a time: that would take longer than training
 _LARGE_GROUP = 2**26
-# where the schema and the places and statistics of all columns are
+# a shard ends with its schema and the places and statistics of its columns, within so many bytes
 _FOOTER = 2**16
 
 
@@ -34,7 +34,7 @@ def parquet(folder: Path) -> Splits:
 
 @dataclass(frozen=True)
 class _Group:
-    """A row group: rows from `start` on of shard `file`, in group `number`, images in `column`."""
+    """Row group `number` of the shard `file`; its rows begin at `start`, images are in `column`."""
 
     file: Path
     number: int
@@ -46,14 +46,14 @@ class _Group:
         from pyarrow.parquet import ParquetFile
 
         with _readable(self.file), ParquetFile(self.file) as shard:
-            # worker processes are parallel enough
+            # several worker processes read at once already
             table = shard.read_row_group(
                 self.number, columns=[f"{self.column}.bytes"], use_threads=False
             )
         return table.column(self.column)
 
 
-# evaluation reads in order
+# evaluation reads in order, so that keeping the last group is enough
 _last = lru_cache(maxsize=1)(_Group.read)
 
 
@@ -62,10 +62,10 @@ class Shards:
     """Records of encoded images.
 
     Attributes:
-        groups: the row groups.
-        starts: the number of the first image in each.  # [G]
-        total: images in all.
-        records: what is in the groups, where it is kept in memory.
+        groups: The row groups.
+        starts: The number of the first image in each group, [G].
+        total: How many images there are in all.
+        records: The groups' contents, where they are kept in memory.
     """
 
     groups: tuple[_Group, ...]
@@ -96,7 +96,7 @@ class Shards:
         return BytesIO(record["bytes"]), name
 
     def digest(self, rows: Sequence[int]) -> bytes:
-        """Of the shards' names, sizes and footers."""
+        """A digest of the shards' names, sizes and footers."""
         digest = hashlib.sha256(np.asarray(rows).tobytes())
         for file in dict.fromkeys(group.file for group in self.groups):
             size = file.stat().st_size

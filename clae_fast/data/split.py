@@ -1,4 +1,4 @@
-"""A split of a data set: images that open one at a time, their labels, and what identifies them."""
+"""A split of a data set: images that open one at a time, their labels, and their digest."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from clae_fast.errors import DataError
 
 
 class Images(Protocol):
-    """Stored images; what opens them is picklable and works in any process."""
+    """Stored images. The object that opens them can be pickled and works in any process."""
 
     def __len__(self) -> int: ...
 
@@ -24,14 +24,14 @@ class Images(Protocol):
         """Image `row` as a PIL image in RGB or a float tensor [3, H, W].
 
         Raises:
-            DataError: it cannot be read; the message names it.
+            DataError: It cannot be read; the message names it.
         """
 
     def size(self, row: int) -> tuple[int, int]:
-        """Height and width of image `row`, without decoding it; raises what `open` does."""
+        """Height and width of image `row`, read without decoding it; raises as `open` does."""
 
     def digest(self, rows: Sequence[int]) -> bytes:
-        """Cheap bytes that change with the stored images `rows`."""
+        """Bytes that are cheap to compute and change with the stored images `rows`."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Split:
     """Images and labels, a choice of the rows of what is stored.
 
     Attributes:
-        images: where the images are.
-        labels: class numbers [N], int64, from 0; -1 where an image has none.
-        rows: the stored images that belong to it, [N].
-        classes: names of the classes by number, where they are known.
-        corrupt: what was found of its images, and of the other splits' of its data set.
+        images: Where the images are.
+        labels: Class numbers [N], int64, from 0; -1 where an image has none.
+        rows: The stored images that belong to it, [N].
+        classes: Names of the classes by number, where they are known.
+        corrupt: What was found of its images, and of the other splits' of its data set.
     """
 
     images: Images
@@ -71,11 +71,11 @@ class Split:
         return self.images.size(int(self.rows[index]))
 
     def select(self, indices: Any) -> "Split":
-        """The part at `indices`, which index a tensor."""
+        """The part of the split at `indices`, which is anything that indexes a tensor."""
         return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
     def evenly(self, count: int) -> "Split":
-        """At most `count` of the images, as far apart as they can be."""
+        """At most `count` images, evenly spaced."""
         count = min(count, len(self))
         return self.select(torch.arange(count) * len(self) // count)
 
@@ -84,9 +84,9 @@ class Split:
         return DataError("; ".join([f"none of the {len(self)} images can be read", *errors[:1]]))
 
     def fingerprint(self) -> str:
-        """A digest of what the images and labels are, wherever they are stored.
+        """A digest of images and labels that does not depend on where they are stored.
 
-        Encoded images count by name and size and not by content, which would have to be read.
+        Of encoded images, it takes names and sizes; their contents would have to be read.
         """
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         digest.update(self.images.digest(self.rows.tolist()))
@@ -94,12 +94,12 @@ class Split:
 
 
 class Splits(NamedTuple):
-    """What a data set is used for.
+    """The splits of a data set by their use.
 
     Attributes:
-        train: what contrastive training reads.
-        labelled: the labelled training images, which evaluation fits on; `train` for most sets.
-        test: the test set, which no training touches.
+        train: The images that contrastive training reads.
+        labelled: The training images with labels, which evaluation fits on; most sets label all.
+        test: The test images, which no training touches.
     """
 
     train: Split
@@ -111,15 +111,15 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     """Splits off a validation part with the same share of every class, to within one image.
 
     Args:
-        split: labelled images.
-        size: images to hold out.
-        seed: which ones.
+        split: Labeled images.
+        size: How many images are held out.
+        seed: Decides which ones.
 
     Returns:
         The rest and the held out part, each in the order of `split`.
 
     Raises:
-        ValueError: `size` leaves either part empty.
+        ValueError: One of the two parts would be empty.
     """
     held = stratified(split.labels, size, seed)
     return split.select(~held), split.select(held)
@@ -129,9 +129,9 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:  # [N] -> [N]
     """Marks `size` of the images, the same share of every class to within one image.
 
     Args:
-        labels: classes.
-        size: images to mark.
-        seed: which ones.
+        labels: Classes.
+        size: Images to mark.
+        seed: Which ones.
 
     Returns:
         True for these.

@@ -1,4 +1,4 @@
-"""Training images that are decoded whenever a batch needs them, by other processes."""
+"""Decodes training images in loader processes whenever a batch needs them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,24 +15,24 @@ from clae_fast.data.schedule import BatchSchedule
 from clae_fast.data.split import Split
 from clae_fast.errors import DataError
 
-# the images of a batch, their parameters [V, n, 16] and, where asked for, their labels [n]
+# the images of a batch, the parameters of their views [V, n, 16] and, if asked for, labels [n]
 _Batch = tuple[Tensor | RaggedImages, Tensor, Tensor | None]
 
 
 class Streamed:
-    """Batches of images that workers decode ahead of the step, and how each is augmented.
+    """Batches of images that workers decode ahead of the step, with the parameters of their views.
 
-    The workers live from the first batch to the last, each two batches ahead. On its way to a GPU
-    a batch is one more ahead, in pinned memory and on a stream of its own. Where corrupt images are
-    skipped, the next readable ones stand in for them.
+    The workers live from the first batch to the last, and each is two batches ahead. A batch for a
+    GPU is copied one batch ahead, from pinned memory and on a stream of its own. Where corrupt
+    images are skipped, each is replaced by the next readable one.
 
     Args:
-        split: the training images.
-        schedule: which of them make up each batch.
-        draw: the tables of `augment_params` with the run's settings, for V views.
-        device: where the batches go.
-        workers: processes that decode, at most one a core.
-        labels: whether batches have them.
+        split: The training images.
+        schedule: Which images make up each batch.
+        draw: Draws the tables of `augment_params` for all V views, with the run's settings.
+        device: The device that the batches go to.
+        workers: How many processes decode, at most one for each core.
+        labels: Whether batches have labels.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Streamed:
         self.where = f"streamed, {count or 'no'} worker{'s' * (count != 1)}"
 
     def __iter__(self) -> Iterator[tuple[Tensor | RaggedImages, Tensor, None, Tensor | None]]:
-        """The images of each batch, their parameters and labels; the rows are in order."""
+        """Yields images, parameters and labels of each batch; None says that rows are in order."""
         on_gpu = self._device.type == "cuda"
         batches = self._decoded()
         for images, params, labels in _copied_ahead(batches, self._device) if on_gpu else batches:
@@ -71,7 +71,7 @@ class Streamed:
 
 
 def _copied_ahead(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
-    """The batches on a GPU, each copied there while the one before it is used."""
+    """Yields the batches on a GPU; each is copied there while the one before it is used."""
     stream = torch.cuda.Stream(device)
     ahead: tuple[_Batch, torch.cuda.Event] | None = None
     for images, params, labels in batches:
@@ -96,7 +96,7 @@ def _to(images: Tensor | RaggedImages, device: torch.device) -> Tensor | RaggedI
 
 
 def _arrived(batch: _Batch, copied: torch.cuda.Event) -> _Batch:
-    """The batch, for the current stream, which waits for it and holds its memory."""
+    """Has the current stream wait for the batch and keep its memory."""
     images, params, labels = batch
     stream = torch.cuda.current_stream(params.device)
     stream.wait_event(copied)
@@ -108,7 +108,7 @@ def _arrived(batch: _Batch, copied: torch.cuda.Event) -> _Batch:
 
 
 class _Batches(Dataset):
-    """What each batch of the schedule is made of, and the errors that were new."""
+    """Loads a batch of the schedule; with it come the errors that are new."""
 
     def __init__(self, split: Split, draw: Callable[..., Tensor], *, labels: bool) -> None:
         self.split = split
@@ -129,16 +129,16 @@ class _Batches(Dataset):
             pixels.append(to_bytes(image))
         images = unpack(*pack(pixels))
         height, width = sides(images)
-        # here, since on the way to a GPU it would be hundreds of small launches
+        # drawn on the CPU, since a GPU would need hundreds of small launches for it
         params = self.draw(torch.from_numpy(indices), epoch=epoch, height=height, width=width)
         labels = self.split.labels[found] if self.labels else None
         return images, params, labels, errors
 
     def _readable(self, index: int, errors: list[str]) -> tuple[int, Any]:
-        """The first readable image from `index` on, and its own index; adds errors before it."""
+        """The first readable image from `index` on, and its index; errors on the way are added."""
         for offset in range(len(self.split)):
             at = (index + offset) % len(self.split)
-            # a folder that is gone is not searched again for each of its images
+            # an image that failed before is not tried again
             if at in self._corrupt:
                 continue
             try:

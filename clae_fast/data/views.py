@@ -1,4 +1,4 @@
-"""The views of a whole training run, wherever its images are."""
+"""Makes the views of a training run, from images on the device or from a loader."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,15 @@ RESIDENT = ("auto", "yes", "no")
 
 
 class ViewSource:
-    """Iterates over a run's batches, from one step to the last.
+    """Iterates over a run's batches, from some step to the last.
 
-    The views of a sample are a function of (seed, epoch, index, view) alone, the index being that
-    in the training split: neither of workers, nor of processes, nor of where the images are.
+    The seed, the epoch, the image's index in the training split and the number of the view
+    determine a view. It does not depend on loader processes, on the number of training processes,
+    or on where the images are.
 
     Attributes:
-        where: in a few words, where the images are.
-        steps_per_epoch: full batches in an epoch.
+        where: Where the images are, in a few words.
+        steps_per_epoch: How many full batches an epoch has.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class ViewSource:
         )
 
     def __len__(self) -> int:
-        """Batches to come."""
+        """How many batches are still to come."""
         return len(self._schedule)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Views in 0..1, channels_last, and labels where they are asked for, on the device."""
+        """Yields views in 0..1, channels_last, and labels if asked for, on the device."""
         large, small = self._sizes
         for images, params, rows, labels in self._batches:
             views: list[Tensor] = []
@@ -90,38 +91,39 @@ def view_source(
     world: int = 1,
     progress: bool = True,
 ) -> ViewSource:
-    """Makes the views of a run from the images on the device, or from a loader.
+    """Makes the views of a run from images that stay on the device, or from a loader.
 
-    Small crops come in pairs, which are drawn as the large views are but for the part of the image
-    that they take: Caron et al., "Unsupervised learning of visual features by contrasting cluster
-    assignments", NeurIPS 2020.
+    Small crops come in pairs. They are drawn like the large views, but take a smaller part of the
+    image (Caron et al., "Unsupervised learning of visual features by contrasting cluster
+    assignments", NeurIPS 2020).
 
     Args:
-        split: the training images.
-        recipe: how views are drawn.
-        image_size: side of the large views in pixels.
-        batch_size: images in a batch, of all processes together.
-        epochs: passes over the images in the whole run.
-        seed: of the run.
-        start: steps that are done already.
-        device: where views are made.
-        dtype: of the views, fp32 or fp16.
-        workers: processes that decode, at most one a core; 0 decodes in this one.
-        resident: "yes" to decode all images once, to bytes that stay on the device; "no" to decode
-            them for each batch; "auto" for the first where they take at most a third of the GPU's
-            free memory, or a quarter of the main memory.
-        labels: whether batches have the classes of their images.
-        small_crops: further views of each image; the last of an odd number is dropped.
-        small_crop_size: side of these in pixels.
-        small_crop_scale: smallest and largest part of the image's area that they take.
-        rank: whose part of each batch is made.
-        world: processes that share a batch.
-        progress: whether the first process shows how far decoding is, where that takes longer.
+        split: The training images.
+        recipe: How views are drawn.
+        image_size: Side of the large views in pixels.
+        batch_size: How many images a batch has, over all processes together.
+        epochs: How many passes over the images the whole run makes.
+        seed: The run's seed.
+        start: How many steps are done already.
+        device: The device that makes the views.
+        dtype: Type of the views, fp32 or fp16.
+        workers: How many processes decode, at most one for each core; 0 decodes in this one.
+        resident: "yes" decodes all images once, to bytes that stay on the device. "no" decodes them
+            for each batch. "auto" keeps them where they take at most a third of a GPU's free
+            memory, or a quarter of the main memory.
+        labels: Whether batches have the classes of their images.
+        small_crops: How many further views of each image there are; they come in pairs, and an odd
+            one is dropped.
+        small_crop_size: Side of the small crops in pixels.
+        small_crop_scale: The smallest and the largest part of the image's area that they take.
+        rank: The process whose part of each batch is made.
+        world: How many processes share a batch.
+        progress: Whether the first process shows how far decoding is, if it takes a while.
 
     Raises:
-        DataError: an image cannot be read, or where such are skipped, none can.
-        ValueError: an argument out of its range, images that do not fit and have to, or labels
-            that are asked for and that images do not have.
+        DataError: An image cannot be read; or no image can, where such images are skipped.
+        ValueError: An argument is out of range, the images must stay on the device but do not fit,
+            or labels are asked for and some images have none.
     """
     if resident not in RESIDENT:
         raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, got {resident!r}")
@@ -156,19 +158,19 @@ def view_source(
 def resident_bytes(
     split: Split, resident: str, *, device: torch.device, world: int = 1
 ) -> int | None:
-    """About how many bytes the decoded images take where they stay on the device.
+    """Estimates how many bytes the decoded images take if they stay on the device.
 
     Args:
-        split: the training images.
-        resident: as of `view_source`.
-        device: where they would stay.
-        world: processes that each have them.
+        split: The training images.
+        resident: "auto", "yes" or "no", as in `view_source`.
+        device: The device that they would stay on.
+        world: How many processes each have all of them.
 
     Returns:
-        None where they do not stay.
+        The number of bytes, or None where the images do not stay.
 
     Raises:
-        ValueError: they do not fit and have to.
+        ValueError: They must stay but do not fit.
     """
     if resident == "no":
         return None
@@ -184,13 +186,13 @@ def _tables(
 
 
 def _fits(need: int, device: torch.device, world: int, *, must: bool) -> bool:
-    """Whether the decoded images fit comfortably; raises where they `must`, and do not at all."""
-    # each process of a run has all images, and on one machine all take from the same memory
+    """Whether the images fit comfortably; raises if they `must` stay and do not fit at all."""
+    # each process of a run holds all images, and those of one machine share its memory
     main = "main memory", free_bytes(torch.device("cpu")) // world
-    # a place, what is free there, and what part of that is comfortable to take
+    # a place, what is free there, and the part of that (a third, a quarter) that may be taken
     rooms = [(*main, 4)]
     if device.type == "cuda":
-        # decoded in main memory, where they stay no longer than that
+        # they are decoded in main memory, but do not stay there
         rooms = [(str(device), free_bytes(device), 3), (*main, 2)]
     if not must:
         return all(need <= free // part for _, free, part in rooms)

@@ -1,4 +1,4 @@
-"""Where a run computes, and how a batch gets there."""
+"""The device that a run computes on, and how a batch gets there."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ def pick_device(name: str) -> torch.device:
     """The device that `--device` names.
 
     Raises:
-        ValueError: no such device, here or at all.
+        ValueError: There is no such device on this machine, or the name is none of a device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,5 +24,5 @@ def pick_device(name: str) -> torch.device:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A batch on `device`, channels_last like the weights.  # [N, C, H, W]."""
+    """Moves a batch, [N, C, H, W], to `device`, in channels_last like the weights."""
     return x.to(device, non_blocking=True, memory_format=torch.channels_last)

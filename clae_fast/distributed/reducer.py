@@ -1,4 +1,4 @@
-"""One sum of all gradients over the processes, while the last backward pass of a step runs."""
+"""Sums all gradients over the processes while the last backward pass of a step still runs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,28 +8,29 @@ from torch import Tensor, nn
 
 from clae_fast.distributed import World
 
-# bytes to which a parameter's place in a bucket is rounded up: whole vectors for every kernel
+# a parameter's place in a bucket starts at a multiple of so many bytes, as vector loads want it
 _ALIGNMENT = 16
 
 
 class GradientReducer:
     """Sums gradients over the processes, while the last backward pass of a step still runs.
 
-    Gradients lie in flat buckets, from the last parameter to the first, which is about the order
-    in which a backward pass ends with them; each `.grad` is a view of its parameter's strides. A
-    bucket is complete when the last backward pass has been through those of its parameters that it
-    reaches. The others have what they will have: an adversarial BatchNorm's gradients come from an
-    earlier pass. Which it reaches, the reducer learns in the first step, which overlaps nothing.
-    Buckets go out in one order on all processes.
+    Gradients lie in flat buckets, from the last parameter to the first, which is about the order in
+    which a backward pass completes them. Each `.grad` is a view of its bucket. A bucket is sent
+    when the last backward pass has completed all of its gradients that it reaches. Other gradients,
+    such as those of the adversarial BatchNorm, were completed by an earlier pass. The first step
+    shows which ones the last pass reaches, so that step overlaps nothing. All processes send the
+    buckets in the same order.
 
-    Sums, not means: `World.gather_loss` says why. Scaled gradients stay scaled, and an infinity or
-    a NaN of one process is everyone's. Alone, nothing is done but zeroing.
+    The result is the sum, not the mean (`World.gather_loss` says why). Scaled gradients stay
+    scaled. An infinity or a NaN of one process reaches all. One process alone only zeroes its
+    gradients.
 
     Args:
-        parameters: What to reduce; those that want no gradient are left out, and one that comes
-            twice counts once.
-        world: The processes; all have the same parameters in the same order.
-        bucket_bytes: Size at which a bucket is full.
+        parameters: The parameters to reduce. Those that require no gradient are left out, and one
+            that comes twice counts once.
+        world: The processes, which all have the same parameters in the same order.
+        bucket_bytes: How many bytes fill a bucket.
 
     Example:
         >>> reducer.zero_grad()
@@ -45,7 +46,7 @@ class GradientReducer:
     ) -> None:
         self._world = world
         self._parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
-        # those that a backward pass has reached since the last zeroing
+        # the parameters that a backward pass has reached since the last zeroing
         self._reached: set[nn.Parameter] = set()
         self._buckets: list[_Bucket] = []
         # the bucket to send next
@@ -60,7 +61,7 @@ class GradientReducer:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Forgets all gradients; in place of the optimizer's `zero_grad`."""
+        """Zeroes all gradients; call it instead of the optimizer's `zero_grad`."""
         for parameter in self._parameters:
             parameter.grad = None
         for bucket in self._buckets:
@@ -71,7 +72,7 @@ class GradientReducer:
         self._next = 0
 
     def last_backward(self) -> AbstractContextManager[None]:
-        """Around the last backward pass of a step: sums go out as their summands are complete."""
+        """A context for a step's last backward pass, during which complete buckets are sent."""
         return self._last_backward() if self._buckets else nullcontext()
 
     @contextmanager
@@ -90,7 +91,7 @@ class GradientReducer:
         self._send_complete()
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
-        """The hook behind every accumulation of a gradient."""
+        """The hook that autograd calls whenever it has added to a gradient."""
         self._reached.add(parameter)
         if not self._overlaps:
             return
@@ -98,7 +99,7 @@ class GradientReducer:
         if bucket.sent:
             raise RuntimeError(
                 f"a gradient of shape {list(parameter.shape)} came after its bucket was sent: "
-                "last_backward() is around one backward pass, which must not reach more parameters "
+                "last_backward() must hold one backward pass, which reaches no other parameters "
                 "than in the steps before"
             )
         bucket.expected.add(parameter)
@@ -106,7 +107,7 @@ class GradientReducer:
         self._send_complete()
 
     def _send_complete(self) -> None:
-        """Sends the buckets that are next and have nothing to wait for."""
+        """Sends the next buckets, up to the first one that still waits for a gradient."""
         while self._learned and self._next < len(self._buckets):
             bucket = self._buckets[self._next]
             if bucket.pending:

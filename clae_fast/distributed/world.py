@@ -1,11 +1,11 @@
-"""Several processes as one: global batches, one reduced gradient, and errors that say who is lost.
+"""The processes that train together, and what they exchange.
 
-Each process has a slice of the global batch and one device. Losses are taken over all rows, weight
-gradients are summed, and with synchronised BatchNorm (`clae_fast.nn.sync_norm`), or none, W
-processes compute what one does with the whole batch. There is no DistributedDataParallel: its
-reducer takes one backward pass a step, in which every parameter has its gradient.
+Each process has a slice of the global batch and one device. Losses are taken over all rows, and
+weight gradients are summed. With synchronized BatchNorm (`clae_fast.nn.sync_norm`) or without any,
+W processes compute what one process computes with the whole batch. DistributedDataParallel is not
+used: it expects one backward pass in a step, in which every parameter gets its gradient.
 
-One process is a `World` too, in which nothing is communicated and nothing costs anything.
+One process alone is a `World` too. It communicates nothing and costs nothing.
 """
 
 import os
@@ -29,12 +29,12 @@ from clae_fast.errors import LostWorkerError
 T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# how long a process waits for the others; they wait for the first one to validate
+# how long a process waits for the others, which wait while the first one validates
 TIMEOUT = timedelta(minutes=30)
-# where the processes that fail are counted
+# counts the processes that fail
 _failures: Store | None = None
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# integers as long as an element
+# integers that are as long as an element
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,14 +42,14 @@ _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class World:
     """The processes of a run, seen from one of them.
 
-    Every method that communicates is to be called by all of them, in the same order, and raises
-    LostWorkerError where another one is gone.
+    All processes have to call a method that communicates, in the same order. It raises
+    LostWorkerError where another process is gone.
 
     Attributes:
         rank: Number of this process, from 0.
-        size: How many there are.
-        local_rank: Number of this process on its machine.
-        device: Where it computes.
+        size: How many processes there are.
+        local_rank: Number of this process on its machine, from 0.
+        device: The device that this process computes on.
     """
 
     rank: int
@@ -59,11 +59,11 @@ class World:
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "World":
-        """One process alone."""
+        """The world of one process alone."""
         return cls(rank=0, size=1, local_rank=0, device=torch.device(device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "World":
-        # a module may hold it and be copied, but there is one
+        # a module that holds the world may be copied, but there is one world
         return self
 
     @property
@@ -72,10 +72,10 @@ class World:
         return self.rank == 0
 
     def local_batch(self, batch_size: int) -> int:
-        """The rows of a global batch that each process has.
+        """How many rows of a global batch each process has.
 
         Raises:
-            ValueError: They do not come out even.
+            ValueError: The number of processes does not divide `batch_size`.
         """
         if batch_size % self.size:
             raise ValueError(
@@ -100,7 +100,7 @@ class World:
 
     @torch.no_grad()
     def share(self, module: nn.Module) -> None:
-        """Gives parameters and buffers of `module` the first process's values."""
+        """Sets parameters and buffers of `module` to the first process's values."""
         if self.size == 1:
             return
         for tensor in (*module.parameters(), *module.buffers()):
@@ -111,10 +111,10 @@ class World:
 
     @torch.no_grad()
     def require_equal(self, module: nn.Module) -> None:
-        """Checks, by one number a process, that all have the same parameters.
+        """Checks that all processes have the same parameters, by exchanging one number each.
 
         Raises:
-            RuntimeError: They do not.
+            RuntimeError: The parameters differ.
         """
         if self.size == 1:
             return
@@ -124,7 +124,7 @@ class World:
             raise RuntimeError("the processes' weights are no longer the same")
 
     def all_gather(self, x: Tensor) -> Tensor:  # [N, ...] -> [W N, ...]
-        """Every process's `x`, of one shape, below one another in the order of ranks."""
+        """The rows of `x` of all processes by rank; `x` has one shape everywhere."""
         if self.size == 1:
             return x
         gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
@@ -139,7 +139,7 @@ class World:
         return x
 
     def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
-        """Begins to sum `x` in place, and returns what waits for the sum."""
+        """Starts to sum `x` in place and returns a function that waits for the sum."""
         with _others_needed():
             work = dist.all_reduce(x, async_op=True)
 
@@ -150,14 +150,15 @@ class World:
         return wait
 
     def own_rows(self, x: Tensor) -> Tensor:  # [W N, ...] -> [N, ...]
-        """This process's rows of what `all_gather` gives."""
+        """This process's rows out of those of all processes."""
         rows = self.local_batch(len(x))
         return x[self.rank * rows : (self.rank + 1) * rows]
 
     def gather(self, z: Tensor) -> Tensor:  # [N, D] -> [W N, D]
-        """`all_gather`, differentiable: the own rows' gradient flows, which has to be whole.
+        """`all_gather`, differentiable: the gradient of this process's own rows flows back.
 
-        It is where every process computes the same of all rows, as `gather_loss` has it.
+        That gradient has to be complete, which it is where every process computes the same loss of
+        all rows, as with `gather_loss`.
         """
         if self.size == 1:
             return z
@@ -165,40 +166,41 @@ class World:
         return rows
 
     def gather_loss(self, loss: Loss) -> Loss:
-        """`loss` over the rows of all processes: as many negatives as the global batch has.
+        """`loss` over the rows of all processes, so that every row has all others as negatives.
 
-        Every process computes the whole loss from gathered rows, and its own rows' gradient is
-        whole as well: it contains what remote rows' terms owe to these rows as columns. So values
-        agree on all processes, and weight gradients summed over them are those of one process with
-        the global batch, for any loss. Only embeddings are exchanged, once, forward; nothing in the
-        backward pass.
+        Every process gathers all rows and computes the whole loss. So the value is the same on all
+        processes, and the gradient of a process's own rows is complete: it contains the terms of
+        other processes' rows. Weight gradients, summed over the processes, are those of one process
+        with the global batch. This holds for any loss. Embeddings are exchanged once, in the
+        forward pass; the backward pass exchanges nothing.
 
-        Computing the loss W times over costs 4 n^2 D FLOPs a process and value, n = 2N rows of the
-        global batch. A pair step, with two values, D = 128 and ResNet-18 on 32x32 images (10 GFLOP
-        an image), loses about N W / 2.4e6 of its FLOPs: 1.4 % at N = 4096 on 8 processes, a tenth
-        at N = 8192 on 30. ResNet-50 at 224x224 can be 7 times larger.
+        The loss is computed W times, at 4 n^2 D FLOPs for each process and value, where n = 2N rows
+        are in the global batch. For a pair step with ResNet-18 on 32x32 images (10 GFLOP an image,
+        D = 128, two values), that is about N W / 2.4e6 of the step's FLOPs: 1.4 % for N = 4096 on 8
+        processes, 10 % for N = 8192 on 30. With ResNet-50 on 224x224 images N can be 7 times
+        larger.
 
-        A parameter of the loss itself has its whole gradient on every process, not a summand: it
-        has no place in a `clae_fast.distributed.reducer.GradientReducer`.
+        A parameter of the loss itself gets its whole gradient on every process, and must not be
+        summed by a `clae_fast.distributed.reducer.GradientReducer`.
 
         Args:
             loss: `loss(z_a, z_b) -> scalar` of rows [W N, D], deterministic.
 
         Returns:
-            The same of this process's rows [N, D], as many on every process.
+            A function of this process's rows, [N, D], with as many rows on every process.
         """
         if self.size == 1:
             return loss
         return lambda z_a, z_b: loss(*_Gather.apply(self, z_a, z_b))
 
     def gather_grad(self, attack_grad: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`attack_grad`, [W N, D] -> [W N, D], of the rows of all processes: their own rows of it.
+        """`attack_grad` over the rows of all processes, of which each process gets its own rows.
 
         Args:
-            attack_grad: Gradient of a loss at its embeddings, as `Method.attack_grad`.
+            attack_grad: Maps the embeddings of all rows, [W N, D], to the gradient of a loss there.
 
         Returns:
-            The same of this process's rows, [N, D] -> [N, D].
+            A function that maps this process's embeddings, [N, D], to their gradient, [N, D].
         """
         if self.size == 1:
             return attack_grad
@@ -206,7 +208,7 @@ class World:
 
     @contextmanager
     def one_at_first(self) -> Iterator[None]:
-        """Lets one process of each machine through, then the others: what it fetches, they find."""
+        """Lets a machine's first process go first, so that others find what it downloads."""
         if self.local_rank:
             self.barrier()
         yield
@@ -214,20 +216,20 @@ class World:
             self.barrier()
 
     def shutdown(self) -> None:
-        """Leaves, after waiting for the others; each may go on alone."""
+        """Waits for the other processes and leaves the group; each may go on alone."""
         if self.size > 1:
             self.barrier()
             dist.destroy_process_group()
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows of several operands; the backward takes the own rows of a gradient."""
+    """Gathers the rows of several operands; the backward pass takes the process's own rows."""
 
     @staticmethod
     def forward(ctx: Any, world: World, *operands: Tensor) -> tuple[Tensor, ...]:
         ctx.world = world
         ctx.set_materialize_grads(False)
-        # side by side, for one collective
+        # operands go side by side, so that one collective is enough
         gathered = world.all_gather(torch.cat(operands, dim=1))
         rows = gathered.split([z.shape[1] for z in operands], dim=1)
         wanted = ctx.needs_input_grad[1:]
@@ -241,17 +243,17 @@ class _Gather(torch.autograd.Function):
 
 
 def init(device_name: str = "auto") -> World:
-    """Joins the processes that torchrun started, or is alone where nobody did.
+    """Joins the processes that torchrun started; without torchrun, the process is alone.
 
     Args:
-        device_name: "cpu", with gloo between processes; "cuda", with NCCL and a GPU a process, the
-            one of its local rank; "auto": a GPU if there is one. Alone, the device that `--device`
-            names.
+        device_name: "cpu" computes on the CPU, with gloo between processes. "cuda" takes the GPU
+            with the number of the local rank, with NCCL. "auto" takes a GPU where there is one. A
+            process that is alone takes any device that `--device` can name.
 
     Raises:
-        ValueError: Variables of torchrun are missing or wrong, or there is no such device for every
-            process of this machine.
-        LostWorkerError: The others cannot be reached.
+        ValueError: Variables of torchrun are missing or wrong, or this machine lacks a device for
+            each of its processes.
+        LostWorkerError: The other processes cannot be reached.
     """
     if not started_by_torchrun():
         return World.single(pick_device(device_name))
@@ -281,19 +283,19 @@ def init(device_name: str = "auto") -> World:
 
 
 def started_by_torchrun() -> bool:
-    """Whether somebody started this process as one of several."""
+    """Whether torchrun, or a launcher like it, started this process as one of several."""
     return "RANK" in os.environ or "LOCAL_RANK" in os.environ
 
 
 def reports_first() -> bool:
-    """Whether no other process of the run has asked this: of many that fail, one says why."""
+    """Whether this process is the first to ask: where several fail, only that one says why."""
     if _failures is None:
-        # what fails so early fails on all processes of a machine
+        # an early failure is the same on all processes of a machine
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return _failures.add("clae_fast/failed", 1) == 1
     except RuntimeError:
-        # whoever kept count is gone, and may not have reported
+        # the process that counts is gone, and may not have reported
         return True
 
 
@@ -329,10 +331,10 @@ def _own_device(name: str, local_rank: int) -> torch.device:
 
 @contextmanager
 def _others_needed() -> Iterator[None]:
-    """Says in few words what a backend throws where another process is gone."""
+    """Turns the error of a backend that misses another process into a short LostWorkerError."""
     try:
         yield
     except RuntimeError as error:
-        # without the place in the backend's code, and its advice
+        # the place in the backend's code and its advice are left out
         words = re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split())).partition(". ")[0]
         raise LostWorkerError(f"another process of the run is lost: {words[:150]}") from error

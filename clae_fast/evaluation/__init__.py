@@ -1,6 +1,6 @@
-"""How good an encoder is: probes on its features, fine-tuning, robustness, geometry.
+"""Measures how good an encoder is: probes on its features, fine-tuning, robustness, geometry.
 
-Nothing here chooses anything by the test images, but for `released`, which says so.
+No measurement chooses anything by the test images, except `released`, which says so.
 """
 
 from clae_fast.evaluation.features import extract_features

@@ -1,4 +1,4 @@
-"""What evaluation reads: images in order, their features h, and augmented views of them."""
+"""The inputs of evaluation: images in order, their features h, and augmented views of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from clae_fast.nn import Encoder
 def batches(
     split: data.Split, config: Config, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The middles of a split's images, in 0..1, and labels, in order.  # [B, 3, H, W], [B]."""
+    """Yields batches of the images' middles in 0..1, [B, 3, H, W], and labels [B], in order."""
     loader = data.image_loader(
         split,
         data.eval_transform(config.views.image_size),
@@ -31,15 +31,15 @@ def batches(
 def extract_features(
     encoder: Encoder, split: data.Split, config: Config, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Features h and labels of a split, in order; leaves `encoder` in eval mode.
+    """Computes the features h of a split and leaves `encoder` in eval mode.
 
     Projections z are `encoder.head(h)`.
 
     Returns:
-        The features and the labels.  # [N, F], [N]
+        The features, [N, F], and the labels, [N], in the order of the split.
     """
     encoder.eval()
-    # a compiled encoder would be compiled anew for eval mode and for the last, smaller batch
+    # a compiled encoder would compile again for eval mode and for the last, smaller batch
     with torch.compiler.set_stance("force_eager"):
         found = [(encoder.features(x), labels) for x, labels in batches(split, config, device)]
     features, labels = zip(*found, strict=True)
@@ -55,9 +55,9 @@ def views(
     epochs: int = 1,
     labels: bool = True,
 ) -> data.ViewSource:
-    """Both views of a split's images, and labels.
+    """Yields both views of a split's images, and labels, in batches of one size.
 
-    Batches have equal sizes, so that an epoch leaves out fewer images than it has batches.
+    To leave out few images, the size is chosen so that fewer than there are batches remain.
     """
     count = -(-len(split) // config.optimization.batch_size)
     return data.view_source(
@@ -78,7 +78,7 @@ def views(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws from torch's generators are those of `seed`, and leave no trace."""
+    """Inside, torch's generators start from `seed`; after it they are as they were."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

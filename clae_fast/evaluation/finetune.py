@@ -1,4 +1,4 @@
-"""Semi-supervised learning: the whole encoder fine-tuned on a part of the labels."""
+"""Semi-supervised learning: the whole encoder is fine-tuned on a part of the labels."""
 
 import copy
 import dataclasses
@@ -27,24 +27,25 @@ def finetune_accuracies(
     """Accuracies after fine-tuning on each of `FRACTIONS` of the labelled images.
 
     The recipe is that of Chen et al., "A simple framework for contrastive learning of visual
-    representations", ICML 2020, appendix B.5: Nesterov momentum 0.9, a rate of 0.05 for a batch of
-    256, no weight decay, crops and flips alone; the crops are the run's own. What differs: the
-    classifier starts as the linear probe of these images, both views of an image are in its batch,
-    and the rate ends at 0 by a cosine. The last epoch counts: nothing is chosen.
+    representations", ICML 2020, appendix B.5: Nesterov momentum 0.9, a learning rate of 0.05 for a
+    batch of 256, no weight decay, and crops and flips as the only augmentation. Crops are drawn as
+    in the run. Three things differ: the classifier starts as the linear probe of these images, a
+    batch has both views of each image, and the rate falls to 0 along a cosine. The accuracy is that
+    after the last epoch; nothing is selected.
 
     Args:
-        encoder: Where it starts; it stays as it is.
+        encoder: The encoder to start from; it is not changed.
         splits: The data set.
         config: The run's settings.
-        device: Where it computes.
+        device: The device to compute on.
 
     Returns:
-        Per cent of all test images, by fraction.
+        Accuracy in per cent of all test images, by fraction.
     """
     found = {}
     labels = splits.labelled.labels
     for name, (fraction, epochs) in FRACTIONS.items():
-        # one of each class at least
+        # each class keeps one image at least
         size = max(round(fraction * len(labels)), int(labels.max()) + 1)
         part = splits.labelled
         if size < len(labels):

@@ -17,25 +17,25 @@ from clae_fast.nn import Encoder
 
 
 def alignment(z_p: Tensor, z_q: Tensor) -> float:  # [N, D]
-    r"""Mean squared distance of the views of an image, from 0 to 4; less is nearer.
+    r"""Mean squared distance between the two views of an image, from 0 (equal) to 4 (opposite).
 
     .. math:: \frac{1}{N} \sum_i \|u_i - v_i\|^2
 
-    u and v are the rows of `z_p` and `z_q`, normalised.
+    u and v are the rows of `z_p` and `z_q`, normalized.
     """
     distances = (F.normalize(z_p.double()) - F.normalize(z_q.double())).square().sum(dim=1)
     return float(distances.mean())
 
 
 def uniformity(z: Tensor, t: float = 2.0) -> float:  # [N, D]
-    r"""How evenly images lie on the sphere, from -4 t to 0; less is more even.
+    r"""How evenly images are spread over the sphere, from -4 t to 0; lower is more even.
 
     .. math:: \log \frac{2}{N (N - 1)} \sum_{i < j} e^{-t \|u_i - u_j\|^2}
 
-    u are the rows of `z`, normalised.
+    u are the rows of `z`, normalized.
 
     Raises:
-        ValueError: there is no pair.
+        ValueError: `z` has fewer than two rows.
     """
     if len(z) < 2:
         raise ValueError(f"z must have two rows at least, got {len(z)}")
@@ -44,7 +44,7 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:  # [N, D]
     for start in range(0, len(u), 1024):
         s = u[start : start + 1024] @ u.T
         exponents = 2 * t * (s - 1)
-        # each row's own distance is no pair's
+        # a row's distance to itself does not count
         exponents.diagonal(start).fill_(-torch.inf)
         sums.append(exponents.logsumexp(dim=(0, 1)))
     return float(torch.stack(sums).logsumexp(dim=0)) - math.log(len(u) * (len(u) - 1))
@@ -54,10 +54,9 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:  # [N, D]
 def view_geometry(
     encoder: Encoder, split: data.Split, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """Alignment and uniformity of projections z of the run's own views, in eval mode.
+    """Alignment and uniformity of the projections z of views drawn as in the run, in eval mode.
 
-    Uniformity is the mean of that of the first and of the second views. Of a single image there is
-    neither.
+    Uniformity is the mean over the first and the second views. A single image has neither.
     """
     if len(split) < 2:
         return {}

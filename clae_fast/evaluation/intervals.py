@@ -1,4 +1,4 @@
-"""A mean over seeds and how sure it is."""
+"""Means over seeds, with confidence intervals."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def with_interval(mean: float, half_width: float | None, form: str = ".1f") -> str:
-    """The mean as text, with its interval where it has one; `form` is as of `format`."""
+    """The mean as text, with its interval if there is one; `form` is a format specification."""
     if half_width is None:
         return f"{mean:{form}}"
     return f"{mean:{form}} ± {half_width:{form.lstrip('+')}}"

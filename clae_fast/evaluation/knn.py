@@ -1,4 +1,4 @@
-"""A weighted vote of the nearest training images."""
+"""A weighted vote of the nearest training images (kNN)."""
 
 import torch
 from torch import Tensor
@@ -18,19 +18,19 @@ def knn_accuracy(
 ) -> float:
     r"""Accuracy of a weighted vote among the k nearest training images.
 
-    A neighbour at cosine similarity c votes for its class with weight :math:`e^{c / \sigma}`
+    A neighbor with cosine similarity c votes for its class with the weight :math:`e^{c / \sigma}`
     (Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", 2018).
 
     Args:
-        train_features: voters.  # [M, F]
-        train_labels: their classes, from 0.  # [M]
-        test_features: images to classify.  # [N, F]
-        test_labels: their classes.  # [N]
-        k: neighbours that vote; 200 by default, but at most one in 50 of the training images.
-        sigma: temperature of the weights.
+        train_features: Features of the images that vote, [M, F].
+        train_labels: Their classes, from 0, [M].
+        test_features: Features of the images to classify, [N, F].
+        test_labels: Their classes, [N].
+        k: How many neighbors vote. The default is 200, but at most one in 50 training images.
+        sigma: Temperature of the weights.
 
     Returns:
-        Per cent of the test images whose class wins.
+        The accuracy in per cent of the test images.
     """
     k = min(k or _voters(len(train_labels)), len(train_labels))
     correct = 0
@@ -63,10 +63,10 @@ def _correct(
     labels: Tensor,  # [B]
     sigma: float,
 ) -> int:
-    """How many win the vote of their neighbours at these cosines."""
+    """How many rows get the right class by the vote of their neighbors at these cosines."""
     classes = int(votes_for.max()) + 1
     votes = nearest.new_zeros(len(nearest), classes)  # [B, C]
-    # relative to the nearest one, which changes no ranking and cannot overflow
+    # weights are relative to the nearest neighbor's: no ranking changes, and none overflows
     weights = ((nearest - nearest[:, :1]) / sigma).exp()
     votes.scatter_add_(1, votes_for, weights)
     return int((votes.argmax(dim=1) == labels).sum())

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from clae_fast import data
 
-# weights of the penalty on the mean loss, from the strongest on
+# weights of the penalty relative to the mean loss, from the largest to the smallest
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
@@ -16,22 +16,24 @@ def fit_linear(
     *,
     seed: int = 0,
 ) -> nn.Linear:
-    r"""Fits a linear classifier, its penalty chosen on a tenth of the training images.
+    r"""Fits a linear classifier, whose penalty a tenth of the training images chooses.
 
     .. math:: \frac{1}{M} \sum_i -\log p_{y_i}(h_i) + \frac{\lambda}{2} \|W\|^2
 
-    on standardised features, without augmentation, by L-BFGS to convergence. A stratified tenth is
-    held out, each of `PENALTIES` is fitted on the rest, and the one with the smallest loss on that
-    tenth, which says more of few images than the accuracy does, is fitted anew on all. No test
-    image has a part in it.
+    It is fitted to standardized features, without augmentation, by L-BFGS until it converges. A
+    stratified tenth of the images is held out, and a classifier is fitted to the rest for each of
+    `PENALTIES`. The penalty with the smallest loss on the held-out tenth is chosen; for few images
+    the loss says more than the accuracy. With it a classifier is fitted to all images. No test
+    image is involved.
 
     Args:
-        features: Features to fit on.
+        features: Features to fit to.
         labels: Their classes, from 0.
-        seed: Which images are held out.
+        seed: Decides which images are held out.
 
     Returns:
-        The classifier, which takes features as they are; its weights want no gradients.
+        The classifier, which takes features that are not standardized. Its weights require no
+        gradients.
     """
     classes = int(labels.max()) + 1
     held = data.stratified(labels.cpu(), max(1, len(labels) // 10), seed).to(labels.device)
@@ -43,7 +45,7 @@ def fit_linear(
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, x: Tensor, labels: Tensor) -> float:  # [N, ...], [N]
-    """Per cent of the rows that a classifier gets right."""
+    """The accuracy of a classifier in per cent of the rows."""
     return 100 * float((classifier(x).argmax(dim=1) == labels).double().mean())
 
 
@@ -55,17 +57,17 @@ def linear_accuracy(
     *,
     seed: int = 0,
 ) -> float:
-    """Accuracy of `fit_linear`.
+    """The accuracy of the classifier that `fit_linear` fits.
 
     Args:
-        train_features: features to fit on.  # [M, F]
-        train_labels: their classes.  # [M]
-        test_features: features to classify.  # [N, F]
-        test_labels: their classes.  # [N]
-        seed: which training images choose the penalty.
+        train_features: Features to fit to, [M, F].
+        train_labels: Their classes, [M].
+        test_features: Features to classify, [N, F].
+        test_labels: Their classes, [N].
+        seed: Decides which training images choose the penalty.
 
     Returns:
-        Per cent of the test images that are classified right.
+        The accuracy in per cent of the test images.
     """
     probe = fit_linear(train_features, train_labels, seed=seed)
     return accuracy(probe, test_features, test_labels)
@@ -74,11 +76,11 @@ def linear_accuracy(
 def _path(
     features: Tensor, labels: Tensor, classes: int, penalties: tuple[float, ...]
 ) -> list[nn.Linear]:
-    """A classifier for each penalty, each fitted from where the one before it ended."""
-    # in float64, where weights for standardised features become weights for features
+    """Yields a classifier for each penalty; each fit starts where the one before it ended."""
+    # in float64, where weights for standardized features become weights for features
     wide = features.double()
     mean, std = wide.mean(dim=0), wide.std(dim=0, correction=0)
-    # what is constant up to rounding says nothing
+    # a feature that is constant up to rounding carries no information
     std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
     h = ((wide - mean) / std).float()
     weight = h.new_zeros(classes, h.shape[1], requires_grad=True)

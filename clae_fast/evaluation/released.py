@@ -1,18 +1,25 @@
-"""The protocol of CLAE's released code, to compare with the numbers that it gives.
+"""The evaluation protocol of CLAE's released code, for comparison with numbers made by it.
 
-What is as there (commit 6986061): a kNN vote of 200 neighbours on the output, the projection z,
-with the temperature 0.5 for SimCLR and 0.1 for the others; logistic regression by Adam at 3e-4 on
-h for SimCLR and on the normalised z for the others, without augmentation, in shuffled batches of
-256 or 128 whose incomplete last one is dropped, over 1000 epochs (200 for the others on
-Tiny ImageNet); test images beyond full batches are left out of it; the epoch that does best on the
-test images is reported. So that number is chosen by the test set, and says so in its name; the last
-epoch's stands beside it.
+These parts are as in that code (commit 6986061):
 
-What is not: features are computed once, where the code computes them anew for every epoch, which
-gives the same ones; the checkpoint is the one that is evaluated, where the code's Plain and UEL
-take the one with the best vote on the test images; all training images vote, where the code's
-SimCLR scatters some of its last batch to wrong columns; where there are fewer images than a batch,
-they are one. Methods that CLAE does not have are evaluated as its Plain and UEL.
+- A kNN vote of 200 neighbors on the projection z, with a temperature of 0.5 for SimCLR and 0.1 for
+  the other methods.
+- Logistic regression by Adam with a rate of 3e-4, on h for SimCLR and on the normalized z for the
+  others, without augmentation. Batches are shuffled, of 256 or 128 rows, and an incomplete last one
+  is dropped. It runs over 1000 epochs (200 for the others on Tiny ImageNet).
+- Test images beyond full batches are left out of the regression's accuracy.
+- The epoch with the best accuracy on the test images is reported. So the test set selects that
+  number, as its name says, and the last epoch's number stands beside it.
+
+These parts differ:
+
+- Features are computed once. The code computes the same ones again for every epoch.
+- The checkpoint is the one under evaluation. The code's Plain and UEL take the one with the best
+  vote on the test images.
+- All training images vote. The code's SimCLR writes some of its last batch to wrong columns.
+- Fewer images than a batch are one batch.
+
+Methods that CLAE does not have are evaluated as its Plain and UEL are.
 """
 
 import torch
@@ -35,18 +42,18 @@ def released_protocol(
     *,
     epochs: int | None = None,
 ) -> dict[str, float | int]:
-    """Evaluates features as the released code does.
+    """Evaluates features by the protocol of the released code.
 
     Args:
-        encoder: Whose head makes projections of them.
-        config: The run's settings, which say which of the code's parts it is.
-        train: Features h of the training images, and labels.
-        test: The same of the test images.
-        epochs: Of the logistic regression; the code's by default.
+        encoder: The encoder, whose head turns features into projections.
+        config: The run's settings; its method and data set decide between the protocol's variants.
+        train: Features h and labels of the training images.
+        test: Features h and labels of the test images.
+        epochs: Epochs of the logistic regression; by default as many as in the code.
 
     Returns:
-        "knn"; "linear_selected_on_test", "linear_last_epoch" and the "best_epoch" that was
-        selected, from 1; how many "test_images" the regression saw.
+        "knn"; "linear_selected_on_test" and "linear_last_epoch"; "best_epoch", the selected epoch,
+        from 1; and "test_images", how many the regression saw.
     """
     simclr = config.objective.method == "simclr"
     z_train, z_test = (F.normalize(encoder.head(h)) for h, _ in (train, test))

@@ -11,19 +11,19 @@ from tqdm import tqdm
 
 from clae_fast.attack import LinfAttack
 from clae_fast.evaluation.features import seeded
-from clae_fast.steps.passes import PassRunner, gradient
+from clae_fast.steps.runner import PassRunner, gradient
 
-# radii in pixels of 0..1, by name
+# radii by name, in pixels of 0..1
 RADII = {"8/255": 8 / 255, "4/255": 4 / 255}
 
 
 def fgsm(eps: float) -> LinfAttack:
-    """One signed step from the image (Goodfellow et al., ICLR 2015)."""
+    """FGSM: one signed move from the image (Goodfellow et al., ICLR 2015)."""
     return LinfAttack(eps=eps, lo=0.0, hi=1.0, norm="eval")
 
 
 def pgd20(eps: float) -> LinfAttack:
-    """Twenty steps of a quarter of the radius from a random start (Madry et al., ICLR 2018)."""
+    """PGD-20: twenty moves of a quarter of the radius, from a random start (Madry, ICLR 2018)."""
     return LinfAttack(
         eps=eps, step_size=eps / 4, lo=0.0, hi=1.0, steps=20, start="random", norm="eval"
     )
@@ -44,7 +44,7 @@ def attacked(
         # a sum, so that no image's gradient depends on how many there are
         return gradient(lambda z: F.cross_entropy(z, labels, reduction="sum"), logits)
 
-    return PassRunner().attacked(classifier, x, attack, rise)
+    return PassRunner().attack(classifier, x, attack, rise)
 
 
 def robust_accuracies(
@@ -52,17 +52,17 @@ def robust_accuracies(
 ) -> dict[str, dict[str, float]]:
     """Accuracies under FGSM and PGD-20 at each of `RADII`.
 
-    An image counts where the classifier is right about it and about what the attack makes of it:
-    the image itself lies in the ball. So no accuracy exceeds the clean one, and only what is right
-    is attacked, as in AutoAttack.
+    An image counts as right if the classifier is right about the image and about the attacked
+    image, since the image itself lies in the ball as well. So no accuracy exceeds the clean one,
+    and only images that are classified right are attacked, as in AutoAttack.
 
     Args:
-        classifier: Logits of pixels in 0..1, in eval mode.  # [N, 3, H, W] -> [N, C]
-        images: Batches of images and their labels.  # [B, 3, H, W], [B]
-        seed: Of the random starts.
+        classifier: Maps pixels in 0..1 to logits, [N, 3, H, W] -> [N, C], in eval mode.
+        images: Batches of images, [B, 3, H, W], and their labels, [B].
+        seed: Seed of the random starts.
 
     Returns:
-        {attack: {radius: per cent}}.
+        Accuracies in per cent, by attack and then by radius.
     """
     total = 0
     right = {name: dict.fromkeys(RADII, 0) for name in ATTACKS}
@@ -81,10 +81,10 @@ def robust_accuracies(
 
 
 def require_autoattack() -> types.ModuleType:
-    """The library of AutoAttack's authors.
+    """Imports the library of AutoAttack's authors.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: It is not installed.
     """
     try:
         import pyautoattack
@@ -101,22 +101,22 @@ def autoattack_accuracies(
     """Accuracies under the standard version of AutoAttack at each of `RADII`.
 
     Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-    parameter-free attacks", ICML 2020; by `pyautoattack`, their code. It targets nine classes, and
-    all others where there are fewer.
+    parameter-free attacks", ICML 2020, computed by their code, `pyautoattack`. Its targeted attacks
+    aim at nine other classes, or at all others where there are fewer.
 
     Args:
-        classifier: Logits of pixels in 0..1, in eval mode.  # [N, 3, H, W] -> [N, C]
-        images: Batches of images and their labels.  # [B, 3, H, W], [B]
-        seed: Of what it draws.
+        classifier: Maps pixels in 0..1 to logits, [N, 3, H, W] -> [N, C], in eval mode.
+        images: Batches of images, [B, 3, H, W], and their labels, [B].
+        seed: Seed of its random numbers.
 
     Returns:
-        {radius: per cent}.
+        Accuracies in per cent by radius.
 
     Raises:
         ValueError: The library is not installed, or there are fewer than four classes.
     """
     library = require_autoattack()
-    # its attacks take views of gradients, which are laid out as the weights are
+    # its attacks call view() on gradients, whose layout follows that of the weights
     classifier = copy.deepcopy(classifier).to(memory_format=torch.contiguous_format)
     total = 0
     right = dict.fromkeys(RADII, 0)
@@ -142,7 +142,7 @@ def autoattack_accuracies(
 
 @torch.no_grad()
 def _only_right(classifier: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the images that are classified right, and their labels."""
+    """The images that are classified right, and their labels."""
     if not len(x):
         return x, labels
     found = classifier(x).argmax(dim=1) == labels

@@ -1,4 +1,4 @@
-"""Results as people and scripts read them: lines of one run, a table and means of several."""
+"""Presents results: lines for one run, means and a table for several."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from clae_fast.evaluation.intervals import mean_and_interval, with_interval
 
 # the other numbers are accuracies in per cent
 NOT_PER_CENT = ("alignment", "uniformity", "cosine_attacked", "cosine_random")
-# runs that differ in nothing else are one training with several seeds
+# runs that differ in nothing else repeat one training with several seeds
 _SAME = {"seed", *MAY_CHANGE} - {"epochs"}
 
 
@@ -23,12 +23,12 @@ def flat(values: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:
 
 def flatten(results: dict[str, Any]) -> dict[str, float]:
     """The measured numbers of a results.json by name, such as "robust pgd20 8/255"."""
-    # whole numbers, such as steps, are counted and not measured
+    # whole numbers are counts, such as steps
     return {name: value for name, value in flat(results) if isinstance(value, float)}
 
 
 def report(results: dict[str, Any]) -> str:
-    """The results of a run, a line each."""
+    """The results of one run, one in each line."""
     lines = []
     if results["checkpoint"] != "last.pt":
         lines.append(f"checkpoint: {results['checkpoint']}, step {results['step']}")
@@ -42,12 +42,12 @@ def summarise(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[dict[s
     """Means over runs that differ in nothing but their seed.
 
     Args:
-        runs: each one's name, settings and results.
+        runs: The name, the settings and the results of each run.
 
     Returns:
-        For each such group the "settings" that tell it from the others, the names of its "runs",
-        and of each of the "metrics" that they all have {"mean", "ci95"}, the latter half the width
-        of the 95 % interval of Student's t, None for a single run.
+        For each group of such runs: the "settings" that tell it from other groups, the names of its
+        "runs", and the "metrics" that all of them have. A metric has a "mean" and "ci95", half the
+        width of the 95 % interval by Student's t, which is None for a single run.
     """
     groups: dict[str, list[tuple[str, Config, dict[str, Any]]]] = {}
     for run in runs:
@@ -73,7 +73,7 @@ def summarise(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[dict[s
 
 
 def table(groups: Sequence[dict[str, Any]]) -> str:
-    """The means in Markdown, a column a group."""
+    """The means as a table in Markdown, with a column for each group."""
     names = list(dict.fromkeys(metric for group in groups for metric in group["metrics"]))
     lines = [f"| | {' | '.join(map(_title, groups))} |", "|---" * (1 + len(groups)) + "|"]
     for name in names:
@@ -103,7 +103,7 @@ def _title(group: dict[str, Any]) -> str:
 
 
 def repeated_seeds(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[tuple[str, str]]:
-    """Pairs of runs with all settings and the seed in common, which are one and the same."""
+    """Pairs of runs that have all settings and the seed in common, and so are no two samples."""
     first: dict[str, str] = {}
     pairs = []
     for name, config, _ in runs:

@@ -1,4 +1,4 @@
-"""How far the training attack moves embeddings, and how far noise of its size does."""
+"""Measures how far the training attack moves embeddings, and how far noise of its size does."""
 
 import dataclasses
 
@@ -13,29 +13,29 @@ from clae_fast.config import Config
 from clae_fast.evaluation.features import seeded, views
 from clae_fast.nn import Encoder
 from clae_fast.ops import nt_xent
-from clae_fast.steps.passes import PassRunner, gradient
+from clae_fast.steps.runner import PassRunner, gradient
 
 
 def susceptibility(
     encoder: Encoder, split: data.Split, config: Config, device: torch.device, attack: LinfAttack
 ) -> dict[str, float]:
-    """Cosine of the projections z of a view before and after it is perturbed, on average.
+    """The mean cosine between the projections z of a view before and after it is perturbed.
 
-    The attack goes as far as in training, and raises NT-Xent at the run's temperature, whatever the
-    method's loss is, so that runs can be compared: that of view q against view p, or where the run
-    takes the self attack, of a view against itself. The encoder is in eval mode. A run without an
-    attack is measured with the one that its settings describe. Noise moves every pixel by the
+    The attack goes as far as in training. So that runs can be compared, it raises NT-Xent at the
+    run's temperature, whatever the method's loss is: the loss of view q against view p or, for a
+    run with the self attack, of a view against itself. The encoder is in eval mode. A run without
+    an attack is measured with the attack that its settings describe. Noise moves every pixel by the
     radius, up or down at random, inside the same bounds.
 
     Args:
         encoder: The encoder.
-        split: Images whose views, drawn as in training, are perturbed.
+        split: The images whose views, drawn as in training, are perturbed.
         config: The run's settings.
-        device: Where it computes.
-        attack: As in training.
+        device: The device to compute on.
+        attack: The attack of training.
 
     Returns:
-        "cosine_attacked" and "cosine_random", from -1 to 1: the less, the further it moves.
+        "cosine_attacked" and "cosine_random", from -1 to 1; the lower, the further a view moves.
     """
     # what a run leaves to its method is settled by now
     assert config.objective.temperature is not None
@@ -70,4 +70,4 @@ def _attacked(
     def rise(z: Tensor) -> Tensor:
         return gradient(lambda z_b: nt_xent(anchor, z_b, temperature=temperature), z)
 
-    return PassRunner().attacked(encoder, x, attack, rise)
+    return PassRunner().attack(encoder, x, attack, rise)

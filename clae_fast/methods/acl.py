@@ -12,7 +12,7 @@ from clae_fast.ops.nt_xent import nt_xent
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.checks import check_attack, check_pair
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Pass, PassRunner, gradient
+from clae_fast.steps.runner import PassRunner, gradient
 
 
 class ACL(Method):
@@ -52,26 +52,26 @@ class ACL(Method):
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         check_pair(*batch.views)
         x = torch.cat(batch.views)
-        parts = PassRunner(options.scale, options.micro_batch)
+        runner = PassRunner(options.scale, options.micro_batch)
         of_pair = options.world.gather_loss(self._nt_xent)
 
         def loss(z: Tensor) -> Tensor:
             return of_pair(*z.chunk(2))
 
         if options.kind == "none":
-            both = parts.run(Pass, self.encoder, x)
-            clean = parts.backward(loss(both.z))
+            both = runner.run(self.encoder, x)
+            clean = runner.backward(loss(both.z))
             both.back(options.last_backward)
             return StepResult(clean)
         assert self.adv_encoder is not None
         assert options.attack is not None
         check_attack(options.attack, x, "x", options.adv_weight)
-        x_adv = parts.attacked(self.adv_encoder, x, options.attack, lambda z: gradient(loss, z))
-        both = parts.run(Pass, self.encoder, x)
-        clean = parts.backward(loss(both.z), 0.5)
+        x_adv = runner.attack(self.adv_encoder, x, options.attack, lambda z: gradient(loss, z))
+        both = runner.run(self.encoder, x)
+        clean = runner.backward(loss(both.z), 0.5)
         both.back()
-        attacked = parts.run(Pass, self.adv_encoder, x_adv)
-        adv = parts.backward(loss(attacked.z), 0.5 * options.adv_weight)
+        attacked = runner.run(self.adv_encoder, x_adv)
+        adv = runner.backward(loss(attacked.z), 0.5 * options.adv_weight)
         attacked.back(options.last_backward)
         return StepResult(clean, adv, x_adv)
 

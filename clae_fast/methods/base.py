@@ -12,7 +12,7 @@ from clae_fast import _check
 from clae_fast.nn.twins import adversarial_twin
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Loss
+from clae_fast.steps.runner import Loss
 from clae_fast.steps.schedules import pair_step, plain_step, released_step, self_step
 
 

@@ -12,7 +12,7 @@ from clae_fast.methods.base import Method
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.checks import check_attack
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Pass, PassRunner, gradient
+from clae_fast.steps.runner import PassRunner, gradient
 
 
 class DeACL(Method):
@@ -67,12 +67,12 @@ class DeACL(Method):
 
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         (x,) = batch.views
-        parts = PassRunner(options.scale, options.micro_batch)
+        runner = PassRunner(options.scale, options.micro_batch)
         distance = options.world.gather_loss(_distance)
-        goal = parts.constant(self.teacher, x, "eval")
+        goal = runner.constant(self.teacher, x, "eval")
         if options.kind == "none":
-            student = parts.run(Pass, self.encoder, x)
-            clean = parts.backward(distance(student.z, goal))
+            student = runner.run(self.encoder, x)
+            clean = runner.backward(distance(student.z, goal))
             student.back(options.last_backward)
             return StepResult(clean)
         attack = options.attack
@@ -82,11 +82,11 @@ class DeACL(Method):
         def from_goal(z: Tensor) -> Tensor:
             return distance(z, goal)
 
-        x_adv = parts.attacked(self.encoder, x, attack, lambda z: gradient(from_goal, z))
-        both = parts.run(Pass, self.encoder, torch.cat((x, x_adv)))
+        x_adv = runner.attack(self.encoder, x, attack, lambda z: gradient(from_goal, z))
+        both = runner.run(self.encoder, torch.cat((x, x_adv)))
         z, z_adv = both.z.chunk(2)
-        clean = parts.backward(distance(z, goal))
-        adv = parts.backward(distance(z_adv, z), options.adv_weight * self.gamma)
+        clean = runner.backward(distance(z, goal))
+        adv = runner.backward(distance(z_adv, z), options.adv_weight * self.gamma)
         both.back(options.last_backward)
         return StepResult(clean, adv, x_adv)
 

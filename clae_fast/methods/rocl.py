@@ -13,7 +13,7 @@ from clae_fast.ops.sup_con import sup_con
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.checks import check_attack, check_pair
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Pass, PassRunner, gradient
+from clae_fast.steps.runner import PassRunner, gradient
 
 
 class RoCL(Method):
@@ -64,26 +64,26 @@ class RoCL(Method):
     def _step(self, batch: Batch, options: StepOptions) -> StepResult:
         x_p, x_q = batch.views
         check_pair(x_p, x_q)
-        parts, world = PassRunner(options.scale, options.micro_batch), options.world
+        runner, world = PassRunner(options.scale, options.micro_batch), options.world
         if options.kind == "none":
-            both = parts.run(Pass, self.encoder, torch.cat((x_p, x_q)))
-            clean = parts.backward(self._loss(both.z, 2, world))
+            both = runner.run(self.encoder, torch.cat((x_p, x_q)))
+            clean = runner.backward(self._loss(both.z, 2, world))
             both.back(options.last_backward)
             return StepResult(clean)
         attack = options.attack
         assert attack is not None
         check_attack(attack, x_p, "x_p", options.adv_weight)
-        z_q = parts.constant(self.encoder, x_q, attack.norm)
+        z_q = runner.constant(self.encoder, x_q, attack.norm)
 
         def against_q(z: Tensor) -> Tensor:
             return self._loss(torch.cat((z, z_q)), 2, world)
 
-        x_adv = parts.attacked(self.encoder, x_p, attack, lambda z: gradient(against_q, z))
-        views = parts.run(Pass, self.encoder, torch.cat((x_p, x_q, x_adv)))
-        clean = parts.backward(self._loss(views.z, 3, world))
+        x_adv = runner.attack(self.encoder, x_p, attack, lambda z: gradient(against_q, z))
+        views = runner.run(self.encoder, torch.cat((x_p, x_q, x_adv)))
+        clean = runner.backward(self._loss(views.z, 3, world))
         _, *others = views.z.chunk(3)
         weight = options.adv_weight * self.reg_weight
-        adv = parts.backward(self._loss(torch.cat(others), 2, world), weight)
+        adv = runner.backward(self._loss(torch.cat(others), 2, world), weight)
         views.back(options.last_backward)
         return StepResult(clean, adv, x_adv)
 

@@ -11,7 +11,7 @@ from clae_fast.distributed import World
 from clae_fast.methods.base import Method, pair_cost, pair_schedule, tied_gradient
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.options import StepCost, StepOptions, StepResult
-from clae_fast.steps.passes import Loss
+from clae_fast.steps.runner import Loss
 
 
 class SupervisedMethod(Method):

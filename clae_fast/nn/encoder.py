@@ -1,4 +1,4 @@
-"""Encoders: a backbone found by name, and a projection head."""
+"""Encoders: a backbone, which is found by name, and a projection head."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def build_encoder(arch: str, image_size: int) -> tuple[nn.Module, int]:
-    """Builds a backbone, randomly initialised and without a classifier.
+    """Builds a backbone without a classifier, with random weights.
 
     Args:
-        arch: "resnet18", "resnet34", "resnet50", "resnet101", "resnet152" (torchvision's, with the
-            CIFAR stem up to 64 pixels), "resnet-narrow" (three blocks, for images of 16x16 or so),
-            or "timm/NAME" for any model of timm.
+        arch: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152" of torchvision, which
+            have the CIFAR stem for images of up to 64 pixels; "resnet-narrow", which has three
+            blocks and is for images of about 16x16; or "timm/NAME" for any model of timm.
         image_size: Height and width of the images.
 
     Returns:
         The backbone, [N, 3, H, W] -> [N, features], and `features`.
 
     Raises:
-        ValueError: If `arch` is unknown or `image_size` is not positive.
-        RuntimeError: If `arch` needs timm and it is not installed.
+        ValueError: `arch` is unknown, or `image_size` is not positive.
+        RuntimeError: `arch` needs timm, which is not installed.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be positive, got {image_size}")
@@ -43,16 +43,16 @@ def timm_model(
     """A model of timm without its classifier.
 
     Args:
-        name: As timm has it, perhaps with the tag of weights.
-        image_size: Height and width of the images; None for those that it was made for.
-        pretrained: Whether to take its weights from timm's cache or the hub.
+        name: The model's name in timm, with or without the tag of its weights.
+        image_size: Height and width of the images; None for the size that it was made for.
+        pretrained: Whether it gets its published weights, from timm's cache or the hub.
 
     Returns:
-        As `build_encoder`.
+        The backbone and the length of its features, as `build_encoder` returns them.
 
     Raises:
-        ValueError: If timm does not have it.
-        RuntimeError: If timm is not installed.
+        ValueError: timm has no such model.
+        RuntimeError: timm is not installed.
     """
     try:
         import timm
@@ -60,7 +60,7 @@ def timm_model(
         raise RuntimeError("timm is not installed: pip install 'clae_fast[timm]'") from error
     if not timm.is_model(name):
         raise ValueError(f"arch names a model that timm does not have: {name!r}")
-    # vision transformers have the image size in their shapes, the others take any
+    # the shapes of a vision transformer depend on the image size; other models take any size
     config = timm.get_pretrained_cfg(name)
     fixed = config is not None and config.fixed_input_size
     size: dict[str, Any] = {"img_size": image_size} if fixed and image_size is not None else {}
@@ -69,18 +69,19 @@ def timm_model(
 
 
 class ProjectionHead(nn.Sequential):
-    """Linear layers with ReLU between them, from features to what the loss is taken at.
+    """Linear layers with ReLU between them, which map features to projections.
 
     Args:
         in_dim: Length of the features.
         hidden_dim: Length of the hidden layers.
         out_dim: Length of the projection.
-        layers: Linear layers; with 0 the features are the projection.
-        norm: Where BatchNorm follows a linear layer, which then has no bias: "none"; "hidden",
-            between the layers; "all", after the last one too, where BatchNorm has no bias either.
+        layers: How many linear layers there are; with 0 the features are the projections.
+        norm: Which linear layers BatchNorm follows: "none"; "hidden", all but the last; or "all".
+            A linear layer in front of BatchNorm has no bias, and BatchNorm after the last layer has
+            none either.
 
     Attributes:
-        out_dim: Length of the projection; of the features where there are no layers.
+        out_dim: Length of the projection, which is that of the features where there are no layers.
     """
 
     def __init__(
@@ -103,15 +104,15 @@ class ProjectionHead(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """A backbone and a projection head; the projections are raw, the losses normalise them.
+    """A backbone and a projection head. Projections are raw: the losses normalize them.
 
     Args:
         backbone: [N, C, H, W] -> [N, F].
         head: [N, F] -> [N, D].
 
     Attributes:
-        autocast: Type in which projections are computed, fp16 or bf16; None leaves it to the
-            caller. Backward passes follow, and run outside of autocast, as they should.
+        autocast: The type that autocast computes projections in, fp16 or bf16; None leaves that to
+            the caller. Backward passes run outside of autocast, as torch recommends.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -122,12 +123,12 @@ class Encoder(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Length of the projections, D, as the head's `out_dim` has it."""
+        """Length of the projections, D: the head's `out_dim`."""
         head: Any = self.head
         return int(head.out_dim)
 
     def features(self, x: Tensor) -> Tensor:
-        """What evaluation uses: h = backbone(x), [N, F]."""
+        """Features h = backbone(x), [N, F], which evaluation uses."""
         return self.backbone(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,10 +139,10 @@ class Encoder(nn.Module):
             return self.head(self.features(x))
 
     def compile(self, **options: Any) -> None:
-        """Compiles the backbone, but for what a `ConvNet` keeps apart.
+        """Compiles the backbone; the first convolution of a `ConvNet` stays eager.
 
         Args:
-            options: Of `torch.compile`.
+            options: Options of `torch.compile`.
         """
         parts = [part for part in self.backbone.modules() if isinstance(part, ConvNet)]
         for part in parts:

@@ -1,4 +1,4 @@
-"""Several views in one encoder pass, each normalised by itself."""
+"""Several views in one encoder pass, each normalized by its own statistics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +12,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def grouped_norm(module: nn.Module, groups: int, *, split: bool = False) -> Iterator[None]:
-    """Within it, training BatchNorm layers see a batch as `groups` equal batches, one by one.
+    """Inside, BatchNorm layers in training mode treat a batch as `groups` equal batches in a row.
 
-    Every group has its own statistics, the running ones are updated group after group, weight and
-    bias are shared: outputs, gradients and buffers are those of as many calls. All other layers see
-    one batch. BatchNorm layers keep their tensors and change their class meanwhile, so whatever
-    they do besides, as timm's activate, they do, and a compiled encoder has a variant for it.
+    Each group is normalized by its own statistics and then moves the running ones, with the same
+    weight and bias. So outputs, gradients and buffers are those of one call for each group. All
+    other layers see one batch. Meanwhile BatchNorm layers have another class, with the same
+    tensors. They still do whatever else their own class does, such as timm's activation, and a
+    compiled encoder compiles a variant for it.
 
     Args:
-        module: An encoder; any whose BatchNorm layers derive from torch's.
-        groups: Batches that lie in a row in one.
-        split: The groups are parts of one batch: running statistics move once, to the mean of those
-            of the parts, and not as often as there are groups.
+        module: Any encoder whose BatchNorm layers derive from torch's.
+        groups: How many batches there are.
+        split: Whether the groups are parts of one batch. Running statistics then move once, to the
+            mean over the parts, instead of once for each group.
 
     Example:
         >>> with grouped_norm(encoder, 2):
@@ -41,7 +42,7 @@ def grouped_norm(module: nn.Module, groups: int, *, split: bool = False) -> Iter
 
 
 class _Grouped(_BatchNorm):
-    """BatchNorm by groups, in front of the class that normalises one."""
+    """BatchNorm by groups; the class after it in the order of inheritance normalizes one group."""
 
     groups: int
     split: bool
@@ -50,13 +51,13 @@ class _Grouped(_BatchNorm):
         if not self.training:
             return super().forward(x)
         one, momentum = super().forward, self.momentum
-        # without a momentum all batches have one weight anyway
+        # without a momentum, BatchNorm averages over all batches with equal weights anyway
         if not self.split or momentum is None:
             return torch.cat([one(part) for part in x.chunk(self.groups)])
         outputs = []
         try:
             for later, part in zip(reversed(range(self.groups)), x.chunk(self.groups), strict=True):
-                # so that after the later ones, too, each has a weight of momentum / groups
+                # later parts shrink this one's weight; in the end each has momentum / groups
                 self.momentum = momentum / (self.groups - later * momentum)
                 outputs.append(one(part))
         finally:

@@ -1,4 +1,4 @@
-"""The mode of a module's layers, for a while."""
+"""Eval mode for the length of a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Has all layers in eval mode, and then each as it was."""
+    """Inside, all layers are in eval mode; after it, each is in the mode that it had."""
     modes = [(layer, layer.training) for layer in module.modules()]
     for layer, _ in modes:
         layer.training = False

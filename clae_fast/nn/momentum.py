@@ -1,4 +1,4 @@
-"""Momentum encoders: a copy whose weights follow an encoder's slowly."""
+"""Momentum encoders: copies whose weights follow those of an encoder slowly."""
 
 import copy
 import math
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 def momentum_twin(encoder: nn.Module) -> nn.Module:
-    """A copy of an encoder, for keys or for a teacher's targets, that `follow` moves.
+    """A copy of an encoder whose weights `follow` moves: for keys, or for a teacher's targets.
 
-    Its parameters want no gradient, so no optimiser moves them. Its BatchNorm layers are in the
-    mode of the module that holds it, training as a rule: they normalise by the statistics of the
-    keys, and have running ones of their own.
+    Its parameters require no gradient, so no optimizer moves them. Its BatchNorm layers follow the
+    mode of the module that holds it. In training mode they normalize by the statistics of the keys
+    and keep running statistics of their own.
 
-    Take the twin before the encoder is compiled or wrapped for distributed training.
+    Make the twin before the encoder is compiled or wrapped for distributed training.
 
     Args:
         encoder: The encoder; it is not changed.
@@ -23,11 +23,11 @@ def momentum_twin(encoder: nn.Module) -> nn.Module:
         The twin, of the encoder's class and in its mode.
 
     Raises:
-        TypeError: If `encoder` is not a module.
+        TypeError: `encoder` is not a module.
     """
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
-    # a process group cannot be copied
+    # deepcopy cannot copy a process group
     norms = [module for module in encoder.modules() if isinstance(module, nn.SyncBatchNorm)]
     groups = {id(norm.process_group): norm.process_group for norm in norms}
     return copy.deepcopy(encoder, groups).requires_grad_(False)
@@ -39,18 +39,18 @@ def follow(
     encoder: nn.Module,
     momentum: Tensor,  # []
 ) -> None:
-    r"""Moves a momentum twin towards its encoder, in place.
+    r"""Moves the weights w' of a momentum twin towards those of its encoder, w, in place.
 
     .. math:: w' \leftarrow m w' + (1 - m) w
 
-    Parameters move, BatchNorm's weight and bias among them; buffers do not. It is a handful of
-    kernels whatever the number of layers, and waits for no device, so that a step that ends with it
-    can be captured as a CUDA graph.
+    All parameters move, also the weight and bias of BatchNorm. Buffers do not. It launches a few
+    kernels, however many layers there are, and does not wait for the device, so that a CUDA graph
+    can capture it.
 
     Args:
-        twin: What `momentum_twin(encoder)` gave.
+        twin: The result of `momentum_twin(encoder)`.
         encoder: The encoder.
-        momentum: m, from 0 to 1, a scalar tensor on the device of the parameters and of their type.
+        momentum: m, from 0 to 1, a scalar tensor of the parameters' dtype on their device.
 
     Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020.
     """
@@ -62,13 +62,13 @@ def follow(
 
 
 def cosine_momentum(progress: float, start: float) -> float:
-    r"""A momentum that grows from `start` to 1 along a cosine.
+    r"""A momentum that rises from m_0 to 1 along a cosine.
 
     .. math:: 1 - (1 - m_0) \frac{1 + \cos(\pi t)}{2}
 
     Args:
-        progress: t, the part of the run that is done, from 0 to 1.
-        start: m_0.
+        progress: t, which part of the run is done, from 0 to 1.
+        start: m_0, the momentum at the start of the run.
 
     Source: Grill et al., Bootstrap Your Own Latent, NeurIPS 2020.
     """

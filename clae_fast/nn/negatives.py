@@ -1,4 +1,4 @@
-"""Constant keys as negatives of anchors: all of them in one number, or the hardest one by one."""
+"""Negatives of anchors among constant keys: the sum over all of them, or the hardest ones."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def log_sum_exp(
     *,
     temperature: float,
 ) -> Tensor:
-    r"""What all keys add to the denominator of each anchor's softmax, without an N x M matrix.
+    r"""The log of what all keys add to each anchor's softmax denominator, without an N x M matrix.
 
     .. math:: \log \sum_j e^{a_i \cdot k_j / T}
 
@@ -27,10 +27,10 @@ def log_sum_exp(
         temperature: T, above 0.
 
     Returns:
-        [N], differentiable in `anchor`, up to its gradient along the anchors themselves, which
-        normalisation discards.
+        [N], differentiable in `anchor`. The part of the gradient along an anchor itself is not
+        exact; normalization of the anchor discards it.
     """
-    # any key may be the positive that InfoNCE puts in the numerator: it is taken out again
+    # InfoNCE needs some key as the positive of its numerator, which is taken out again here
     positive = (anchor * keys[: len(anchor)]).sum(1) / temperature
     return info_nce(anchor, keys, temperature=temperature, reduction="none") + positive
 
@@ -42,24 +42,24 @@ def nearest(
     *,
     exclude: Tensor | None = None,  # [N, E]
 ) -> tuple[Tensor, Tensor]:
-    """The k keys that are hardest to tell from each anchor, as `clae_fast.topk_similarity`.
+    """The k keys that are most similar to each anchor, by `clae_fast.topk_similarity`.
 
     Args:
         anchor: Unit rows.
         keys: Unit rows, constants.
-        k: How many.
-        exclude: Columns that a row does not return.
+        k: How many keys each anchor gets.
+        exclude: Columns that a row must not return.
 
     Returns:
-        The similarities, [N, k], differentiable in `anchor`; no key is gathered either way. And the
-        indices of their keys, int64 [N, k].
+        The similarities, [N, k], differentiable in `anchor`, and the indices of their keys, int64
+        [N, k]. No copy of the keys is gathered, in either direction.
     """
     values, indices = _Nearest.apply(anchor, keys, k, exclude)
     return values, indices
 
 
 class _Nearest(torch.autograd.Function):
-    """Similarities that are known go back as a weighted sum of their keys."""
+    """Top-k similarities; the gradient of an anchor is a weighted sum of its k keys."""
 
     @staticmethod
     def forward(
@@ -74,7 +74,7 @@ class _Nearest(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dvalues: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         keys, indices = ctx.saved_tensors
-        # a sum over a bag of rows, which are read where they are
+        # embedding_bag reads the rows in place
         danchor = F.embedding_bag(indices, keys, per_sample_weights=dvalues, mode="sum")
         return danchor, None, None, None
 
@@ -85,19 +85,20 @@ def mixed(
     s_j: Tensor,  # as a
     dot: Tensor,  # as a
 ) -> Tensor:
-    r"""Similarity of an anchor to synthetic keys between (or beyond) two unit vectors.
+    r"""Similarity of an anchor a to synthetic keys, unit vectors on the line through two others.
 
     .. math:: a \cdot \frac{\alpha n_i + (1 - \alpha) n_j}{\|\alpha n_i + (1 - \alpha) n_j\|} =
         \frac{\alpha s_i + (1 - \alpha) s_j}{\|\cdot\|}, \quad
         \|\cdot\|^2 = \alpha^2 + (1 - \alpha)^2 + 2 \alpha (1 - \alpha) n_i \cdot n_j
 
-    of scalars alone. The synthetic key is a constant, whatever it is made of.
+    It is computed from scalars alone. The norm is a constant, so that no gradient flows into the
+    synthetic key.
 
     Args:
-        a: The parts alpha of the first vectors.
+        a: alpha, the parts of the first vectors.
         s_i: Similarities of the anchor to the first vectors; 1 where these are the anchor itself.
         s_j: Similarities of the anchor to the second vectors.
-        dot: Similarities of the first vectors to the second.
+        dot: Similarities of the first vectors to the second ones.
     """
     b = 1 - a
     norm = (a.square() + b.square() + 2 * a * b * dot.detach()).sqrt()

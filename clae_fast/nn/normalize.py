@@ -1,4 +1,4 @@
-"""Normalisation as the encoder's first layer, so that views, and attacks on them, are in pixels."""
+"""Normalization as the encoder's first layer, so that views and attacks are in pixels of 0..1."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        # constants of the configuration, not learned state: kept out of checkpoints
+        # they come from the configuration and are not learned, so checkpoints do not hold them
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises a batch [N, C, H, W]."""
+        """Normalizes a batch, [N, C, H, W]."""
         return (x - self.mean) / self.std

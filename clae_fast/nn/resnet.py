@@ -1,4 +1,4 @@
-"""ResNets out of torchvision's parts, with a stem that fits the size of the image."""
+"""ResNets made of torchvision's parts, with a stem that fits the size of the images."""
 
 from collections import OrderedDict
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SMALL_IMAGE = 64  # up to this size the ImageNet stem, stride 4, leaves too little
+# up to this size, in pixels, the ImageNet stem with its stride of 4 would leave too little
+SMALL_IMAGE = 64
 
 
 class ConvNet(nn.Sequential):
-    """Layers one after another, the first of them a convolution.
+    """A sequence of layers that begins with a convolution.
 
-    The convolution is apart from the body: an attack ends at it, see `clae_fast.steps.stem`, and
-    where the rest is compiled it is not.
+    The attack's backward pass ends at this convolution (`clae_fast.steps.stem`). So it stays eager
+    where the rest, the body, is compiled.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -21,21 +22,21 @@ class ConvNet(nn.Sequential):
         return self.body(self[0](x))
 
     def body(self, y: Tensor) -> Tensor:
-        """All but the first layer."""
+        """Applies all layers but the first."""
         for layer in list(self)[1:]:
             y = layer(y)
         return y
 
     def compile(self, **options: Any) -> None:
-        """Compiles the body, with options of `torch.compile`."""
+        """Compiles the body, with these options of `torch.compile`."""
         self.body = torch.compile(self.body, **options)  # type: ignore[method-assign]
 
 
 def resnet(arch: str, image_size: int) -> tuple[ConvNet, int]:
     """A ResNet of torchvision without its classifier (He et al., CVPR 2016).
 
-    Images of at most 64 pixels get the CIFAR stem: a 3x3 convolution of stride 1 and no pooling, in
-    place of 7x7, stride 2 and max pooling.
+    Images of at most 64 pixels get the CIFAR stem: one 3x3 convolution of stride 1 replaces the 7x7
+    convolution of stride 2 and the max pooling.
 
     Args:
         arch: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
@@ -47,7 +48,7 @@ def resnet(arch: str, image_size: int) -> tuple[ConvNet, int]:
     from torchvision import models
 
     network = models.get_model(arch, weights=None)
-    # the names are torchvision's, and so are those of its checkpoints
+    # layers keep torchvision's names, so that its checkpoints fit
     layers = OrderedDict(network.named_children())
     features = layers.pop("fc").in_features
     if image_size <= SMALL_IMAGE:
@@ -58,10 +59,11 @@ def resnet(arch: str, image_size: int) -> tuple[ConvNet, int]:
 
 
 def narrow_resnet(width: int = 16) -> tuple[ConvNet, int]:
-    """A ResNet of 8 layers for images of 16x16 or so: three basic blocks behind a CIFAR stem.
+    """A ResNet of 8 layers for images of about 16x16: a CIFAR stem and three basic blocks.
 
     Args:
-        width: Channels of the first block; each later block doubles them and halves the image.
+        width: How many channels the first block has; each later block doubles the channels and
+            halves the image.
 
     Returns:
         The network and the length of its features, 4 * width.

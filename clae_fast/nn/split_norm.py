@@ -1,10 +1,11 @@
-"""BatchNorm by parts of a batch on one device, as a batch spread over several has it.
+"""BatchNorm by parts of a batch, which does on one device what MoCo's shuffling does on several.
 
-Where a query and its key are normalised by statistics of one batch, these give away which key is
-whose, and the loss falls without anything being learnt. MoCo spreads a batch over GPUs, each with
-statistics of its own, and shuffles keys between them. One device does the same with parts of its
-batch. Several processes that synchronise BatchNorm, see `clae_fast.nn.sync_norm`, need neither: all
-queries have the same statistics then, which tell none of them apart.
+Where a query and its key are normalized by the statistics of the same rows, these statistics give
+away which key belongs to which query, and the loss falls although nothing is learned. MoCo spreads
+a batch over GPUs, each with statistics of its own, and shuffles keys between the GPUs. One device
+can do the same with parts of its batch. Several processes with synchronized BatchNorm
+(`clae_fast.nn.sync_norm`) need neither: all queries share the same statistics, which then cannot
+tell them apart.
 
 Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020,
 section 3.3.
@@ -21,16 +22,16 @@ def dealt(
     x: Tensor,  # [N, C, ...]
     parts: int,
 ) -> Tensor:
-    """Encodes a batch whose BatchNorm statistics are those of rows dealt out to `parts` parts.
+    """Encodes keys, with BatchNorm by parts that rows are dealt out to in turn, like cards.
 
-    Row i goes to the part that the queries' rows in `grouped_norm(encoder, parts, split=True)` do
-    not share: of the rows that are neighbours there, each part here gets its share, where a random
-    order would give it now more, now less. Projections come back in the order of the rows.
+    Queries under `grouped_norm(encoder, parts, split=True)` are normalized with their neighbors.
+    Dealing out puts neighbors into different parts, as evenly as can be, where a random order would
+    do so only on average. Projections come back in the order of the rows.
 
     Args:
         encoder: The encoder of keys.
-        x: Views, as many as a multiple of `parts`; batches are in random order.
-        parts: PassRunner of the batch; 1 leaves it whole.
+        x: Views in random order; their number is a multiple of `parts`.
+        parts: How many parts the batch has; with 1 it is encoded as a whole.
 
     Returns:
         Projections, [N, D].

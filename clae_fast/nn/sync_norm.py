@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics are those of the global batch, on GPU and CPU, in any dtype."""
+"""BatchNorm with the statistics of the global batch, on GPU and CPU, in any dtype."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from clae_fast.distributed import World
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, which computes on a GPU, and the same where it does not.
+    """torch's SyncBatchNorm on a GPU, and the same computation on a CPU, where torch has none.
 
-    A batch of W processes is normalised as one process would the whole: count, mean and centred
-    second moment of every process's part are gathered (one collective) and combined, and running
-    statistics take the variance unbiased by the global count. The backward sums dy and
-    dy (x - mean) over the processes (one collective); weight and bias get the local part of their
-    gradient, to be summed with all the others.
+    The batch of W processes is normalized as one process would normalize all of it. One collective
+    gathers every process's count, mean and variance, and they are combined. Running statistics take
+    the unbiased variance of the global batch. The backward pass sums dy and dy (x - mean) over the
+    processes in one collective. Weight and bias get this process's part of their gradient, which
+    the caller sums over the processes with all other gradients.
 
-    Made by `convert`; names and buffers are BatchNorm's own.
+    `convert` makes it. Its parameters and buffers have the names that they have in BatchNorm.
     """
 
     world: World
@@ -28,10 +28,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         self,
         x: Tensor,  # [N, C, ...]
     ) -> Tensor:
-        """Normalised `x`, [N, C, ...], in its dtype."""
+        """Normalizes `x`; the result has its shape and dtype."""
         own = self.training and x.device.type != "cuda"
         x = self._normalized(x) if own else super().forward(x)
-        # timm's layers have dropout and an activation in them
+        # timm's BatchNorm layers contain dropout and an activation
         for child in self.children():
             x = child(x)
         return x
@@ -56,7 +56,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class _Normalize(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) weight + bias over all processes; with mean, var, count."""
+    """y = (x - mean) / sqrt(var + eps) weight + bias over all processes; also mean, var, count."""
 
     @staticmethod
     def forward(
@@ -70,7 +70,7 @@ class _Normalize(torch.autograd.Function):
         count = counts.sum()
         share = counts / count
         mean = (share * means).sum(0)
-        # within the processes and between them
+        # the variance within the processes plus that between them
         var = (share * (variances + (means - mean).square())).sum(0)
         inverse = (var + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, inverse, count)
@@ -112,27 +112,27 @@ def _spread(per_channel: Tensor, x: Tensor) -> Tensor:  # [C] -> [C, 1, ...]
 
 
 def convert(module: nn.Module, world: World) -> nn.Module:
-    """Puts a `SyncBatchNorm` of the same tensors in the place of every BatchNorm of `module`.
+    """Replaces every BatchNorm of `module` by a `SyncBatchNorm` with the same tensors.
 
-    Of an encoder and its adversarial twin each keeps its own statistics; convert either the encoder
-    before the twin is made, or both. timm's BatchNorm with an activation is converted, too.
+    Convert the encoder before its adversarial twin is made, or convert both; each keeps its own
+    statistics. timm's BatchNorm with an activation is converted, too.
 
-    With BatchNorm as it is, every process normalises by its own rows: a noisier step that depends
-    on the number of processes, and running statistics of a part of the data.
+    Without this, every process normalizes by its own rows. The step is then noisier, depends on the
+    number of processes, and has running statistics of a part of the data.
 
     Args:
-        module: Any module; changed in place.
-        world: The processes. Alone, nothing is changed.
+        module: Any module; it is changed in place.
+        world: The processes; with one alone nothing is changed.
 
     Returns:
-        `module`, or what stands for it where it is a BatchNorm itself.
+        `module`, or its replacement where it is a BatchNorm itself.
 
     Raises:
-        TypeError: If a BatchNorm computes something else than torch's.
+        TypeError: A BatchNorm computes something else than torch's does.
     """
     if world.size == 1:
         return module
-    # one that has two places keeps both
+    # a module that occurs twice stays one module
     made: dict[int, nn.Module] = {}
 
     def converted(module: nn.Module) -> nn.Module:
@@ -154,10 +154,10 @@ def _synchronized(norm: _BatchNorm, world: World) -> SyncBatchNorm:
     own = type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     if own and not isinstance(getattr(norm, "act", None), nn.Module):
         raise TypeError(
-            f"cannot synchronise {type(norm).__name__}: it computes something else than BatchNorm"
+            f"cannot synchronize {type(norm).__name__}: it computes something else than BatchNorm"
         )
     new = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, False, False)
-    # the tensors themselves: optimizers and twins hold them
+    # optimizers and twins hold these very tensors
     for name in ("affine", "track_running_stats", "training"):
         setattr(new, name, getattr(norm, name))
     new._parameters.update(norm._parameters)

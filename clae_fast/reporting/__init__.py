@@ -1,1 +1,1 @@
-"""What a report is made of: `clae_fast.report` puts it together."""
+"""The parts of a report, which `clae_fast.report` puts together."""

@@ -1,7 +1,7 @@
-"""The figures of a report, as plotly's: what they show, without colours, which the page gives.
+"""The figures of a report, drawn by plotly. They have no colors of their own: the page gives them.
 
-`meta["colour"]` is the number of a trace's colour in the page's palette; `layout.meta` has what
-page.js needs besides. plotly reads HTML in the texts of a figure, so names are escaped.
+`meta["colour"]` is the number of a trace's color in the page's palette, and `layout.meta` has
+whatever else page.js needs. plotly reads the texts of a figure as HTML, so names are escaped.
 """
 
 import base64
@@ -19,13 +19,13 @@ from clae_fast.reporting.images import Pictures, Twins
 from clae_fast.reporting.runs import Run
 
 COLOURS = 8
-# points of a curve; of more, neighbours are averaged
+# the most points that a curve has; where there are more, neighbors are averaged
 _POINTS = 500
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
-# of so many classes each has a colour and symbol of its own; the others are grey
+# so many classes have a color and symbol each; all others are gray
 _CLASSES = 20
 _THUMBNAIL = 48
-# side of a picture in a grid, and what lies between two, in pixels
+# the side of a picture in a grid and the gap between two, in pixels
 _TILE, _GAP = 96, 8
 
 
@@ -71,7 +71,7 @@ def accuracy(runs: Sequence[Run], *, over_time: bool) -> go.Figure | None:
 
 
 def throughput(runs: Sequence[Run]) -> go.Figure | None:
-    """Images a second over epochs."""
+    """Images per second over epochs."""
     figure = go.Figure()
     for colour, run in enumerate(runs):
         if len(run.rates) and len(run.log):
@@ -99,7 +99,7 @@ def similarities(pictures: Pictures) -> go.Figure:
     edges = np.linspace(min(low, 0.9), 1.0, 41)
     figure = go.Figure()
     for name, values, colour, dash in sets:
-        # rounding may take a cosine above 1
+        # rounding can bring a cosine above 1
         counts, _ = np.histogram(values.clip(max=1.0), edges)
         _line(
             figure,
@@ -117,7 +117,7 @@ def similarities(pictures: Pictures) -> go.Figure:
 
 
 def embedding(pictures: Pictures) -> go.Figure | None:
-    """The map of test images, in the colours of their classes."""
+    """The map of test images, in the colors of their classes."""
     if pictures.places is None:
         return None
     figure = go.Figure()
@@ -136,7 +136,7 @@ def embedding(pictures: Pictures) -> go.Figure | None:
         rest = np.flatnonzero(~np.isin(labels, present[:_CLASSES]))
         others = f"{len(present) - _CLASSES} other classes"
         _cloud(figure, pictures, rest, name=others, colour=COLOURS, symbol=_SYMBOLS[0])
-    # its numbers mean nothing
+    # the numbers of a t-SNE map mean nothing
     bare = {"showticklabels": False, "showgrid": False, "zeroline": False}
     figure.update_xaxes(**bare).update_yaxes(**bare)
     figure.update_layout(
@@ -146,13 +146,13 @@ def embedding(pictures: Pictures) -> go.Figure | None:
 
 
 def twins(found: Twins) -> go.Figure:
-    """Views over their adversarial views over what the attack added."""
+    """Three rows of pictures: views, their adversarial views, and the difference."""
     rows = np.stack((found.views, found.adversarial, found.change))
     return _grid(rows, names=("view", "adversarial", "difference"))
 
 
 def neighbours(pictures: Pictures) -> go.Figure:
-    """A row a query: the test image, then the training images nearest to it."""
+    """A row for each query: the test image, then the training images nearest to it."""
     found = pictures.neighbours
     figure = _grid(
         found.pictures,
@@ -204,7 +204,7 @@ def _axes(figure: go.Figure, x: str, y: str) -> go.Figure | None:
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_POINTS` points, means of as many neighbours each."""
+    """At most `_POINTS` points, each the mean of as many neighbors."""
     each = -(-len(x) // _POINTS)
     starts = np.arange(0, len(x), each)
     counts = np.diff(np.append(starts, len(x)))
@@ -212,7 +212,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _time_unit(longest: float) -> tuple[str, float]:
-    """What to give a time in, and how many seconds that is."""
+    """The unit to show a time in, and how many seconds that is."""
     for unit, seconds in (("hours", 3600.0), ("minutes", 60.0)):
         if longest >= 3 * seconds:
             return unit, seconds
@@ -220,7 +220,7 @@ def _time_unit(longest: float) -> tuple[str, float]:
 
 
 def _name(pictures: Pictures, label: int) -> str:
-    """Of a class, for plotly's texts."""
+    """The name of a class, escaped for plotly's texts."""
     return escape(pictures.classes[label]) if label < len(pictures.classes) else str(label)
 
 
@@ -289,7 +289,7 @@ def _grid(
 
 
 def _mosaic(pictures: np.ndarray) -> str:  # [R, C, H, H, 3]
-    """One PNG of all, transparent between them; small ones enlarged pixel by pixel."""
+    """One PNG of all pictures, transparent between them; small ones are enlarged pixel by pixel."""
     times = -(-_TILE // pictures.shape[2])
     tiles = pictures.repeat(times, axis=2).repeat(times, axis=3)
     rows, columns, side = tiles.shape[:3]
@@ -302,7 +302,7 @@ def _mosaic(pictures: np.ndarray) -> str:  # [R, C, H, H, 3]
 
 
 def _sprite(pictures: np.ndarray) -> dict[str, Any]:  # [N, H, H, 3]
-    """All pictures in one, in rows; page.js cuts one out."""
+    """One picture that holds all, in rows; page.js cuts single ones out of it."""
     side = min(pictures.shape[1], _THUMBNAIL)
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = -(-len(pictures) // columns)

@@ -1,7 +1,7 @@
-"""What a report shows of a run's encoder, which needs the checkpoint and the data set.
+"""Computes the pictures that a report shows of an encoder, from its checkpoint and the data set.
 
-Everything is computed on a few images in fp32. The encoder is in eval mode, except in the attack,
-which is a training step of the run on a batch of its own views.
+Everything is computed in fp32 on few images. The encoder is in eval mode, except for the attack,
+which is the run's own training step on a batch of views.
 """
 
 from dataclasses import dataclass, replace
@@ -24,21 +24,21 @@ from clae_fast.steps.batch import Batch
 from clae_fast.training import checkpoint, encoders
 from clae_fast.training.build import build_method, hold_out, load_data, step_options
 
-# test images on the map, and training images among which neighbors are searched
+# how many test images are on the map, and among how many training images neighbors are sought
 _MAPPED = 1000
 _SEARCHED = 2000
 _QUERIES = 6
 _NEIGHBOURS = 8
 _TWINS = 8
-# images in the batch of views; fewer where views are large
+# how many views the attacked batch has; fewer where they are large
 _BATCH = 128
 _LARGE_BATCH = 32
 _LARGE = 64
-# fewest images that make a map
+# the fewest images that make a map
 _FEWEST = 8
-# a smaller spread of normalized features is rounding
+# a spread of normalized features below this is rounding
 _ALIKE = 1e-5
-# largest height and width of a picture
+# the longest side of a picture, in pixels
 _SIDE = 96
 
 
@@ -47,9 +47,9 @@ class Neighbours:
     """The training images nearest to a few test images.
 
     Attributes:
-        pictures: Each query, and then its neighbors, [Q, 1 + K, H, H, 3].
-        labels: Their classes, [Q, 1 + K].
-        similarity: Cosine of each neighbor's features and the query's, [Q, K].
+        pictures: A row for each query, which comes first in it, [Q, 1 + K, H, H, 3].
+        labels: The classes of the pictures, [Q, 1 + K].
+        similarity: Cosine between each neighbor's features and the query's, [Q, K].
         among: How many training images were compared.
     """
 
@@ -61,14 +61,14 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Twins:
-    """Views, and what the run's attack makes of them.
+    """Views and the adversarial views that the run's attack makes of them.
 
     Attributes:
-        views: Attacked views, [K, H, H, 3].
+        views: The attacked views, [K, H, H, 3].
         adversarial: Their adversarial views, [K, H, H, 3].
-        change: What the attack added, in units of the largest change, [K, H, H, 3].
+        change: The difference of the two, in units of the largest change, [K, H, H, 3].
         largest: The largest change, in pixels of 0..1.
-        similarity: Cosine of the projections of each adversarial view and its positive, [M].
+        similarity: Cosine between the projections of each adversarial view and its positive, [M].
     """
 
     views: np.ndarray
@@ -84,15 +84,16 @@ class Pictures:
 
     Attributes:
         checkpoint: Name of the checkpoint.
-        step: The optimizer step of the checkpoint.
-        classes: Names of the classes by number; the numbers where they have no names.
-        labels: Classes of the mapped test images, [N].
-        images: The mapped test images, [N, H, H, 3].
-        places: Where t-SNE puts their features, [N, 2]; None where they are few or all alike.
-        neighbours: Of some of them.
-        positives: Cosine of the projections of an image's two views, [B].
-        negatives: The largest cosine of each first view and a view of another image, [B].
-        twins: What the attack makes of views, or why the attack cannot be run; None without one.
+        step: The optimizer step that the checkpoint is from.
+        classes: Names of the classes by number; the numbers themselves where there are no names.
+        labels: Classes of the test images on the map, [N].
+        images: Pictures of these test images, [N, H, H, 3].
+        places: Their places by t-SNE, [N, 2]; None where they are few or all alike.
+        neighbours: The nearest neighbors of some of them.
+        positives: Cosine between the projections of an image's two views, [B].
+        negatives: The largest cosine between each first view and a view of another image, [B].
+        twins: Attacked views; a text that says why there are none where the attack cannot run; None
+            without an attack.
     """
 
     checkpoint: str
@@ -108,7 +109,7 @@ class Pictures:
 
 
 class _Encoded(NamedTuple):
-    """Images in order: features, labels and pictures of at most `_SIDE` pixels a side."""
+    """Images in order: their features, labels and pictures of at most `_SIDE` pixels a side."""
 
     features: Tensor  # [N, F]
     labels: Tensor  # [N]
@@ -116,7 +117,7 @@ class _Encoded(NamedTuple):
 
 
 def look(run: Run, splits: data.Splits | None = None) -> Pictures:
-    """Computes the pictures of a run; torch's global generators stay as they are.
+    """Computes the pictures of a run and leaves torch's global generators as they are.
 
     Args:
         run: The run.
@@ -162,7 +163,7 @@ def _class_names(split: data.Split) -> tuple[str, ...]:
 
 @torch.no_grad()
 def _encoded(encoder: Encoder, split: data.Split, config: Config, device: torch.device) -> _Encoded:
-    """What evaluation sees of a split."""
+    """The images of a split as evaluation sees them."""
     parts = [
         _Encoded(encoder.features(x), labels.cpu(), _pictures(x))
         for x, labels in batches(split, config, device)
@@ -172,7 +173,7 @@ def _encoded(encoder: Encoder, split: data.Split, config: Config, device: torch.
 
 
 def _pictures(x: Tensor) -> np.ndarray:  # [N, 3, H, H] in 0..1 -> [N, h, h, 3]
-    """Bytes of at most `_SIDE` pixels a side."""
+    """Images as bytes, of at most `_SIDE` pixels a side."""
     if x.shape[-1] > _SIDE:
         x = F.interpolate(x, size=(_SIDE, _SIDE), mode="bilinear", antialias=True)
     return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -192,7 +193,7 @@ def _projections(encoder: Encoder, x: Tensor) -> Tensor:  # [N, 3, H, H] -> [N, 
 
 
 def _hardest(z_p: Tensor, z_q: Tensor) -> Tensor:  # [N, D], [N, D] -> [N]
-    """The largest cosine of each row of z_p and a view of another image."""
+    """The largest cosine between each row of z_p and a view of another image."""
     own = torch.arange(len(z_p), device=z_p.device)
     exclude = torch.stack((own, own + len(z_p)), dim=1)
     similarity, _ = topk_similarity(z_p, torch.cat((z_p, z_q)), 1, exclude=exclude)
@@ -200,9 +201,9 @@ def _hardest(z_p: Tensor, z_q: Tensor) -> Tensor:  # [N, D], [N, D] -> [N]
 
 
 def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
-    """t-SNE of normalized features, which begins with their principal components.
+    """t-SNE of normalized features, started from their principal components.
 
-    None where there are few, or where all are alike, on which scikit-learn's t-SNE crashes.
+    None where there are few features or all are alike, for which scikit-learn would compute NaN.
     """
     u = F.normalize(features).cpu().numpy()
     if len(u) < _FEWEST or not u.std(axis=0).max() > _ALIKE:
@@ -211,13 +212,13 @@ def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(u) - 1) / 3)
-    # steps of t-SNE are so short that threads would wait for each other on a busy machine
+    # its steps are too short for threads, which wait for each other on a busy machine
     with threadpool_limits(1):
         return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(u)
 
 
 def _neighbours(mapped: _Encoded, searched: _Encoded) -> Neighbours:
-    """The neighbors of one test image of each of the first classes."""
+    """The nearest neighbors of one test image of each of the first classes."""
     first = [int((mapped.labels == label).nonzero()[0]) for label in mapped.labels.unique()]
     queries = torch.tensor(first[:_QUERIES])
     count = min(_NEIGHBOURS, len(searched.labels))
@@ -236,17 +237,17 @@ def _neighbours(mapped: _Encoded, searched: _Encoded) -> Neighbours:
 def _twins(
     run: Run, encoder: Encoder, batch: Batch, projections: tuple[Tensor, Tensor]
 ) -> Twins | str:
-    """What a step of the run makes of these views, or why it cannot be taken."""
+    """Takes the run's own training step on these views; the weights' gradients are thrown away."""
     config = run.config
     try:
         method = build_method(config, batch.views[0].device)
         method.load_state_dict(checkpoint.load(run.folder.best_or_last)["method"])
         x_adv = _attacked(method.train(), config, batch)
-    # the teacher may be gone, or the images too few for the method
+    # a teacher is gone, or there are too few images for the method
     except (ValueError, RuntimeError) as error:
         return checkpoint.reason(error)
     z_p, z_q = projections
-    # methods attack view p, view q, or both, one after the other
+    # either one view is attacked, or both are, one after the other
     pairs = [
         *zip(batch.views, (z_q, z_p), strict=True),
         (torch.cat(batch.views), torch.cat((z_q, z_p))),

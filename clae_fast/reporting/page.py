@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that loads nothing."""
+"""Renders the page of a report: one HTML file that loads nothing from elsewhere."""
 
 import json
 import statistics
@@ -20,14 +20,14 @@ from clae_fast.reporting.runs import ACCURACIES, Run
 from clae_fast.training.checkpoint import reason, write_atomically
 from clae_fast.training.cost import step_units
 
-# what results.json calls something, and what the page does
+# the names of results.json, and those on the page
 _NAMES = {"knn": "kNN", "corrupt": "unreadable images"}
 _NONE = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows, each a name and a cell for each column, of plain text."""
+    """A table of plain text: the columns' names, and rows of a name and one cell a column."""
 
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
@@ -38,10 +38,10 @@ class Figure:
     """A figure of the page.
 
     Attributes:
-        id: what page.js finds it by, and the name of its PNG.
-        title: above it.
-        caption: below it: how it came about.
-        wide: whether it takes the whole width.
+        id: The name by which page.js finds it, which its PNG has as well.
+        title: The text above it.
+        caption: The text below it, which says how it came about.
+        wide: Whether it takes the whole width of the page.
     """
 
     id: str
@@ -51,7 +51,7 @@ class Figure:
 
 
 class _Page:
-    """The figures of a page, in order, and what draws them."""
+    """Collects the figures of a page in order, with the data that page.js draws."""
 
     def __init__(self) -> None:
         self.plots: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class _Page:
     def figure(
         self, plot: go.Figure | None, id: str, title: str, caption: str, *, wide: bool = False
     ) -> list[Figure]:
-        """The figure; none where there is nothing to draw."""
+        """Adds a figure, unless there is nothing to draw."""
         if plot is None:
             return []
         self.plots[id] = json.loads(plot.to_json())
@@ -95,7 +95,7 @@ def _pictures(run: Run, splits: Splits | None) -> Pictures | str:
 
 
 def render(runs: Sequence[Run], pictures: Sequence[Pictures | str]) -> str:
-    """The page of one run or several, and of the pictures of each or why there are none."""
+    """Renders the page of one run or several; each has pictures, or a text why it has none."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -122,7 +122,7 @@ def render(runs: Sequence[Run], pictures: Sequence[Pictures | str]) -> str:
         settings=settings,
         versions=_table(names, [dict(flat(run.versions)) for run in runs]),
         version=__version__,
-        # a script ends at the first "</script", wherever that is
+        # a script ends at the first "</script", even inside a string
         plots=Markup(json.dumps(page.plots).replace("<", "\\u003c")),
         css=Markup(_file("page.css")),
         js=Markup(_file("page.js")),
@@ -135,7 +135,7 @@ def _file(name: str) -> str:
 
 
 def _headline(run: Run) -> str:
-    """What a run is, in a line."""
+    """Describes a run in one line."""
     config, kind = run.config, run.config.adversary.attack
     attack = "no attack" if kind == "none" else f"{kind} attack"
     done = f"{run.epochs:g} of {config.optimization.epochs} epochs"
@@ -168,7 +168,7 @@ def _training(page: _Page, runs: Sequence[Run]) -> list[Figure]:
 
 
 def _cost(runs: Sequence[Run]) -> Table:
-    """Encoder work a step, and the rates that were logged."""
+    """A table of the encoder work in a step and of the rates that were logged."""
     rows = []
     for run in runs:
         units = step_units(run.config)
@@ -179,7 +179,7 @@ def _cost(runs: Sequence[Run]) -> Table:
 
 
 def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any]:
-    """What is shown of one run at a time."""
+    """The part of the page that shows one run at a time."""
     if isinstance(seen, str):
         return {"run": run.name, "source": "", "figures": [], "notes": [f"No pictures: {seen}."]}
     notes = []
@@ -225,7 +225,7 @@ def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any
 
 
 def _results(results: Mapping[str, Any]) -> dict[str, str]:
-    """Names and values of results.json, nested ones in rows of their own."""
+    """A table of results.json, in which nested values have rows of their own."""
     found = {}
     for path, value in flat(results):
         name = " ".join(_NAMES.get(word, word) for word in path.split(" "))
@@ -239,7 +239,7 @@ def _results(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table(columns: Sequence[str], values: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each name that is in any of the columns' values."""
+    """A table with a row for each name that any column has a value for."""
     names = dict.fromkeys(name for each in values for name in each)
     cells = [[_text(each[name]) if name in each else _NONE for each in values] for name in names]
     return Table(columns, list(zip(names, cells, strict=True)))

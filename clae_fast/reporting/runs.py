@@ -1,4 +1,4 @@
-"""What a report reads from a run folder, without the data set and the encoder."""
+"""Reads what a report shows from a run folder, without the data set and the encoder."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from clae_fast.errors import RunFolderError
 from clae_fast.training import provenance
 from clae_fast.training.run_folder import RunFolder
 
-# which accuracy a run has logged, by the preference for it, and what it is
+# the accuracies that a run may have logged, the preferred one first, and their names on the page
 ACCURACIES = {
     "val_knn": "kNN on the images held out for validation",
     "train_knn": "leave-one-out kNN among training images",
@@ -21,16 +21,16 @@ ACCURACIES = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder's contents, checked as far as a report relies on them.
+    """The contents of a run folder, checked as far as a report relies on them.
 
     Attributes:
-        name: what the report calls it; unique within one.
-        folder: where it is.
-        log: the log points, each with "step" and "epoch".
-        rate_steps: steps at which a rate was logged.
-        rates: images per second over the steps since the one before.
-        results: results.json, empty before the first evaluation.
-        versions: what it last went on with, empty where nothing is recorded.
+        name: What the report calls it; unique within one.
+        folder: The run folder.
+        log: The log points, each with "step" and "epoch".
+        rate_steps: Steps at which a rate was logged.
+        rates: Images per second over the steps since the one before.
+        results: The contents of results.json, empty before the first evaluation.
+        versions: What it ran with last; empty where nothing is recorded.
     """
 
     name: str
@@ -48,17 +48,17 @@ class Run:
 
     @property
     def accuracy(self) -> str | None:
-        """Which accuracy it has logged, of `ACCURACIES`; None where it has none."""
+        """Which one of `ACCURACIES` it has logged; None where it has none."""
         return next((name for name in ACCURACIES if any(name in at for at in self.log)), None)
 
     @property
     def epochs(self) -> float:
-        """How far it got."""
+        """The epoch that it has reached."""
         return self.log[-1]["epoch"] if self.log else 0.0
 
     @property
     def duration(self) -> float:
-        """Seconds that its steps took."""
+        """How many seconds all of its steps took."""
         return float(self.seconds(self.rate_steps[-1:])[0]) if len(self.rates) else 0.0
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,9 +68,9 @@ class Run:
         return steps, epochs, values
 
     def seconds(self, steps: np.ndarray) -> np.ndarray:
-        """What training took up to these steps; evaluation and checkpoints do not count.
+        """How many seconds training took up to these steps, without evaluation and checkpoints.
 
-        Rates are of the steps since the log point before, so that steps over rates add up.
+        A rate belongs to the steps since the log point before, so these times add up.
         """
         images = np.diff(self.rate_steps, prepend=0) * self.config.optimization.batch_size
         ends = np.concatenate(([0.0], np.cumsum(images / self.rates)))
@@ -78,10 +78,10 @@ class Run:
 
 
 def read(paths: list[Path]) -> list[Run]:
-    """Reads run folders, named by as much of their paths as tells them apart.
+    """Reads run folders and names each by as much of its path as tells it from the others.
 
     Raises:
-        RunFolderError: one is no run folder, given twice, or damaged.
+        RunFolderError: One is no run folder, given twice, or damaged.
     """
     names = _names(paths)
     return [_read(RunFolder.open(path), name) for path, name in zip(paths, names, strict=True)]
@@ -119,7 +119,7 @@ def _log(path: Path) -> list[dict[str, float]]:
     except FileNotFoundError:
         return []
     points: list[dict[str, float]] = []
-    # what follows the last newline is still being written
+    # a last line without its newline is still being written
     for number, line in enumerate(lines[:-1], start=1):
         try:
             point = json.loads(line)
@@ -132,10 +132,10 @@ def _log(path: Path) -> list[dict[str, float]]:
 
 
 def _rates(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The images per second that TensorBoard has, which no rerun repeats, and their steps."""
+    """The images per second that TensorBoard has recorded, and their steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # all of them: by default it draws a sample
+    # by default it would load a sample
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     name = "images_per_second"

@@ -1,4 +1,4 @@
-"""What one training step is given."""
+"""The batch that one training step gets."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """The views of a batch of images, and their classes where these are asked for.
+    """The views of a batch of images, and their classes where a method needs them.
 
     Attributes:
         views: Two large views [N, 3, H, W], then small crops [N, 3, h, h] if there are any.

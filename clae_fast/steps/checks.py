@@ -1,4 +1,4 @@
-"""What a step checks before it computes."""
+"""Checks of a step's arguments, made before anything is computed."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from clae_fast.attack import LinfAttack
 
 
 def scalar(value: Any) -> Tensor:
-    """The value of a loss, which has to be one number."""
+    """The value itself, once it is known to be a scalar tensor."""
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar tensor, got {got}")
@@ -18,7 +18,7 @@ def scalar(value: Any) -> Tensor:
 
 
 def check_pair(x_p: Tensor, x_q: Tensor) -> None:
-    """Raises unless both can be views of one batch."""
+    """Raises unless both are tensors with the same number of rows."""
     for name, x in (("x_p", x_p), ("x_q", x_q)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -29,7 +29,7 @@ def check_pair(x_p: Tensor, x_q: Tensor) -> None:
 
 
 def check_attack(attack: LinfAttack, x: Tensor, name: str, adv_weight: float) -> None:
-    """Raises unless the view `x`, called `name`, can be attacked and its loss weighted."""
+    """Raises unless `attack` can attack the view `x`, called `name`, and the weight is a weight."""
     if not isinstance(attack, LinfAttack):
         raise TypeError(f"attack must be a LinfAttack, got {type(attack).__name__}")
     attack.check(name, x)
@@ -40,7 +40,7 @@ def check_attack(attack: LinfAttack, x: Tensor, name: str, adv_weight: float) ->
 
 
 def check_scale(scale: Tensor | None) -> None:
-    """Raises unless it can be a loss scale."""
+    """Raises unless it is None or a scalar tensor."""
     if scale is None:
         return
     if not isinstance(scale, Tensor):
@@ -49,32 +49,42 @@ def check_scale(scale: Tensor | None) -> None:
         raise ValueError(f"scale must be a scalar tensor, got shape {list(scale.shape)}")
 
 
+def check_micro_batch(micro_batch: int | None) -> None:
+    """Raises unless it can be a number of rows."""
+    if micro_batch is None:
+        return
+    if not isinstance(micro_batch, int):
+        raise TypeError(f"micro_batch must be an integer, got {type(micro_batch).__name__}")
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+
+
 def attacked_rows(adv_fraction: float, rows: int) -> int:
-    """How many rows are attacked."""
+    """How many rows a fraction of a batch has: at least two, and no more than there are."""
     if not isinstance(adv_fraction, (int, float)):
         raise TypeError(f"adv_fraction must be a number, got {type(adv_fraction).__name__}")
     if not 0 < adv_fraction <= 1:
         raise ValueError(f"adv_fraction must be in (0, 1], got {adv_fraction}")
-    # BatchNorm has no statistics of one
+    # BatchNorm cannot take statistics of one row
     return min(rows, max(2, round(adv_fraction * rows)))
 
 
 def check_deterministic(module: nn.Module) -> None:
-    """Raises ValueError naming the first submodule that would draw random numbers."""
+    """Raises ValueError that names the first submodule with active dropout or stochastic depth."""
     for name, child in module.named_modules():
         rate = _drop_rate(child) if child.training else 0.0
         if rate > 0:
             raise ValueError(
-                "the self attack stands one forward pass for two, which random layers would tell "
-                f"apart: set the rate of adv_encoder's {name or 'root'} "
+                "the self attack uses one forward pass in place of two, but a random layer makes "
+                f"the two different: set the rate of adv_encoder's {name or 'root'} "
                 f"({type(child).__name__}, {rate:g}) to 0, or use the pair attack"
             )
 
 
 def _drop_rate(module: nn.Module) -> float:
-    """The rate of dropout or stochastic depth that `module` itself applies in training."""
+    """The rate of dropout or stochastic depth that `module` itself applies in training mode."""
     names = ["drop_prob", "drop_rate", "dropout", "attention_dropout"]
-    # torchvision's and timm's layers are told by their names: neither library need be installed
+    # layers of torchvision and timm are known by name, so that neither has to be installed
     kind = type(module).__name__
     if isinstance(module, _DropoutNd) or "Drop" in kind or kind == "StochasticDepth":
         names += ["p", "prob"]

@@ -1,4 +1,4 @@
-"""How a step is taken, what it costs and what it leaves behind."""
+"""The options of a step, its cost and its result."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from clae_fast.steps.passes import Around
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How a step is taken, whatever the method.
+    """The options of a step, which are the same for every method.
 
     Attributes:
         kind: "none" (plain), "pair", "self" or "released".
@@ -21,11 +21,11 @@ class StepOptions:
         adv_weight: Weight of the adversarial loss.
         adv_fraction: As in `pair_step`.
         adv_replace: As in `pair_step`.
-        batched: As in `plain_step`, which alone heeds it.
-        scale: What gradients are multiplied by.
-        micro_batch: Rows of a chunk; None takes the batch at once.
-        last_backward: Makes a context for the last backward pass.
-        world: Processes that have other rows of the batch, all of which the losses see.
+        batched: As in `plain_step`; other schedules ignore it.
+        scale: The loss scale, a scalar tensor; None for none.
+        micro_batch: How many rows are encoded at once; None encodes the batch at once.
+        last_backward: Makes a context that the last backward pass runs in.
+        world: The processes that have the rows of the batch; losses see the rows of all.
     """
 
     kind: str = "none"
@@ -41,13 +41,13 @@ class StepOptions:
 
 
 class StepCost(NamedTuple):
-    """What a step costs, as the views of its batch that go through an encoder and how far back.
+    """The cost of a step: how many views go through an encoder, by how far back they are taken.
 
     Attributes:
-        trained: Views that are taken back to the weights, 3 units each.
-        constant: Views that are not taken back, 1 unit each.
-        attacked: Views that are taken back to themselves, counted once for each step of an attack
-            that is not part of a trained pass, 2 units each.
+        trained: Passes that are taken back to the weights, 3 units each.
+        constant: Passes that are not taken back, 1 unit each.
+        attacked: Passes that are taken back to the view alone, 2 units each: one for each move of
+            an attack that no training pass makes.
     """
 
     trained: float
@@ -55,19 +55,19 @@ class StepCost(NamedTuple):
     attacked: float = 0.0
 
     def units(self, *, chunks: bool = False) -> float:
-        """Units of the step, of a view's forward pass; with `micro_batch`, `chunks`."""
-        # a chunk that is taken back is encoded once more
+        """The units of the step, with a `micro_batch` where there are `chunks`."""
+        # a chunk that is taken back has to be encoded once more
         once_more = (self.trained + self.attacked) * chunks
         return 3 * self.trained + self.constant + 2 * self.attacked + once_more
 
 
 class StepResult(NamedTuple):
-    """What a step leaves behind besides gradients; constants, still on the device.
+    """The result of a step besides its gradients. All are constants, still on the device.
 
     Attributes:
         loss: The clean loss.
-        adv_loss: The adversarial loss before its weight, None without one of its own.
-        x_adv: The adversarial view of the rows that are attacked, None without an attack.
+        adv_loss: The adversarial loss, not yet weighted; None in a step that has none.
+        x_adv: The adversarial view of the attacked rows; None without an attack.
     """
 
     loss: Tensor  # []

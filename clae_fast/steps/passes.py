@@ -1,9 +1,8 @@
-"""One view through an encoder: forward, a stop at its embeddings, and back.
+"""A pass takes one view through an encoder, stops at the embeddings, and goes back later.
 
-A pass leaves its embeddings as a leaf, where losses accumulate their gradients in any number and
-order; then `back` takes the sum to the weights, once. With chunks the view's activations are alive
-a chunk at a time, as in GradCache (Gao et al., Scaling Deep Contrastive Learning Batch Size under
-Memory Limited Setup, RepL4NLP 2021).
+The embeddings of a pass are a leaf of the autograd graph. Losses leave their gradients there, as
+many losses as there are and in any order. Then `back` takes the sum of these gradients through the
+encoder, once.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,14 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clae_fast.attack import LinfAttack
 from clae_fast.nn.mode import evaluating
 from clae_fast.steps import stem
-from clae_fast.steps.checks import check_scale, scalar
 
 Around = Callable[[], AbstractContextManager[object]]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Pass:
-    """A view whose backward pass goes to the weights: 1 unit now, 2 by `back`.
+    """A pass that is taken back to the weights: 1 unit when it is made, 2 units by `back`.
 
     Args:
         encoder: The encoder.
@@ -40,15 +37,16 @@ class Pass:
         self._stop(encoder(x))
 
     def _stop(self, output: Tensor) -> None:
+        """Cuts the graph at the encoder's output."""
         self._output = output
         self.z = output.detach().requires_grad_()
         self._x_adv: Tensor | None = None
 
     def back(self, around: Around = nullcontext) -> None:
-        """Takes back what losses have left at the embeddings, if they have; to be called once.
+        """Takes the gradients that losses have left at the embeddings back; to be called once.
 
         Args:
-            around: Makes a context for the last backward pass.
+            around: Makes a context that the backward pass runs in.
         """
         with around():
             if self.z.grad is not None:
@@ -59,10 +57,10 @@ class Pass:
 
     @property
     def x_adv(self) -> Tensor:
-        """The adversarial view, where the pass attacks its view and has been taken back.
+        """The adversarial view, which an attacking pass has once it has been taken back.
 
         Raises:
-            RuntimeError: It is not there.
+            RuntimeError: There is none yet.
         """
         if self._x_adv is None:
             raise RuntimeError("no x_adv yet: run backward on a loss that depends on the view")
@@ -70,12 +68,12 @@ class Pass:
 
 
 class AttackedPass(Pass):
-    """A pass whose way back to the weights leaves the adversarial view behind, after one step.
+    """A pass whose backward pass to the weights also makes one move of an attack.
 
     Args:
         encoder: The encoder.
         x: The view, [N, C, ...].
-        attack: How far the step goes.
+        attack: How far the move goes.
     """
 
     def __init__(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> None:
@@ -91,43 +89,44 @@ class AttackedPass(Pass):
             self._x_adv = self._twin.x_adv
             return
 
-        def step(dys: tuple[Tensor | None]) -> None:
+        def move(dys: tuple[Tensor | None]) -> None:
             (dy,) = dys
-            if dy is None:  # zero
+            # autograd writes None for a gradient of zeros
+            if dy is None:
                 self._x_adv = self._attack.project(self._x, self._x)
             else:
                 self._x_adv = self._attack.stem_step(self._x, dy, **found.convolution)
 
-        hook = found.node.register_prehook(step)
-        # not to the view, so that the convolution computes its weight's gradient alone
+        hook = found.node.register_prehook(move)
+        # the view is left out, so that the convolution computes no gradient for its input
         self._output.backward(dz, inputs=found.leaves)
         hook.remove()
 
 
 class InputPass(Pass):
-    """A pass that goes back to the view alone, for a step of an attack: 1 unit now, 1 by `back`.
+    """A pass that goes back to the view alone and makes one move of an attack: 1 unit, then 1.
 
-    It runs in `frozen(encoder)`: asked for one gradient alone, autograd computes no weight's, but
-    keeps what they would need, and a compiled encoder computes all the gradients it was traced for.
+    It runs inside `frozen(encoder)`. Without that, autograd would keep what the weights' gradients
+    need although nobody asks for them, and a compiled encoder would compute them.
 
     Args:
         encoder: The encoder.
-        x: Where the step starts, [N, C, ...].
-        attack: How far the step goes.
-        x0: The centre of the ball, as `x`; None takes `x`.
+        x: Where the move starts, [N, C, ...].
+        attack: How far the move goes.
+        x0: The center of the ball, as `x`; None takes `x`.
     """
 
     def __init__(
         self, encoder: nn.Module, x: Tensor, attack: LinfAttack, x0: Tensor | None = None
     ) -> None:
-        # no leaf, to which torch's FLOP counter cannot follow
+        # torch's FLOP counter does not see a backward pass that ends at a leaf
         self._view = x.detach().requires_grad_().view_as(x)
         output, self._find_stem = stem.forward(encoder, self._view, attack.impl)
         self._x, self._attack, self._x0 = x, attack, x0
         self._stop(output)
 
     def _back(self, dz: Tensor) -> None:
-        # the stem's step projects onto the ball around its start
+        # stem_step takes the start of the move for the center of the ball
         found = self._find_stem() if self._x0 is None else None
         if found is None:
             (dx,) = torch.autograd.grad(self._output, self._view, dz)
@@ -138,18 +137,23 @@ class InputPass(Pass):
 
 
 class CachedPass(Pass):
-    """A pass in chunks, each encoded anew on the way back: 1 unit now, 1 more by `back`.
+    """A pass in chunks of rows, so that the activations of one chunk are alive at a time.
 
-    BatchNorm normalises a chunk by its own statistics, and its running ones move once a chunk.
-    Random layers draw for a chunk what they drew for it the first time: states of generators are
-    read and written, so no CUDA graph can be captured of it.
+    The forward pass keeps the embeddings alone. `back` encodes each chunk once more before it takes
+    it back, which costs one unit more than the pass at once. BatchNorm normalizes each chunk by the
+    chunk's statistics and moves its running statistics once for each chunk. Random layers draw the
+    same numbers both times: the generators' states are read and written, which no CUDA graph can
+    capture.
 
     Args:
-        kind: As of `run`.
+        kind: The class of the pass that each chunk becomes.
         encoder: The encoder.
         x: The view, [N, C, ...].
-        options: As of `run`.
-        micro_batch: Rows of a chunk.
+        options: Further arguments of `kind`; a tensor among them has the view's rows.
+        micro_batch: How many rows a chunk has.
+
+    Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
+    RepL4NLP 2021 (GradCache).
     """
 
     def __init__(
@@ -161,7 +165,6 @@ class CachedPass(Pass):
         micro_batch: int,
     ) -> None:
         self._kind, self._encoder = kind, encoder
-        # tensors among the options have the view's rows
         split = (o.split(micro_batch) if isinstance(o, Tensor) else repeat(o) for o in options)
         self._chunks = list(zip(x.split(micro_batch), *split, strict=False))
         self._random: list[list[Tensor]] = []
@@ -173,7 +176,7 @@ class CachedPass(Pass):
         self._stop(torch.cat(rows))
 
     def back(self, around: Around = nullcontext) -> None:
-        """As a pass at once; the context is for the last chunk's."""
+        """Takes the chunks back one after another; the context is for the last one."""
         if self.z.grad is None:
             super().back(around)
             return
@@ -194,34 +197,13 @@ class CachedPass(Pass):
             self._x_adv = torch.cat(attacked)
 
 
-def run(
-    kind: Callable[..., Pass],
-    encoder: nn.Module,
-    x: Tensor,  # [N, C, ...]
-    *options: Any,
-    micro_batch: int | None = None,
-) -> Pass:
-    """Runs a view.
-
-    Args:
-        kind: `Pass`, `AttackedPass` or `InputPass`.
-        encoder: The encoder.
-        x: The view.
-        options: Further arguments of `kind`; tensors have the view's rows.
-        micro_batch: Rows of a chunk; None takes the view at once.
-    """
-    if micro_batch is None:
-        return kind(encoder, x, *options)
-    return CachedPass(kind, encoder, x, options, micro_batch)
-
-
 @contextmanager
 def frozen(module: nn.Module, norm: str = "train") -> Iterator[None]:
-    """Leaves weights without gradients and BatchNorm's running statistics where they are.
+    """Inside, weights get no gradients and BatchNorm's running statistics do not move.
 
     Args:
         module: The encoder.
-        norm: The mode of `LinfAttack.norm`: "eval" is that of all layers.
+        norm: "train" normalizes by the batch's statistics; "eval" has all layers in eval mode.
     """
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     for weight in weights:
@@ -236,7 +218,7 @@ def frozen(module: nn.Module, norm: str = "train") -> Iterator[None]:
 
 @contextmanager
 def _statistics_held(module: nn.Module) -> Iterator[None]:
-    """Normalises by the batch's statistics without updating the running ones."""
+    """Inside, BatchNorm normalizes by the batch's statistics and leaves the running ones alone."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -248,7 +230,7 @@ def _statistics_held(module: nn.Module) -> Iterator[None]:
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
-    """Of the CPU's generator and, where it is a GPU, the device's."""
+    """The states of the CPU's generator and, on a GPU, of the device's."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -259,117 +241,3 @@ def _set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.cuda.set_rng_state(state, device)
-
-
-class PassRunner:
-    """What schedules consist of, with the options that are the same for all parts of a step.
-
-    Args:
-        scale: What gradients are multiplied by.
-        micro_batch: Rows of a chunk; None takes the batch at once.
-    """
-
-    def __init__(self, scale: Tensor | None = None, micro_batch: int | None = None) -> None:
-        check_scale(scale)
-        if micro_batch is not None:
-            if not isinstance(micro_batch, int):
-                raise TypeError(f"micro_batch must be an integer, got {type(micro_batch).__name__}")
-            if micro_batch < 1:
-                raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
-        self._scale = scale
-        self._micro_batch = micro_batch
-
-    def run(self, kind: Callable[..., Pass], encoder: nn.Module, x: Tensor, *options: Any) -> Pass:
-        """Runs a view, 1 unit."""
-        return run(kind, encoder, x, *options, micro_batch=self._micro_batch)
-
-    def backward(self, loss: Tensor, weight: float = 1.0) -> Tensor:  # []
-        """Leaves the gradients of a loss, weighted and scaled, at the embeddings: its value."""
-        loss = scalar(loss)
-        scaled(loss if weight == 1 else weight * loss, self._scale).backward()
-        return loss.detach()
-
-    def run_attackable(self, encoder: nn.Module, x: Tensor, attack: LinfAttack) -> Pass:
-        """Runs a view, 1 unit, whose way back takes the first step of its attack where it can."""
-        if attack.begins_in_training:
-            return self.run(AttackedPass, encoder, x, attack)
-        return self.run(Pass, encoder, x)
-
-    def constant(self, encoder: nn.Module, x: Tensor, norm: str) -> Tensor:
-        """Embeddings without gradients that leave no trace, 1 unit.
-
-        Args:
-            encoder: The encoder.
-            x: The view.
-            norm: As `LinfAttack.norm`.
-        """
-        with torch.no_grad(), frozen(encoder, norm):
-            return torch.cat([encoder(chunk) for chunk in x.split(self._micro_batch or len(x))])
-
-    def attacked(
-        self,
-        encoder: nn.Module,
-        x0: Tensor,  # [N, C, ...]
-        attack: LinfAttack,
-        gradient: Callable[[Tensor], Tensor],  # [N, D] -> [N, D]
-        trained: Pass | None = None,
-    ) -> Tensor:
-        """Runs an attack, 2 units a step, each of them taken back to the input alone: x_adv.
-
-        Args:
-            encoder: Who sees the view; its weights and statistics do not.
-            x0: The view, and the centre of the ball.
-            attack: How far the attack goes.
-            gradient: Gradient of what the attack raises at a step's embeddings, at least in fp32.
-            trained: What `run_attackable` gave of a view whose first rows are `x0`, taken back.
-        """
-        x, steps = attack.begin(x0), attack.steps
-        if trained is not None and attack.begins_in_training:
-            x, steps = first(len(x0), trained.x_adv), steps - 1
-        with frozen(encoder, attack.norm):
-            for _ in range(steps):
-                view = self.run(InputPass, encoder, x, attack, None if x is x0 else x0)
-                z = view.z.detach()
-                # in fp32 until it is scaled
-                dz = gradient(z.to(torch.promote_types(z.dtype, torch.float32)))
-                view.z.grad = scaled(dz, self._scale).to(z.dtype)
-                view.back()
-                x = view.x_adv
-        return x
-
-    def replaced(
-        self,
-        loss: Loss,
-        encoder: nn.Module,
-        adv_encoder: nn.Module,
-        p: Pass,
-        x_adv: Tensor,
-        x_q: Tensor,
-        last_backward: Around,
-    ) -> Tensor:
-        """The one loss of p and q with the adversarial view in q's first rows, 3 + 2 units."""
-        passes = [self.run(Pass, adv_encoder, x_adv)]
-        if len(x_adv) < len(x_q):
-            passes.append(self.run(Pass, encoder, x_q[len(x_adv) :]))
-        value = self.backward(loss(p.z, torch.cat([view.z for view in passes])))
-        for view in passes:
-            view.back()
-        p.back(last_backward)
-        return value
-
-
-def first(rows: int, x: Tensor) -> Tensor:
-    """The first rows, or the tensor itself where these are all."""
-    return x if rows == len(x) else x[:rows]
-
-
-def scaled(value: Tensor, scale: Tensor | None) -> Tensor:
-    """The value times the scale, where there is one."""
-    return value if scale is None else scale * value
-
-
-def gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """The gradient of a loss at embeddings."""
-    z = z.detach().requires_grad_()
-    (dz,) = torch.autograd.grad(scalar(loss(z)), z)
-    return dz

@@ -1,12 +1,13 @@
-"""The convolution that alone sees the attacked view: where the attack's backward pass may end.
+"""Finds the encoder's first convolution, where the attack's backward pass can end.
 
-The attack takes the sign of the view's gradient. Where the view feeds one convolution and nothing
-else, the gradient at that convolution's output decides it, and `clae_fast.stem_step` makes the
-adversarial view of it in one kernel: the convolution's input gradient, as large as the view and
-slow for 3 channels, is never stored, nor is that of a Normalize in front.
+The attack needs the sign of the view's gradient. Where the view goes into one convolution and
+nowhere else, `clae_fast.stem_step` computes the adversarial view from the gradient at that
+convolution's output, in one kernel. The gradient of the view itself is never stored, and neither is
+the one before a Normalize layer. Both are as large as the view, and a convolution's input gradient
+is slow to compute for 3 channels.
 
-Whether it is so is read off the autograd graph of every forward pass. Nothing is remembered and
-nothing in the encoder replaced, so an encoder that changes is seen to have changed.
+Each forward pass is inspected anew, by its autograd graph. Nothing is cached and nothing in the
+encoder is replaced, so a changed encoder cannot lead to a wrong result.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,22 +18,22 @@ from torch import Tensor, nn
 from clae_fast.nn.normalize import Normalize
 from clae_fast.ops.stem_step import has_kernel, kernel_takes
 
-# of each node of a graph, with its position among their inputs
+# for each node, the nodes that take its output, and at which position
 _Consumers = dict[Any, list[tuple[Any, int]]]
-# names of nodes: a leaf, a cast such as autocast's
+# autograd's names for a leaf, and for a cast such as autocast's
 _LEAF = "torch::autograd::AccumulateGrad"
 _CAST = "ToCopyBackward0"
 
 
 class Stem(NamedTuple):
-    """The convolution.
+    """The first convolution of an encoder, as one forward pass used it.
 
     Attributes:
-        node: Its node in the graph, whose backward function gets the gradient at its output.
-        convolution: Its weight, stride and padding, as `stem_step` names them.
-        trained: Whether a backward pass to the leaves reaches it, since its weight is one.
-        leaves: Every leaf below the output but for the view: where a backward pass goes that leaves
-            the view's gradient out.
+        node: The convolution's node in the autograd graph.
+        convolution: The arguments `weight`, `stride` and `padding` of `stem_step`.
+        trained: Whether the weight is a leaf, so that a backward pass to the leaves reaches `node`.
+        leaves: All leaves of the graph except the view. A backward pass to these computes no
+            gradient of the view.
     """
 
     node: Any
@@ -46,16 +47,16 @@ def forward(
     view: Tensor,  # [N, C, H, W], no leaf
     impl: str,
 ) -> tuple[Tensor, Callable[[], Stem | None]]:
-    """Encodes the view.
+    """Encodes the view and keeps what is needed to find the stem.
 
     Args:
         encoder: The encoder.
-        view: The view, which wants a gradient.
+        view: The view, which requires a gradient.
         impl: Implementation of `stem_step`.
 
     Returns:
-        The encoder's output, and a function to call before the backward pass, that returns the
-        stem, or None where that pass is needed to its end.
+        The encoder's output, and a function to call before the backward pass. It returns the stem,
+        or None where the backward pass has to go all the way to the view.
     """
     if not has_kernel(impl, view.device):
         return encoder(view), lambda: None
@@ -63,7 +64,7 @@ def forward(
 
     def follow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal image
-        # std is positive: the gradients on both sides of it have the same signs
+        # Normalize divides by a positive std, which changes no sign of a gradient
         if args and args[0] is image and output.shape == image.shape:
             image = output
 
@@ -81,7 +82,7 @@ def forward(
 
 
 def _eager(module: nn.Module) -> Iterator[nn.Module]:
-    """What is not compiled: what is would be compiled anew for every hook."""
+    """The submodules that are not compiled. A hook on a compiled one would compile it once more."""
     if module._compiled_call_impl is None and type(module).__name__ != "OptimizedModule":
         yield module
         for child in module.children():
@@ -89,7 +90,7 @@ def _eager(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _find(output: Tensor, view: Tensor, image: Tensor) -> Stem | None:
-    """The stem between `output` and `image`, which is what Normalize makes of `view`."""
+    """The stem between `image`, which is the view after Normalize, and `output`."""
     graph = _graph(output.grad_fn, view.grad_fn)
     if graph is None or any(t._backward_hooks or t.retains_grad for t in (view, image)):
         return None
@@ -123,7 +124,8 @@ def _find(output: Tensor, view: Tensor, image: Tensor) -> Stem | None:
 def _graph(root: Any, end: Any) -> tuple[_Consumers, list[Tensor]] | None:
     """The consumers of every node between `root` and `end`, and the leaves.
 
-    None with a reentrant checkpoint, which takes no backward pass to some of the leaves.
+    None for a graph with a reentrant checkpoint, in which a backward pass cannot be told its
+    leaves.
     """
     if root is None:
         return None
@@ -148,13 +150,13 @@ def _graph(root: Any, end: Any) -> tuple[_Consumers, list[Tensor]] | None:
 
 
 def _consumer(consumers: _Consumers, node: Any) -> tuple[Any, int]:
-    """The one consumer of a node and the node's position there; (None, 0) where there are more."""
+    """The only consumer of a node and the node's position there; (None, 0) without just one."""
     found = consumers.get(node, [])
     return found[0] if len(found) == 1 else (None, 0)
 
 
 def _leaf(node: Any) -> Tensor | None:
-    """The leaf that a node is, or casts."""
+    """The leaf that a node stands for, perhaps behind a cast."""
     if node.name() == _CAST:
         node = node.next_functions[0][0]
     return node.variable if node.name() == _LEAF else None

@@ -1,13 +1,15 @@
-"""What the package knows by name, written out from the package itself, by directives.
+"""Directives that write parts of the site from the package itself.
 
-`methods`, `ops` and `examples` stand for a section for each of them, `presets` for a table,
-`command NAME` for what `python -m clae_fast.NAME --help` says.
+`methods`, `ops` and `examples` each write one section for every method, op or example.
+`method-table`, `op-table` and `presets` write a table, and `command NAME` writes what
+`python -m clae_fast.NAME --help` prints.
 """
 
 import argparse
 import ast
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,11 +27,12 @@ from clae_fast.config.layers import resolve
 from clae_fast.config.presets import PRESETS
 from clae_fast.methods import METHODS, Method
 
+_RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _KINDS = {"none": "plain", "pair": "pair attack", "self": "self attack", "released": "as released"}
 
 
 class _Written(SphinxDirective):
-    """A directive that stands for lines of reStructuredText."""
+    """A directive that writes lines of reStructuredText."""
 
     def run(self) -> list[nodes.Node]:
         lines = StringList(list(self.lines()), source=self.get_source_info()[0])
@@ -42,6 +45,27 @@ class _Written(SphinxDirective):
         raise NotImplementedError
 
 
+class _MethodTable(_Written):
+    """What each method costs, and the accuracy that was recorded for it last."""
+
+    def lines(self) -> Iterable[str]:
+        file = max(_RESULTS.glob("methods-digits-*.json"), key=lambda file: file.stem[-10:])
+        self.env.note_dependency(str(file))
+        knn = {
+            (row["method"], row["attack"]): f"{row['knn']:.1f}"
+            for row in json.loads(file.read_text())["rows"]
+        }
+        plain, pair = "units of a plain step", "units with the pair attack"
+        accuracies = ("digits, kNN in %", "with the pair attack")
+        yield from _row(("method", plain, pair, *accuracies, "presets"), first=True)
+        for name, method in METHODS.items():
+            units = [str(method.units[attack]) for attack in ("none", "pair")]
+            learned = [knn.get((name, attack), "") for attack in ("none", "pair")]
+            link = f":ref:`{name} <method-{name}>`"
+            yield from _row((link, *units, *learned, _presets_of(name)))
+        yield from _row(("untrained", "", "", knn["untrained", "none"], "", ""))
+
+
 class _Methods(_Written):
     def lines(self) -> Iterable[str]:
         for name, method in METHODS.items():
@@ -50,6 +74,16 @@ class _Methods(_Written):
             yield from ("", ".. code-block:: sh", "", f"   {_command(name, method)}", "")
             yield from (f".. autoclass:: {_path(method)}", "")
             yield from _loss_of_op(method)
+
+
+class _OpTable(_Written):
+    """What each op computes, in the first sentence of its contract."""
+
+    def lines(self) -> Iterable[str]:
+        yield from _row(("op", "what it computes"), first=True)
+        for name in ops.__all__:
+            about, *_ = (inspect.getdoc(getattr(clae_fast, name)) or "").splitlines()
+            yield from _row((f":func:`clae_fast.{name}`", about))
 
 
 class _Ops(_Written):
@@ -73,7 +107,7 @@ class _Presets(_Written):
         "attack": "attack",
         "dataset": "data set",
         "arch": "encoder",
-        "optimizer": "optimiser",
+        "optimizer": "optimizer",
         "lr": "rate",
         "batch_size": "batch",
         "epochs": "epochs",
@@ -120,7 +154,9 @@ class _Command(_Written):
 def setup(app: Sphinx) -> dict[str, Any]:
     """Adds the directives."""
     app.add_directive("methods", _Methods)
+    app.add_directive("method-table", _MethodTable)
     app.add_directive("ops", _Ops)
+    app.add_directive("op-table", _OpTable)
     app.add_directive("presets", _Presets)
     app.add_directive("command", _Command)
     app.add_directive("examples", _Examples)
@@ -136,7 +172,7 @@ def _facts(facts: Mapping[str, str]) -> Iterable[str]:
 
 
 def _row(cells: Iterable[str], *, first: bool = False) -> Iterable[str]:
-    """A row of a list-table; the first one begins it."""
+    """A row of a list-table. The first row also opens the table."""
     if first:
         yield from (".. list-table::", "   :header-rows: 1", "   :class: wide", "")
     for column, cell in enumerate(cells):
@@ -148,7 +184,6 @@ def _method_facts(name: str, method: type[Method]) -> dict[str, str]:
     own = method.own_options()
     needs = ["labels of the training images"] * method.needs_labels
     needs += ["a frozen teacher, ``--teacher``"] * method.needs_teacher
-    presets = [preset for preset, settings in PRESETS.items() if settings["method"] == name]
     return {
         "Units of a step": kinds,
         "Needs": ", ".join(needs),
@@ -156,12 +191,18 @@ def _method_facts(name: str, method: type[Method]) -> dict[str, str]:
         "Settings of its own": ", ".join(
             f"``{option}={_value(default)}``" for option, (_, default) in own.items()
         ),
-        "Presets": ", ".join(f"``{preset}``" for preset in presets),
+        "Presets": _presets_of(name),
     }
 
 
+def _presets_of(name: str) -> str:
+    """The presets that train a method."""
+    found = (preset for preset, settings in PRESETS.items() if settings["method"] == name)
+    return ", ".join(f"``{preset}``" for preset in found)
+
+
 def _loss_of_op(method: type[Method]) -> Iterable[str]:
-    """The formula of the op that is a method's loss, where its own docstring has none."""
+    """The formula of a method's loss, taken from the op if the method's docstring has none."""
     called = re.search(r"`clae_fast\.(\w+)`", inspect.getdoc(getattr(method, "loss", None)) or "")
     if called is None or ".. math::" in (method.__doc__ or ""):
         return
@@ -179,12 +220,12 @@ def _command(name: str, method: type[Method]) -> str:
 
 
 def _block(text: str) -> Iterable[str]:
-    """Lines as they are."""
+    """Lines that are shown as they are."""
     return (".. code-block:: text", "", *(f"   {line}" for line in text.splitlines()), "")
 
 
 def _help(text: str) -> str:
-    """The help of a flag, with other flags as code and nothing else as markup."""
+    """The help of a flag as reStructuredText, with the flags in it as code."""
     escaped = re.sub(r"([\\*`|_])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<!\w)--[a-z][a-z-]*", lambda found: f"``{found[0]}``", escaped)
 
@@ -194,6 +235,6 @@ def _value(value: Any) -> str:
 
 
 def _path(method: type[Method]) -> str:
-    """Where it is imported from."""
+    """The name to import a method by."""
     public = hasattr(methods, method.__name__)
     return f"{'clae_fast.methods' if public else method.__module__}.{method.__name__}"

@@ -1,4 +1,4 @@
-"""The role of a text in single backticks: code, and a link where it is a name of the package."""
+"""The role of text in single backticks: code, and a link if it names a part of the package."""
 
 import re
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _code(
     options: dict[str, Any] | None = None,
     content: Sequence[str] = (),
 ) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-    """A role as docutils wants it."""
+    """The role, in the form that docutils calls."""
     if re.fullmatch(r"clae_fast\.[A-Za-z]\w*(\.[A-Za-z]\w*)*", text):
         return _link("py:obj", rawtext, text, lineno, inliner, options or {}, content)
     return [nodes.literal(rawtext, nodes.unescape(text, True))], []

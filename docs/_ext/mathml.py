@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, nothing to fetch."""
+"""Formulas as MathML. Browsers draw it by themselves, without a script and without a download."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def _render(node: nodes.math | nodes.math_block, *, as_block: bool) -> str:
     text = node.astext()
     try:
         drawn = tex2mathml(text, as_block=as_block)
-        # a norm grows with its operand, not with a fraction beside it
+        # otherwise the bars of a norm grow with a fraction beside them
         return drawn.replace("<mo>‖</mo>", '<mo stretchy="false">‖</mo>')
     except MathError as error:
         log.warning("formula %r: %s", text, error, location=node)

@@ -1,8 +1,8 @@
-"""Signatures as their authors wrote them.
+"""Corrects signatures that autodoc writes differently from their authors.
 
-autodoc takes the types of a class's arguments for those of attributes of the same names, and writes
-defaults as Python does: a class as <class ...>. Its option to write them as in the source replaces
-them in the running package, which then reads its own defaults as text.
+If an argument of a class has the name of an attribute, autodoc shows the attribute's type. It also
+shows a default that is a class as <class ...>. autodoc_preserve_defaults would mend the latter, but
+it replaces defaults in the running package by text.
 """
 
 import importlib

@@ -12,7 +12,7 @@ from clae_fast.nn.grouped_norm import grouped_norm
 from clae_fast.nn.split_norm import dealt
 
 
-class PassRunner(nn.BatchNorm1d):
+class Parts(nn.BatchNorm1d):
     """Records which rows are normalised together: rows that hold their numbers."""
 
     def __init__(self):
@@ -26,7 +26,7 @@ class PassRunner(nn.BatchNorm1d):
 
 @pytest.mark.parametrize(("rows", "parts"), [(16, 4), (12, 3), (8, 4), (24, 2)])
 def test_a_key_shares_statistics_with_few_of_its_querys_rows(rows, parts):
-    queries, keys = PassRunner(), PassRunner()
+    queries, keys = Parts(), Parts()
     x = torch.arange(float(rows))[:, None]
     with grouped_norm(queries, parts, split=True):
         queries(x)

@@ -171,5 +171,5 @@ class TestConvert:
             def forward(self, x):
                 return 2 * super().forward(x)
 
-        with pytest.raises(TypeError, match="cannot synchronise Louder"):
+        with pytest.raises(TypeError, match="cannot synchronize Louder"):
             convert(nn.Sequential(Louder(3)), self.world)

@@ -1,4 +1,4 @@
-"""What the documents say holds: examples run, commands and versions agree, links exist."""
+"""What the documents say holds: examples run, commands, figures and versions agree, links exist."""
 
 import ast
 import dataclasses
@@ -6,16 +6,23 @@ import doctest
 import functools
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision import models
 
 import clae_fast
@@ -46,16 +53,50 @@ OTHERS_FLAGS = {
 }  # fmt: skip
 
 
+# what a row of the README's measurements is called in the recorded results
+MEASURED = {
+    "NT-Xent, 512 rows": {"n": 512},
+    "NT-Xent, 8,192 rows": {"n": 8192},
+    "InfoNCE, 256 queries against 65,536 keys": {"case": "queue"},
+    "UEL, 4,096 rows": {"case": "uel"},
+    "HCL, 4,096 rows": {"case": "hard"},
+    "SupCon, 4,096 rows": {"case": "classes"},
+    "update of a bank of 65,536 keys": {"case": "bank"},
+    "gradient for the self attack, 4,096 rows": {"case": "tied"},
+}
+
+
 def blocks(language: str, text: str = README) -> list[str]:
     """The fenced blocks in `language`, in order; the README's by default."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
-def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x_p, x_q = torch.rand(2, 4, 3, 32, 32, generator=generator)
+def before_and_after() -> list[str]:
+    """The README's loop without the attack, and with it."""
+    (diff,) = blocks("diff")
+    lines = diff.splitlines()
+    return ["\n".join(line[1:] for line in lines if line[:1] != mark) for mark in "+-"]
+
+
+def views() -> torch.Tensor:
+    """Two views of four images."""
+    return torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("loop", before_and_after(), ids=["before", "after"])
+def test_readme_loops_run(loop: str) -> None:
+    torch.manual_seed(0)
+    names = {"torch": torch, "torchvision": torchvision, "loader": [views()]}
+    exec(loop, names)
+    weights = list(names["encoder"].parameters())
+    assert all(torch.isfinite(weight.grad).all() for weight in weights)
+    assert all(weight.grad.abs().sum() > 0 for weight in weights)
+
+
+def test_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_p, x_q = views()
     names = {"loader": [(x_p, x_q)]}
-    step, twin, loss, trained = blocks("python")
+    step, twin, loss, trained, *others = blocks("python", read("docs/library.md"))
 
     exec(step, names)
     result, encoder = names["result"], names["encoder"]
@@ -79,26 +120,34 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(trained, names)
     assert names["h"].shape == (3, 64)
 
+    # weights are not fetched
+    monkeypatch.setattr(
+        "torchvision.models.get_model", lambda name, weights: getattr(models, name)()
+    )
+    for block in others:
+        exec(block, names)
 
-def test_readme_step_example_is_short() -> None:
-    assert len(blocks("python")[0].splitlines()) <= 15
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 130
+    assert all(len(loop.splitlines()) <= 15 for loop in before_and_after())
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/install.md"])
+def test_set_up_commands_are_given(document: str) -> None:
+    commands = [block.strip() for block in blocks("sh", read(document))]
+    assert MAIN_JOB in commands
+    assert TESTS in commands
 
 
 def test_readme_commands_are_those_that_ci_runs() -> None:
-    commands = [block.strip() for block in blocks("sh")]
-    assert MAIN_JOB in commands
-    assert TESTS in commands
     ci = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
     for command in TESTS.split(" && "):
         assert command.replace(".venv", ".venv-ci") in ci
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_examples_of_the_site_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # weights are not fetched
-    monkeypatch.setattr(
-        "torchvision.models.get_model", lambda name, weights: getattr(models, name)()
-    )
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/library.md"])
+def test_examples_of_the_site_run(page: str) -> None:
     names = {"torch": torch}
     for block in blocks("python", read(page)):
         exec(block, names)
@@ -167,48 +216,113 @@ def test_names_exist(page: str) -> None:
             place = getattr(place, part)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_what_is_included_is_one_section(page: str) -> None:
-    included = r'{include} \.\./README\.md\n:start-after: "(.*)\\n"\n:end-before: "(.*)"'
-    for start, end in re.findall(included, read(page)):
-        _, found, rest = README.partition(start + "\n")
-        text, found_end, _ = rest.partition(end)
-        assert found
-        assert found_end
-        assert "\n## " not in text, (start, end)
-
-
 def test_every_command_has_its_flags_listed() -> None:
     assert sorted(re.findall(r"^\.\. command:: (\w+)$", read("docs/cli.rst"), re.M)) == COMMANDS
 
 
-def test_every_op_is_named() -> None:
-    for name in ops.__all__:
-        assert f"`{name}`" in README or f"clae_fast.{name}" in README, name
+def test_readme_table_of_methods() -> None:
+    """All methods with their papers, and the units that their classes give."""
+    row = r"^\| [^|]* \| (\[`.*) \| (\d+) \| (\d+) \|$"
+    citation = read("CITATION.cff")
+    named = []
+    for methods, none, pair in re.findall(row, README, re.M):
+        for name, paper in re.findall(r"\[`(\w+)`\]\(https://arxiv\.org/abs/(\S+)\)", methods):
+            named.append(name)
+            assert f"arXiv:{paper}" in citation, name
+            assert (int(none), int(pair)) == tuple(METHODS[name].units[k] for k in ("none", "pair"))
+    assert sorted(named) == sorted(METHODS)
 
 
-def test_the_table_of_methods() -> None:
-    """A row a method: its paper, presets, units, and the accuracy that was recorded last."""
-    link = r"\[`(\w+)`\]\(https://arxiv\.org/abs/(\S+)\)"
-    rows = re.findall(
-        rf"^\| {link} \| (.*) \| (\d+), (\d+) \| (\S+), (\S+) \|$", README, re.MULTILINE
-    )
-    assert [name for name, *_ in rows] == list(METHODS)
+def test_readme_table_of_measurements() -> None:
+    """Every number is the one that was recorded last."""
+    peers = ("clae_fast", "lightly", "torch_eager", "torch_compile", "torch_blocks")
+    rows = re.findall(r"^\| (\S.*) \| `(nt_xent|losses)` \|$", README, re.M)
+    assert [row.split("|")[0].strip() for row, _ in rows] == list(MEASURED)
+    for row, command in rows:
+        label, *cells = (cell.strip() for cell in row.split("|"))
+        file = max((ROOT / "benchmarks" / "results").glob(f"{command}-epyc-avx512-*.json"))
+        found = {
+            record["impl"].replace("torch_chunked_symmetric", "torch_blocks"): record
+            for record in json.loads(file.read_text())["rows"]
+            if MEASURED[label].items() <= record.items()
+        }
+        assert float(cells[0]) == float(f"{found['clae_fast']['ms']:.3g}"), label
+        for peer, cell in zip(peers[1:], cells[1:], strict=True):
+            assert bool(cell) == (peer in found), (label, peer)
+            if cell:
+                assert float(cell) == float(f"{found[peer]['over_clae_fast']:.2g}"), (label, peer)
+
+
+def extension(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of docs/_ext, which needs Sphinx."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    return importlib.import_module(name)
+
+
+def test_readme_picture_is_what_its_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, svg in extension("schedule_figure", monkeypatch).files().items():
+        assert path.read_text() == svg
+        assert path.relative_to(ROOT).as_posix() in README
+
+
+def test_site_tables_have_every_method_and_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = extension("catalogue", monkeypatch)
+    directive = SimpleNamespace(env=SimpleNamespace(note_dependency=lambda file: None))
     files = (ROOT / "benchmarks" / "results").glob("methods-digits-*.json")
     recorded = {
         (found["method"], found["attack"]): f"{found['knn']:.1f}"
-        for file in sorted(files, key=lambda file: file.stem)
+        for file in sorted(files, key=lambda file: file.stem[-10:])
         for found in json.loads(file.read_text())["rows"]
     }
-    citation = (ROOT / "CITATION.cff").read_text()
-    for name, paper, presets, none, pair, *accuracies in rows:
-        assert f"arXiv:{paper}" in citation, name
-        assert (int(none), int(pair)) == tuple(METHODS[name].units[k] for k in ("none", "pair"))
-        assert accuracies == [recorded[name, "none"], recorded[name, "pair"]], name
-        if name not in ("simclr", "plain", "uel"):
-            own = {preset for preset, given in PRESETS.items() if given["method"] == name}
-            assert set(re.findall("`(.*?)`", presets)) == own, name
-    assert f"untrained it is {recorded['untrained', 'none']}" in README
+    _, _, *rows = "\n".join(catalogue._MethodTable.lines(directive)).split("   * - ")
+    for (name, method), row in zip(METHODS.items(), rows, strict=False):
+        link, none, pair, *accuracies, presets = row.rstrip("\n").split("\n     - ")
+        assert f"method-{name}" in link
+        assert (int(none), int(pair)) == tuple(method.units[k] for k in ("none", "pair"))
+        assert accuracies == [recorded[name, "none"], recorded[name, "pair"]]
+        own = {preset for preset, given in PRESETS.items() if given.get("method") == name}
+        assert name == "simclr" or set(re.findall("``(.*?)``", presets)) == own
+    assert recorded["untrained", "none"] in rows[len(METHODS)]
+    ops_table = "\n".join(catalogue._OpTable.lines(directive))
+    assert all(f"`clae_fast.{name}`" in ops_table for name in ops.__all__)
+
+
+def photos(folder: Path) -> None:
+    """Digits as photos of two classes, 36 to train on and 18 to test on of each."""
+    digits = load_digits()
+    for label, name in enumerate(("cat", "dog")):
+        images = digits.images[digits.target == label][:54]
+        for number, image in enumerate(images):
+            path = folder / ("train" if number < 36 else "test") / name / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray((image * 15).astype("uint8"))
+            picture.convert("RGB").resize((48, 40)).save(path)
+
+
+def test_tutorial_runs(tmp_path: Path) -> None:
+    """Its commands succeed, and print the lines that stand below them, up to the numbers."""
+    page = read("docs/tutorial.md")
+    photos(tmp_path / "photos")
+    (settings,) = blocks("yaml", page)
+    (tmp_path / "small.yaml").write_text(settings)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    said = None
+    for language, block in re.findall(r"^```(sh|text)\n(.*?)^```$", page, re.M | re.S):
+        if language == "sh":
+            done = subprocess.run(
+                ["bash", "-ec", block],
+                cwd=tmp_path, env=environment, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            said = " ".join(done.stdout.split())
+        elif said is not None:
+            for line in block.splitlines():
+                assert " ".join(re.split(r"\d|\.\.\.", line)[0].split()) in said
+    assert (tmp_path / "report.html").is_file()
+    features = np.load(tmp_path / "features.npz")
+    assert len(features["features"]) == len(features["names"]) == 36
 
 
 def test_errors_in_the_faq_are_raised() -> None:

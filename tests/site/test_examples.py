@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# what each needs besides clae_fast, and the last line that it prints
+# the packages that an example needs besides clae_fast, and the last line that it prints
 EXAMPLES = {
     "adversarial_step.py": ((), r"epoch 2: loss \d\.\d+, adversarial \d\.\d+"),
     "export_encoder.py": (("timm", "safetensors"), r".*encoder\.pt2: .* -> \[N, 512\], S = 32"),
@@ -21,7 +21,7 @@ EXAMPLES = {
 
 
 def run(*command: str, cwd: Path) -> str:
-    """The last line that it prints, given that it succeeds."""
+    """The last line that a command prints; it must succeed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True

@@ -250,7 +250,7 @@ def test_random_layers_are_refused_only_where_one_pass_stands_for_two():
 def test_the_released_order_has_one_step():
     pair, x = encoders(), views()
     for options in (attack(2), attack(1, "random"), attack(1, "view", "eval")):
-        with pytest.raises(ValueError, match="released_step takes one step, from the view"):
+        with pytest.raises(ValueError, match="an attack of one step, from the view"):
             released_step(*pair, *x, nt_xent, attack=options)
 
 
