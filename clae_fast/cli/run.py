@@ -16,10 +16,8 @@ from clae_fast.errors import (
     RunFolderError,
 )
 
-BAD_INPUT = 2
-FAILED = 1
-INTERRUPTED = 130
-TERMINATED = 143
+# exit codes
+_FAILED, _BAD_INPUT, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 
 
 def warn(message: str) -> None:
@@ -50,24 +48,24 @@ def _run(body: Callable[[], None], signals: Sequence[int]) -> int:
     try:
         body()
     except KeyboardInterrupt as interrupt:
-        what, code = ("terminated", TERMINATED) if signals else ("interrupted", INTERRUPTED)
+        what, code = ("terminated", _TERMINATED) if signals else ("interrupted", _INTERRUPTED)
         _say("; ".join((what, *interrupt.args)))
         return code
     except (NonFiniteError, CheckpointError, LostWorkerError) as error:
-        return _fail(error, FAILED)
+        return _fail(error, _FAILED)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, _FAILED)
     except DataError as error:
         # an error of a loader process begins with its traceback, and ends with the message
-        return _fail(str(error).rpartition("DataError: ")[2], BAD_INPUT)
+        return _fail(str(error).rpartition("DataError: ")[2], _BAD_INPUT)
     except (ValueError, RunFolderError) as error:
-        return _fail(error, BAD_INPUT)
+        return _fail(error, _BAD_INPUT)
     except RuntimeError as error:
         # torch raises this wherever training was when a loader process ended
         if not _lost_loader(error):
             raise
         reason = str(error).strip().rstrip(".").replace("\n", " ")
-        return _fail(f"{reason}: is memory short? --resume with fewer --workers", FAILED)
+        return _fail(f"{reason}: is memory short? --resume with fewer --workers", _FAILED)
     return 0
 
 

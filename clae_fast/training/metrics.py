@@ -6,7 +6,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,14 +80,9 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # on a full disk closing fails as well, after the error that says so
-        with contextlib.suppress(*([OSError] if error else [])):
+        with contextlib.suppress(*([OSError] if kind else [])):
             self._file.close()
             self._events.close()
 

@@ -23,7 +23,8 @@ class Watch:
     ) -> None:
         self._labelled = labelled
         self._held = held
-        self._given = config, device
+        self._config = config
+        self._device = device
 
     def measure(self, encoder: Encoder) -> dict[str, float]:
         """An accuracy in per cent by its name in metrics.jsonl; leaves `encoder` in eval mode.
@@ -34,14 +35,15 @@ class Watch:
         if self._held is None:
             return {"train_knn": self._watch(encoder)}
         voters, held = (
-            extract_features(encoder, split, *self._given) for split in (self._labelled, self._held)
+            extract_features(encoder, split, self._config, self._device)
+            for split in (self._labelled, self._held)
         )
         return {"val_knn": knn_accuracy(*voters, *held)}
 
     @functools.cached_property
     def _watched(self) -> list[tuple[Tensor, Tensor]]:
         """The watched images in bytes, and their labels, on the device."""
-        found = batches(self._labelled.evenly(_WATCHED), *self._given)
+        found = batches(self._labelled.evenly(_WATCHED), self._config, self._device)
         return [((255 * x).round().byte(), labels) for x, labels in found]
 
     @torch.no_grad()
