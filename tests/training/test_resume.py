@@ -165,7 +165,7 @@ def test_a_queue_in_buffers(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "queue", Queue)
     # the name is not among the choices of a configuration
     config = resolve(TINY | {"lr": 1e-3})
-    object.__setattr__(config, "method", "queue")
+    object.__setattr__(config.objective, "method", "queue")
     whole = fit(tmp_path / "whole", config)
     assert checkpoint.load(whole.checkpoint)["method"]["next"] == 0
     assert_same_run(whole, fit(tmp_path / "stopped", config, stops=(1, 4)))
