@@ -22,7 +22,6 @@ and shows what each gain in time does to accuracy.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import sys
@@ -129,7 +128,7 @@ def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[
             for name, (attack, more) in trained.items():
                 if name == LONGER:
                     longer = scores["pair"][-1]["seconds"] / scores["none"][-1]["seconds"]
-                    more = ("--epochs", str(round(config.epochs * longer)))
+                    more = ("--epochs", str(round(config.optimization.epochs * longer)))
                 out = runs / f"{name.replace(' ', '-')}-{seed}"
                 ours = ["--attack", attack, "--seed", str(seed), "--out", str(out)]
                 _train([*flags, *more, *ours])
@@ -137,7 +136,7 @@ def _measure(args: Any, flags: Sequence[str], config: Config) -> dict[str, list[
                 found = {metric: results[metric] for metric in METRICS}
                 scores[name].append(found | {"seconds": read([out])[0].duration})
                 print(f"{name}, seed {seed}: {scores[name][-1]}", flush=True)
-            fresh = Trainer(dataclasses.replace(config, seed=seed, attack="none"))
+            fresh = Trainer(config.replace(seed=seed, attack="none"))
             scores["untrained"].append(_probe(fresh, features))
             if seed == 0:
                 scores["raw pixels"].append(_probe(fresh, _pixels))
@@ -158,7 +157,7 @@ def _probe(trainer: Trainer, transform: Callable[..., tuple[Tensor, Tensor]]) ->
     """Both accuracies of what `transform` makes of the training and of the test images."""
     splits = (trainer.labelled, trainer.test)
     sets = [part for split in splits for part in transform(trainer, split)]
-    seed = trainer.config.seed
+    seed = trainer.config.run.seed
     return {"knn": knn_accuracy(*sets), "linear": linear_accuracy(*sets, seed=seed)}
 
 
@@ -169,8 +168,8 @@ def features(trainer: Trainer, split: data.Split) -> tuple[Tensor, Tensor]:
 
 def _pixels(trainer: Trainer, split: data.Split) -> tuple[Tensor, Tensor]:
     """The images as an encoder is given them, flattened to [N, 3 * H * W], and labels [N]."""
-    transform = data.eval_transform(trainer.config.image_size)
-    workers = trainer.config.workers
+    transform = data.eval_transform(trainer.config.views.image_size)
+    workers = trainer.config.data.workers
     loader = data.image_loader(split, transform, batch_size=256, workers=workers)
     images, labels = zip(*loader, strict=True)
     return torch.cat(images).flatten(1), torch.cat(labels)

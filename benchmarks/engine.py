@@ -49,7 +49,7 @@ from clae_fast.data.split import Arrays
 from clae_fast.nn.normalize import Normalize
 from clae_fast.steps import schedules
 from clae_fast.steps.batch import Batch
-from clae_fast.training.build import build_attack, build_method
+from clae_fast.training.build import build_method, step_options
 from clae_fast.training.engine import Engine
 
 TEMPERATURE = 0.5
@@ -124,9 +124,9 @@ def ours(name: str, setting: Setting, **settings: Any) -> Callable[[], object]:
     engine, number = _engine(name, setting, **settings), itertools.count()
     if name != FROM_IMAGES:
         batch = Batch(tuple(setting.views(engine.dtype, torch.channels_last)))
-        return lambda: engine.step(batch, number=next(number), lr=1e-3, progress=0.0)
+        return lambda: engine.step(batch, global_step=next(number), lr=1e-3, progress=0.0)
     batches = _batches(setting, engine.dtype)
-    return lambda: engine.step(next(batches), number=next(number), lr=1e-3, progress=0.0)
+    return lambda: engine.step(next(batches), global_step=next(number), lr=1e-3, progress=0.0)
 
 
 def _engine(name: str, setting: Setting, **settings: Any) -> Engine:
@@ -146,7 +146,7 @@ def _engine(name: str, setting: Setting, **settings: Any) -> Engine:
     )
     torch.manual_seed(0)
     method = build_method(config, setting.device).train()
-    return Engine(config, method, build_attack(config), setting.device)
+    return Engine(config, method, step_options(config), setting.device)
 
 
 def _batches(setting: Setting, dtype: torch.dtype) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
-"""Training from the command line: `python -m clae_fast.train`, configuration in, run folder out.
+"""Training from the command line: `python -m clae_fast.train` turns settings into a run folder.
 
 Without arguments it trains SimCLR with the pair attack on scikit-learn's digits, in less than two
-minutes on two CPU cores, and evaluates it.
+minutes on two CPU cores, and evaluates the encoder.
 """
 
 import contextlib
@@ -15,30 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from clae_fast import _impl, cli, data, distributed
-from clae_fast.cli import dry_run
+from clae_fast.cli import choices, dry_run
 from clae_fast.config import MAY_CHANGE, Config, hints
 from clae_fast.config.layers import layers, resolve
-from clae_fast.config.presets import PRESETS
-from clae_fast.data import RECIPES, Recipe
 from clae_fast.distributed import World
 from clae_fast.errors import LostWorkerError
-from clae_fast.evaluate import evaluate, report
-from clae_fast.methods import METHODS
+from clae_fast.evaluation.summary import report
 from clae_fast.training import checkpoint, provenance
+from clae_fast.training.results import evaluate
 from clae_fast.training.run_folder import RunFolder, require_free
 from clae_fast.training.trainer import Trainer
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        argv: arguments; those of the process by default.
-
-    Returns:
-        The exit code: 0, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
-    """
-    return cli.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -80,8 +66,11 @@ def _main(argv: Sequence[str] | None) -> None:
     print(f"run folder: {folder.path}")
 
 
+main = cli.command(_main)
+
+
 def _printer(options: dict[str, Any]) -> Callable[[str], None]:
-    """Prints what is no result."""
+    """What prints lines that are neither results nor warnings."""
     if options["quiet"]:
         return lambda line: None
     return partial(print, file=sys.stderr if options["json"] else sys.stdout, flush=True)
@@ -92,7 +81,7 @@ def _fit(trainer: Trainer, folder: RunFolder, options: dict[str, Any]) -> None:
         log = None
         if options["wandb"] and trainer.world.leads:
             log = around.enter_context(_wandb(folder))
-        # several processes would have to agree on where they stop
+        # several processes would have to agree on the step to stop at
         alone = trainer.world.size == 1
         stopped = around.enter_context(cli.stopped_gently()) if alone else lambda: False
         trainer.fit(folder, stopped=stopped, log=log)
@@ -100,12 +89,12 @@ def _fit(trainer: Trainer, folder: RunFolder, options: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _wandb(folder: RunFolder) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A run of Weights & Biases by the name of the folder."""
+    """Logs to a run of Weights & Biases that has the folder's name."""
     import wandb
 
     settings = folder.config.to_dict()
     with wandb.init(name=folder.path.name, dir=str(folder.path), config=settings) as run:
-        yield lambda step, values: run.log(values, step=step)
+        yield lambda global_step, values: run.log(values, step=global_step)
 
 
 def _build(config: Config, world: World, options: dict[str, Any]) -> Trainer:
@@ -115,37 +104,35 @@ def _build(config: Config, world: World, options: dict[str, Any]) -> Trainer:
     except LostWorkerError:
         raise
     except RuntimeError as error:
-        # a package or an implementation that was asked for by name is not installed
+        # a package or an implementation that the settings name is not installed
         raise ValueError(error) from error
-    if not world.leads:
-        return trainer
-    say, encoder = _printer(options), trainer.method.encoder
-    parameters = sum(p.numel() for p in encoder.parameters())
-    say(f"ops: {ops}")
-    say(f"device: {trainer.device}" + f", {world.size} processes" * (world.size > 1))
-    say(
-        f"dataset: {config.dataset}, {len(trainer.train)} training and {len(trainer.test)} test "
-        f"images, views of {config.image_size}x{config.image_size}"
-    )
-    say(f"encoder: {config.arch}, {parameters:,} parameters")
-    say(f"method: {config.method}, attack {config.attack}; steps: {trainer.engine}")
+    if world.leads:
+        say, size = _printer(options), config.views.image_size
+        say(f"ops: {ops}")
+        say(f"device: {trainer.device}" + f", {world.size} processes" * (world.size > 1))
+        images = f"{len(trainer.train)} training and {len(trainer.test)} test images"
+        say(f"dataset: {config.data.dataset}, {images}, views of {size}x{size}")
+        encoder = sum(p.numel() for p in trainer.method.encoder.parameters())
+        say(f"encoder: {config.encoder.arch}, {encoder:,} parameters")
+        method, attack = config.objective.method, config.adversary.attack
+        say(f"method: {method}, attack {attack}; steps: {trainer.engine}")
     return trainer
 
 
 def _write_page(folder: RunFolder, splits: data.Splits) -> None:
-    """Leaves the run's report in its folder; a run does not fail because of it."""
-    from clae_fast.report import write
+    """Leaves a report in the run's folder; a run does not fail because of it."""
+    from clae_fast.reporting import page
     from clae_fast.reporting.runs import read
 
     path = folder.path / "report.html"
     try:
-        write(path, read([folder.path]), splits=splits)
+        page.write(path, read([folder.path]), splits=splits)
     except Exception as error:
         cli.warn(f"no {path}: {checkpoint.reason(error)}")
 
 
 def _start(config: Config, options: dict[str, Any]) -> tuple[RunFolder, Trainer]:
-    world = distributed.init(config.device)
+    world = distributed.init(config.engine.device)
     path = world.broadcast(options["out"] or _default_out(config))
     if world.leads:
         require_free(path)
@@ -154,7 +141,7 @@ def _start(config: Config, options: dict[str, Any]) -> tuple[RunFolder, Trainer]
         return RunFolder(path, config), trainer
     now = provenance.describe(trainer.device, trainer.splits)
     folder = RunFolder.create(path, config)
-    provenance.record(folder, now, step=0)
+    provenance.record(folder, now, global_step=0)
     return folder, trainer
 
 
@@ -165,18 +152,14 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
         raise ValueError(f"--resume goes on with the run's own settings: drop {names}")
     folder = RunFolder.open(options["resume"])
     config = folder.config.resumed(settings)
-    world = distributed.init(config.device)
+    world = distributed.init(config.engine.device)
     trainer = _build(config, world, options)
     trainer.restore(folder)
     if not world.leads:
         return folder, trainer
-    changes = provenance.record(
-        folder,
-        provenance.describe(trainer.device, trainer.splits),
-        step=trainer.step,
-        allow_changed_data=options["allow_changed_data"],
-    )
-    for line in changes:
+    now = provenance.describe(trainer.device, trainer.splits)
+    allowed = {"allow_changed_data": options["allow_changed_data"]}
+    for line in provenance.record(folder, now, global_step=trainer.global_step, **allowed):
         cli.warn(line)
     folder.change(config)
     return folder, trainer
@@ -184,26 +167,26 @@ def _resume(settings: dict[str, Any], options: dict[str, Any]) -> tuple[RunFolde
 
 def _default_out(config: Config) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    dataset = config.dataset.replace("/", "-")
-    return Path("runs") / f"{now}-{config.method}-{config.attack}-{dataset}"
+    dataset = config.data.dataset.replace("/", "-")
+    return Path("runs") / f"{now}-{config.objective.method}-{config.adversary.attack}-{dataset}"
 
 
-# flags that are no setting of a run: what starts one, what resumes one
+# flags that are no settings of a run; the first ones belong to a run that starts
 _STARTS = ("out", "preset", "recipe", "config", "print_config", "dry_run")
 _OPTIONS = (*_STARTS, "resume", "allow_changed_data", "quiet", "json", "wandb")
 
 
 def _parser() -> cli.Parser:
-    # suppressed defaults: only what was given overrides the layers below
+    # without defaults: only a flag that is given overrides the other layers
     parser = cli.Parser(
+        "train",
         _EXAMPLES,
-        prog="python -m clae_fast.train",
         usage="%(prog)s [--preset NAME] [--dataset NAME] [--SETTING VALUE ...]",
-        description="Contrastive training with adversarial views, then its kNN and linear "
-        "accuracy. Settings come from the defaults of the data set, --preset, --recipe, --config "
-        "and the flags, the later winning. In [brackets]: the default on digits; --dry-run shows "
-        "what counts elsewhere.",
-        epilog=_epilog(),
+        description="Trains an encoder by contrastive learning with adversarial views, and then "
+        "measures its kNN and linear accuracy. Settings come from the defaults of the data set, "
+        "--preset, --recipe, --config and the flags; each of these wins over the ones before it. "
+        "The default on digits stands in [brackets]; --dry-run shows the values elsewhere.",
+        epilog=choices.listed(),
     )
     run = parser.add_argument_group("a run, new or resumed")
     add = partial(run.add_argument, default=None)
@@ -214,7 +197,8 @@ def _parser() -> cli.Parser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="settings in YAML or JSON by their names here, with _ for -; also preset and recipe",
+        help="file of settings in YAML or JSON, with _ for - in their names; it may also name a "
+        "preset and a recipe",
     )
     add(
         "--resume",
@@ -222,18 +206,19 @@ def _parser() -> cli.Parser:
         metavar="RUN",
         help=f"run folder to continue; only {', '.join(map(cli.flag, MAY_CHANGE))} may differ",
     )
-    switch = partial(run.add_argument, action="store_true", default=False)
-    switch(
+    run.add_argument(
         "--allow-changed-data",
-        help="continue although images or labels are no longer those of the run",
+        action="store_true",
+        default=False,
+        help="resume although images or labels are no longer those of the run",
     )
     out = parser.add_argument_group("what it prints")
     switch = partial(out.add_argument, action="store_true", default=False)
-    switch("--print-config", help="print the settings, in the form that --config takes, and stop")
+    switch("--print-config", help="print the settings in the form that --config takes, and stop")
     switch("--dry-run", help="print settings, units per step and an estimate of memory, and stop")
-    switch("--quiet", help="print results and warnings alone")
-    switch("--json", help="print the results as one JSON object, and all else on stderr")
-    switch("--wandb", help="log the metrics to Weights & Biases as well; needs wandb")
+    switch("--quiet", help="print only results and warnings")
+    switch("--json", help="print the results as one JSON object, and everything else on stderr")
+    switch("--wandb", help="also log the metrics to Weights & Biases; needs wandb")
     cli.add_settings(parser, hints())
     return parser
 
@@ -243,34 +228,6 @@ _EXAMPLES = {
     "python -m clae_fast.train --preset clae-simclr-cifar10 --download": "a paper's settings",
     "python -m clae_fast.train --resume runs/cifar10": "go on after an interruption",
 }
-
-
-def _epilog() -> str:
-    """What names there are to choose from."""
-    presets = {name: _summary(resolve({}, name)) for name in PRESETS}
-    recipes = {name: _views(recipe) for name, recipe in RECIPES.items()}
-    own = {
-        name: " ".join(f"{option}={cli.shown(default)}" for option, (_, default) in known.items())
-        for name, known in ((name, method.own_options()) for name, method in METHODS.items())
-        if known
-    }
-    tables = {"presets": presets, "recipes": recipes, "settings of a method's own, --options": own}
-    return "\n\n".join(f"{title}:\n{cli.columns(lines)}" for title, lines in tables.items())
-
-
-def _summary(config: Config) -> str:
-    attack = "no attack" if config.attack == "none" else f"{config.attack} attack"
-    return f"{attack}, {config.arch}, {config.epochs} epochs of batch {config.batch_size}"
-
-
-def _views(recipe: Recipe) -> str:
-    parts = [f"crops from {recipe.crop_min_scale:g}, {recipe.interpolation}"]
-    parts.append(f"jitter {cli.shown(recipe.color_jitter)}")
-    for name in ("blur", "solarize"):
-        chances = getattr(recipe, f"{name}_prob")
-        if any(chances):
-            parts.append(f"{name} {cli.shown(chances)}")
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def in_its_library(arch, image_size):
 
 def main(run, out):
     encoder = load_encoder(run)
-    arch = RunFolder.open(run).config.arch
+    arch = RunFolder.open(run).config.encoder.arch
     x = torch.rand(4, 3, encoder.image_size, encoder.image_size)
 
     # the weights have the names of timm or torchvision; safetensors wants them contiguous

@@ -22,7 +22,7 @@ def assert_learns(least: float, **settings) -> Trainer:
     untrained = accuracy()
     for batch in trainer.views:
         trainer._train_step(batch)
-        trainer.step += 1
+        trainer.global_step += 1
     trained = accuracy()
     assert trained > untrained + least, (untrained, trained)
     return trainer

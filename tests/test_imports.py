@@ -1,5 +1,6 @@
-"""What importing takes and does, each in a fresh process, and what csrc/ may include."""
+"""What importing takes and does, and which way imports and the includes of csrc/ may point."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -7,7 +8,25 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[1] / "csrc"
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+# the rooms of the package from the ground up: each may import rooms of the floors below it, and
+# neither its neighbors nor the package's root
+FLOORS = (
+    ("_check", "_ragged", "_version", "errors", "kernels"),
+    ("_native", "distributed", "reference"),
+    ("_impl",),
+    ("ops", "testing"),
+    ("attack", "nn"),
+    ("steps",),
+    ("methods",),
+    ("data",),
+    ("config",),
+    ("evaluation",),
+    ("training",),
+    ("cli", "reporting"),
+    ("embed", "evaluate", "report", "train"),
+)
 
 
 def run(code):
@@ -85,3 +104,64 @@ def test_sources_know_neither_torch_nor_one_another():
                 assert path.name == "bindings.cpp", (path, include)
             if include.startswith("cuda"):
                 assert path.suffix in (".cu", ".cuh"), (path, include)
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """What every module of the package imports from it, by name; "clae_fast" is the root itself."""
+    paths = [path for folder in ("clae_fast", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    if not paths:
+        pytest.skip("no checkout")
+    files = {}
+    for path in paths:
+        parts = ("clae_fast", *path.relative_to(ROOT).with_suffix("").parts)
+        files[".".join(parts).replace("clae_fast.clae_fast", "clae_fast")] = path
+    modules = {name.removesuffix(".__init__") for name in files}
+    return {
+        name.removesuffix(".__init__"): {
+            found
+            for node in ast.walk(ast.parse(path.read_text()))
+            for found in imported(node, name, modules)
+        }
+        for name, path in files.items()
+    }
+
+
+def imported(node, name, modules):
+    """The modules of the package that a statement in the file `name` imports."""
+    found = set()
+    if isinstance(node, ast.Import):
+        found = {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+        above = name.split(".")[: -node.level] if node.level else []
+        source = ".".join(above + [node.module] * (node.module is not None))
+        names = {f"{source}.{alias.name}" for alias in node.names}
+        found = {name if name in modules else source for name in names}
+    return {other for other in found if other.split(".")[0] == "clae_fast"}
+
+
+def room(module):
+    return module.split(".")[1]
+
+
+def test_imports_point_downwards(imports):
+    floors = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    assert {room(module) for module in imports if module != "clae_fast"} == set(floors)
+    for module, found in imports.items():
+        # the root names what users import
+        for other in found if module != "clae_fast" else ():
+            if other in ("clae_fast", "clae_fast._C") or room(other) == room(module):
+                continue
+            assert floors[room(other)] < floors[room(module)], f"{module} imports {other}"
+
+
+def test_nothing_imports_the_root(imports):
+    assert [module for module, found in imports.items() if "clae_fast" in found] == []
+
+
+def test_no_modules_import_each_other(imports):
+    left = {module: set(found) for module, found in imports.items()}
+    while ends := [module for module, found in left.items() if not found & left.keys()]:
+        for module in ends:
+            del left[module]
+    assert left == {}, "these modules import each other in a circle"

@@ -1,27 +1,8 @@
 """What the commands share: flags and help, exit codes and signals, the dry run."""
 
-from clae_fast.cli.parser import Parser, add_settings, columns, flag, shown
-from clae_fast.cli.run import (
-    BAD_INPUT,
-    FAILED,
-    INTERRUPTED,
-    TERMINATED,
-    run,
-    stopped_gently,
-    warn,
-)
+from clae_fast.cli.parser import Parser, add_checkpoint, add_settings, flag
+from clae_fast.cli.run import command, stopped_gently, warn
 
 __all__ = [
-    "BAD_INPUT",
-    "FAILED",
-    "INTERRUPTED",
-    "TERMINATED",
-    "Parser",
-    "add_settings",
-    "columns",
-    "flag",
-    "run",
-    "shown",
-    "stopped_gently",
-    "warn",
-]
+    "Parser", "add_checkpoint", "add_settings", "command", "flag", "stopped_gently", "warn"
+]  # fmt: skip

@@ -1,46 +1,44 @@
-"""What a run would be: its settings, its steps and what they cost. Writes nothing."""
+"""What a run would do: its settings, its steps and their cost. A dry run writes nothing."""
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from clae_fast import data, distributed
 from clae_fast.cli.parser import columns, shown
-from clae_fast.config import Config
+from clae_fast.config import Config, groups
 from clae_fast.data.memory import readable
 from clae_fast.distributed.device import pick_device
 from clae_fast.training import cost
-from clae_fast.training.build import build_method, hold_out
+from clae_fast.training.build import build_method, hold_out, load_data, steps_per_epoch
 
 
 def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What would be trained, in plain values.
 
     Args:
-        config: settings of the run.
-        layers: where they come from, as `clae_fast.config.layers.layers` has it.
+        config: The settings of the run.
+        layers: Where they come from, as `clae_fast.config.layers.layers` has it.
 
     Returns:
-        "config"; "sources" of the settings that are not the defaults; "images" and
+        "config"; "sources" of the settings that differ from the defaults; "images" and
         "steps_per_epoch", None where the data is not there yet; "units" of a step; "parameters"
         that are trained, and those of the "encoder" alone; and estimates of "memory" in bytes.
 
     Raises:
-        DataError: the data set cannot be used.
-        ValueError: settings that do not fit the data or this machine, or several processes.
+        DataError: The data set cannot be used.
+        ValueError: The settings do not fit the data or this machine, or several processes run.
     """
     if distributed.started_by_torchrun():
         raise ValueError("--dry-run describes one process: start it without torchrun")
-    device = pick_device(config.device)
+    device = pick_device(config.engine.device)
     method = build_method(config)
     images = steps = resident = None
     split = _training_images(config)
     if split is not None:
-        images = len(split)
-        steps = data.BatchSchedule(
-            images, config.batch_size, epochs=config.epochs, seed=config.seed
-        ).steps_per_epoch
-        resident = data.resident_bytes(split, config.resident, device=device)
+        images, steps = len(split), steps_per_epoch(config, len(split))
+        resident = data.resident_bytes(split, config.data.resident, device=device)
     memory = cost.step_memory(config, method, device)
     if resident is not None:
         memory["images"] = resident
@@ -58,38 +56,35 @@ def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 
 def _training_images(config: Config) -> data.Split | None:
-    """The training images, None where they would have to be fetched first."""
-    if config.dataset.startswith("hf/"):
+    """The training images; None where they would have to be fetched first."""
+    if config.data.dataset.startswith("hf/"):
         return None
     try:
-        splits = data.load(
-            config.dataset,
-            data_dir=config.data_dir,
-            limit=config.limit,
-            on_corrupt=config.on_corrupt,
-        )
+        splits = load_data(replace(config.data, download=False))
     except data.DataError:
-        if config.download:
+        if config.data.download:
             return None
         raise
-    return hold_out(config, splits)[0].train
+    return hold_out(config.run, splits)[0].train
 
 
 def _sources(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The last layer that has each setting, of those that differ from the defaults."""
+    """The layer that decides each setting that differs from the defaults."""
     named = {name: layer for layer, values in layers.items() for name in values}
+    settings = config.to_dict()
     changed = [
         field.name
-        for field in dataclasses.fields(config)
-        if field.default is not dataclasses.MISSING and getattr(config, field.name) != field.default
+        for group in groups().values()
+        for field in group
+        if field.default not in (dataclasses.MISSING, settings[field.name])
     ]
     changed += ["options"] * ("options" in named)
-    # what no layer says, the method does
-    return {name: named.get(name, f"method {config.method}") for name in changed}
+    # what no layer says is the method's own
+    return {name: named.get(name, f"method {config.objective.method}") for name in changed}
 
 
 def text(plan: Mapping[str, Any]) -> str:
-    """A plan, to read."""
+    """A plan as text."""
     config, units = plan["config"], plan["units"]
     changed = {
         f"{name:<18} {shown(config[name])}": f"({source})"
@@ -114,7 +109,7 @@ def text(plan: Mapping[str, Any]) -> str:
 _MEMORY = {
     "weights": "weights and buffers",
     "gradients": "gradients",
-    "optimizer": "state of the optimiser",
+    "optimizer": "state of the optimizer",
     "views": "views of a batch",
     "activations": "activations kept for backward passes",
     "images": "training images, decoded",

@@ -1,4 +1,4 @@
-"""What the command lines share: bad input is one line on stderr and an exit code."""
+"""Flags and help of the commands; a wrong flag is a ValueError that names the nearest one."""
 
 import argparse
 import dataclasses
@@ -10,34 +10,33 @@ from typing import Any, NoReturn
 from clae_fast.config import groups, hints, nearest
 from clae_fast.config.layers import scalar
 
-# of a line of help, and of a name that has others beside it
+# width of a line of help, and of the longest name in a column
 _WIDTH, _LONGEST = 98, 66
-# a command that takes more settings has them in groups; more choices than that are no metavar
+# more settings than this stand in groups; more choices than this are listed in the help text
 _FEW = 6
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ValueError instead of printing its usage.
+    """The argument parser of a command, which raises ValueError instead of printing its usage.
 
     Args:
-        examples: commands, and what each does, that `--help` begins with.
-        description: what the command does; a paragraph.
-        options: other arguments of `argparse.ArgumentParser`.
+        command: The command's name, as in `python -m clae_fast.NAME`.
+        examples: Commands, and what each does, which `--help` shows.
+        description: What the command does; a paragraph.
+        options: Other arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(
-        self, examples: Mapping[str, str] | None = None, *, description: str = "", **options: Any
+        self, command: str, examples: Mapping[str, str], *, description: str, **options: Any
     ) -> None:
-        parts = [textwrap.fill(description, _WIDTH)]
-        if examples:
-            parts.append("examples:\n" + columns(examples))
-        # what is not given is no argument: the layers below decide it
-        options.setdefault("argument_default", argparse.SUPPRESS)
         super().__init__(
-            description="\n\n".join(parts),
+            prog=f"python -m clae_fast.{command}",
+            description=f"{textwrap.fill(description, _WIDTH)}\n\nexamples:\n{columns(examples)}",
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
+            # a flag that is not given is no argument, so that another layer decides
+            argument_default=argparse.SUPPRESS,
             **options,
         )
 
@@ -45,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         """The arguments by name.
 
         Raises:
-            ValueError: they are wrong; where there is no such flag, with the nearest one.
+            ValueError: An argument is wrong; for an unknown flag the message has the nearest one.
         """
         found, unknown = self.parse_known_args(argv)
         flags = [arg[2:].partition("=")[0] for arg in unknown if arg.startswith("--")]
@@ -63,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves descriptions as they are, and lines short enough to be read."""
+    """Leaves descriptions as they are, and keeps lines short enough to read."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"max_help_position": 28, "width": _WIDTH} | options)
@@ -73,7 +72,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def columns(lines: Mapping[str, str]) -> str:
-    """Names and what they are, in two columns; a name that is too long has a line of its own."""
+    """Names and their explanations in two columns; a very long name has a line of its own."""
     longest = max((len(name) for name in lines if len(name) <= _LONGEST), default=0)
     found = []
     for name, text in lines.items():
@@ -95,11 +94,21 @@ def columns(lines: Mapping[str, str]) -> str:
     return "\n".join(found)
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Gives `parser` the flag `--checkpoint`, which `RunFolder.find` understands."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="best, last, another checkpoint of the run such as epoch-0010, or a file; by default "
+        "the best one, or the last one without validation",
+    )
+
+
 def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
     """Gives `parser` a flag for each of these settings of a run.
 
-    Where they are many, they stand in groups and with their defaults; where they are few, what is
-    not given is as it is in a run.
+    Many settings stand in their groups and with their defaults. A few settings stand alone and
+    without defaults: a flag that is not given leaves the run's setting.
     """
     many = len(names) > _FEW
     for title, fields in groups().items():
@@ -117,10 +126,10 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
 
 
 def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
-    """What argparse needs to know of a field's type."""
+    """The arguments of `add_argument` for a setting of this type."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(hint) is dict:
+    if typing.get_origin(hint) is Mapping:
         return {"action": _Pairs, "nargs": "+", "metavar": "NAME=VALUE"}
     inner = [t for t in typing.get_args(hint) if t not in (type(None), ...)]
     if typing.get_origin(hint) is tuple:
@@ -132,7 +141,7 @@ def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A setting's value as one would give it to its flag; nothing where there is none."""
+    """A setting's value as one would write it behind its flag; empty where there is none."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -145,7 +154,7 @@ def shown(value: Any) -> str:
 
 
 class _Pairs(argparse.Action):
-    """Takes NAME=VALUE, several at a time and several times."""
+    """Reads one or more NAME=VALUE; the flag may be repeated."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""How a command runs and ends: one line for each way it is known to fail, signals, exit codes."""
+"""How a command runs and ends: a line for each known way to fail, signals and exit codes."""
 
 import contextlib
 import signal
@@ -16,53 +16,65 @@ from clae_fast.errors import (
     RunFolderError,
 )
 
-BAD_INPUT = 2
-FAILED = 1
-INTERRUPTED = 130
-TERMINATED = 143
+# exit codes
+_FAILED, _BAD_INPUT, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 
 
 def warn(message: str) -> None:
-    """Says something that does not stop the command."""
+    """Prints a warning, which does not end the command."""
     print(f"warning: {message}", file=sys.stderr)
 
 
-def run(command: Callable[[], None]) -> int:
-    """Runs a command and returns its exit code, with one line for each way it is known to fail."""
-    with _terminable() as signals:
-        return _run(command, signals)
+def command(body: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
+    """Makes the `main` of a command.
+
+    Args:
+        body: Runs the command with the arguments that it is given, or with those of the process.
+
+    Returns:
+        A function of the same arguments that returns the exit code: 0, or 1 failed, 2 bad input,
+        130 interrupted, 143 terminated. It prints one line for each way to fail that is known.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        """Runs the command and returns its exit code."""
+        with _terminable() as signals:
+            return _run(lambda: body(argv), signals)
+
+    return main
 
 
-def _run(command: Callable[[], None], signals: Sequence[int]) -> int:
+def _run(body: Callable[[], None], signals: Sequence[int]) -> int:
     try:
-        command()
+        body()
     except KeyboardInterrupt as interrupt:
-        what, code = ("terminated", TERMINATED) if signals else ("interrupted", INTERRUPTED)
+        what, code = ("terminated", _TERMINATED) if signals else ("interrupted", _INTERRUPTED)
         _say("; ".join((what, *interrupt.args)))
         return code
     except (NonFiniteError, CheckpointError, LostWorkerError) as error:
-        return _fail(error, FAILED)
+        return _fail(error, _FAILED)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, _FAILED)
     except DataError as error:
-        # a loader process sends its traceback along, and the message last
-        return _fail(str(error).rpartition("DataError: ")[2], BAD_INPUT)
+        # an error of a loader process begins with its traceback, and ends with the message
+        return _fail(str(error).rpartition("DataError: ")[2], _BAD_INPUT)
     except (ValueError, RunFolderError) as error:
-        return _fail(error, BAD_INPUT)
+        return _fail(error, _BAD_INPUT)
     except RuntimeError as error:
-        # torch's words, wherever the training was when the signal came
+        # torch raises this wherever training was when a loader process ended
         if not _lost_loader(error):
             raise
         reason = str(error).strip().rstrip(".").replace("\n", " ")
-        return _fail(f"{reason}: is memory short? --resume with fewer --workers", FAILED)
+        return _fail(f"{reason}: is memory short? --resume with fewer --workers", _FAILED)
     return 0
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[list[int]]:
-    """Makes SIGTERM, which job schedulers send, a KeyboardInterrupt; gives the signals that came.
+    """Turns SIGTERM, which job schedulers send, into a KeyboardInterrupt.
 
-    Only the main thread may; in others SIGTERM does what it did.
+    Yields the signals that have come. Only the main thread may set handlers; in other threads
+    SIGTERM does what it did before.
     """
     signals: list[int] = []
 
@@ -80,26 +92,27 @@ def _terminable() -> Iterator[list[int]]:
         yield signals
     finally:
         signal.signal(signal.SIGTERM, before[signal.SIGTERM])
-        # without a SIGTERM it is torch's by now, which stays
+        # without a SIGTERM, the handler is torch's by now, and stays
         if signals:
             signal.signal(signal.SIGCHLD, before[signal.SIGCHLD])
 
 
 def _lost_loader(error: RuntimeError) -> bool:
-    """Whether these are torch's words for a loader process that is gone."""
+    """Whether torch says with this error that a loader process is gone."""
     return str(error).startswith("DataLoader worker")
 
 
 def _let_loaders_die() -> None:
-    """Loader processes that die of the same signal are no error to report."""
+    """Keeps torch from reporting loader processes that the same signal has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def stopped_gently() -> Iterator[Callable[[], bool]]:
-    """Makes a first Ctrl-C or SIGTERM a wish to stop, which the body asks for and heeds.
+    """Turns a first Ctrl-C or SIGTERM into a request to stop.
 
-    The signal has its effect at the end of the body; a second one has it at once.
+    Yields a function that says whether the request has come. The signal takes its usual effect at
+    the end of the body; a second signal takes it at once.
     """
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -107,10 +120,10 @@ def stopped_gently() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
-    # others are ignored, as nohup has it, or end the process
+    # a handler that cannot be called ignores the signal, as under nohup, or ends the process
     before = {number: handler for number, handler in before.items() if callable(handler)}
 
-    def wish(number: int, frame: Any) -> None:
+    def request(number: int, frame: Any) -> None:
         came.append(number)
         if number == signal.SIGTERM:
             _let_loaders_die()
@@ -118,11 +131,11 @@ def stopped_gently() -> Iterator[Callable[[], bool]]:
             before[number](number, frame)
 
     for number in before:
-        signal.signal(number, wish)
+        signal.signal(number, request)
     try:
         yield lambda: bool(came)
     except RuntimeError as error:
-        # loader processes, such as a validation's, had the same signal
+        # the signal may have ended loader processes, such as those of a validation
         if not (came and _lost_loader(error)):
             raise
     finally:
@@ -138,6 +151,6 @@ def _fail(message: object, code: int) -> int:
 
 
 def _say(line: str) -> None:
-    """Prints why a command ends, once for all processes of a run."""
+    """Prints why a command ends; of the processes of a run only one prints."""
     if distributed.reports_first():
         print(line, file=sys.stderr)

@@ -1,212 +1,104 @@
-"""Run configuration: every setting of a training run, checked."""
+"""Every setting of a training run, in groups, and what they have to agree on."""
 
 import dataclasses
 import difflib
 import functools
-import math
-import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
+from clae_fast.config import fields
+from clae_fast.config.fields import Group, field
 from clae_fast.data.datasets import DATASETS, require_dataset
 from clae_fast.methods import METHODS
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+@dataclass(frozen=True)
+class Data(Group):
+    """Which images a run reads, and how."""
+
+    dataset: str = field("digits", f"data set: {', '.join(DATASETS)}")
+    data_dir: str | None = field(None, "folder of the data set")
+    download: bool = field(False, "fetch a published data set that is not in the data folder")
+    limit: int | None = field(None, "use only N images of each split", above=0)
+    on_corrupt: str = field(
+        "fail",
+        "at an image that cannot be read, fail ends the run, and skip leaves it out and counts it",
+        choices=("fail", "skip"),
+    )
+    workers: int = field(
+        0, "loader processes, at most one per core; 0 loads in the main process", least=0
+    )
+    resident: str = field(
+        "auto",
+        "keep the decoded training images on the device; auto keeps them where they fit easily",
+        choices=("auto", "yes", "no"),
+    )
+
+    def _check(self) -> None:
+        require_dataset(self.dataset, self.data_dir)
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of a training run; each field is a flag of `python -m clae_fast.train`.
+class Views(Group):
+    """How views are drawn from an image, and what the encoder first does to their pixels."""
 
-    Raises:
-        TypeError: a value of another type than the field's; the message names the field.
-        ValueError: a value is out of range; the message names the field.
-    """
-
-    dataset: str = _option("digits", f"data set: {', '.join(DATASETS)}")
-    data_dir: str | None = _option(None, "folder of the data set")
-    download: bool = _option(False, "fetch a published data set that is not in the data folder")
-    limit: int | None = _option(None, "use N images of each split")
-    on_corrupt: str = _option(
-        "fail",
-        "what an unreadable image does: end the run, or be left out and counted",
-        choices=("fail", "skip"),
+    image_size: int = field(16, "height and width of a view in pixels", above=0)
+    crop_min_scale: float = field(0.4, "smallest part of an image in a crop", above=0, most=1)
+    interpolation: str = field("bilinear", "how crops are resized", choices=("bilinear", "bicubic"))
+    flip: bool = field(False, "mirror views left and right at random")
+    color_jitter: tuple[float, float, float, float] = field(
+        (0.0, 0.0, 0.0, 0.0), "strengths of brightness, contrast, saturation, hue", least=0
     )
-    workers: int = _option(0, "loader processes, at most one a core; 0 loads in the main process")
-    resident: str = _option(
-        "auto",
-        "keep the decoded training images on the device; auto: where they fit comfortably",
-        choices=("auto", "yes", "no"),
+    color_jitter_prob: float = field(0.8, "probability of the color jitter", least=0, most=1)
+    grey_prob: float = field(0.0, "probability of a gray view", least=0, most=1)
+    blur_prob: tuple[float, float] = field(
+        (0.0, 0.0), "probability of Gaussian blur, of view p and of view q", least=0, most=1
     )
-
-    image_size: int = _option(16, "side of a view in pixels")
-    crop_min_scale: float = _option(0.4, "smallest part of the image a crop takes")
-    interpolation: str = _option(
-        "bilinear", "how crops are resized", choices=("bilinear", "bicubic")
+    solarize_prob: tuple[float, float] = field(
+        (0.0, 0.0), "probability of solarization, of view p and of view q", least=0, most=1
     )
-    flip: bool = _option(False, "mirror views left and right at random")
-    color_jitter: tuple[float, float, float, float] = _option(
-        (0.0, 0.0, 0.0, 0.0), "strengths of brightness, contrast, saturation, hue"
+    small_crops: int = field(0, "small crops of an image, besides its two views", least=0)
+    small_crop_size: int = field(96, "height and width of a small crop in pixels", above=0)
+    small_crop_scale: tuple[float, float] = field(
+        (0.05, 0.14), "smallest and largest part of an image in a small crop", above=0, most=1
     )
-    color_jitter_prob: float = _option(0.8, "probability of the colour jitter")
-    grey_prob: float = _option(0.0, "probability of a grey view")
-    blur_prob: tuple[float, float] = _option(
-        (0.0, 0.0), "probability of Gaussian blur, of view p and of view q"
+    mean: tuple[float, float, float] = field(
+        (0.5, 0.5, 0.5), "mean of each color, which the encoder subtracts from pixels in 0..1"
     )
-    solarize_prob: tuple[float, float] = _option(
-        (0.0, 0.0), "probability of solarization, of view p and of view q"
-    )
-    small_crops: int = _option(0, "small crops of an image, besides its two views")
-    small_crop_size: int = _option(96, "side of a small crop in pixels")
-    small_crop_scale: tuple[float, float] = _option(
-        (0.05, 0.14), "smallest and largest part of the image that a small crop takes"
-    )
-    mean: tuple[float, float, float] = _option(
-        (0.5, 0.5, 0.5), "mean that the encoder subtracts from pixels in 0..1"
-    )
-    std: tuple[float, float, float] = _option((0.5, 0.5, 0.5), "and what it then divides by")
-
-    method: str = _option("simclr", "contrastive method", choices=tuple(METHODS))
-    options: dict[str, int | float | bool | str] = dataclasses.field(
-        default_factory=dict,
-        metadata={"help": "settings of the method's own, listed below", "choices": None},
-    )
-    teacher: str | None = _option(
-        None,
-        "frozen encoder, for a method that learns from one: a run folder, torchvision/NAME "
-        "or timm/NAME",
-    )
-    temperature: float | None = _option(
-        None, "temperature of the softmax; the method's own by default"
+    std: tuple[float, float, float] = field(
+        (0.5, 0.5, 0.5), "deviation of each color, by which the encoder then divides", above=0
     )
 
-    attack: str = _option("pair", "who is attacked", choices=("none", "pair", "self"))
-    adv_weight: float = _option(1.0, "weight of the adversarial loss")
-    adv_every: int = _option(1, "steps of which one is adversarial, the others are plain")
-    adv_fraction: float = _option(1.0, "part of the batch that gets an adversarial view")
-    adv_replace: bool = _option(
-        False, "the adversarial view replaces view q instead of being added"
-    )
-    eps: float = _option(0.06, "radius of the attack")
-    attack_steps: int = _option(1, "steps of the attack")
-    step_size: float | None = _option(None, "length of a step of the attack; eps by default")
-    attack_start: str = _option(
-        "view",
-        "where the attack starts: at the view, or at a random point of the ball around it",
-        choices=("view", "random"),
-    )
-    attack_norm: str = _option(
-        "train",
-        "mode of the encoder in passes that serve the attack alone",
-        choices=("train", "eval"),
-    )
-    eps_space: str = _option(
-        "pixel",
-        "units of eps: pixel (0..1, views stay in 0..1) or normalized (divided by std, unbounded)",
-        choices=("pixel", "normalized"),
-    )
-
-    arch: str = _option("resnet-narrow", "resnet-narrow, resnet18|34|50|101|152 or timm/NAME")
-    head_layers: int = _option(
-        2, "linear layers of the projection head, with ReLU between them; 0 leaves the features"
-    )
-    head_norm: str = _option(
-        "none",
-        "BatchNorm in the projection head: between its layers, or after all",
-        choices=("none", "hidden", "all"),
-    )
-    hidden_dim: int = _option(128, "hidden units of the projection head")
-    proj_dim: int = _option(64, "length of the projection")
-
-    optimizer: str = _option("adam", "optimiser", choices=("adam", "adamw", "sgd", "lars"))
-    lr: float = _option(3e-3, "learning rate after warm-up")
-    momentum: float = _option(0.9, "momentum of sgd and lars")
-    weight_decay: float = _option(0.0, "weight decay")
-    decay_1d: bool = _option(True, "apply weight decay to biases and BatchNorm too")
-    schedule: str = _option("cosine", "learning rate", choices=("cosine", "step", "constant"))
-    warmup_epochs: int = _option(1, "epochs of linear warm-up")
-    milestones: tuple[int, ...] = _option((), "epochs at which the step schedule changes")
-    factors: tuple[float, ...] = _option((), "the rate from each milestone on, relative to lr")
-    epochs: int = _option(30, "passes over the training set")
-    batch_size: int = _option(128, "images in a batch, of all processes together")
-
-    micro_batch: int | None = _option(
-        None, "images encoded at once, where a batch is too large for memory"
-    )
-    batch_views: bool = _option(
-        False, "encode both views of a plain step at once, each with statistics of its own"
-    )
-    device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
-    precision: str = _option(
-        "auto",
-        "numbers that encoders compute with; auto: fp16 on a GPU, fp32 on the CPU",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
-    compile: str = _option(
-        "auto", "compile the encoders; auto: on a GPU", choices=("auto", "yes", "no")
-    )
-    capture: str = _option(
-        "auto",
-        "replay the step as a CUDA graph; auto: on a GPU, where it can be",
-        choices=("auto", "yes", "no"),
-    )
-    sync_norm: bool = _option(True, "synchronise BatchNorm over processes")
-
-    seed: int = _option(0, "seed of weights, order and augmentation")
-    log_every: int = _option(10, "steps between log points")
-    checkpoint_every: int | None = _option(None, "steps between checkpoints within an epoch")
-    keep_every: int | None = _option(None, "epochs between checkpoints that stay")
-    val_size: int = _option(
-        0, "labelled training images held out, never trained on; best.pt does best on them"
-    )
-    val_every: int = _option(1, "epochs between validations")
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            # a frozen dataclass leaves no other way
-            object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name)))
-            choices = field.metadata["choices"]
-            if choices and getattr(self, field.name) not in choices:
-                got = getattr(self, field.name)
-                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {got!r}")
-        for name in _POSITIVE:
-            self._require(name, lambda v: v > 0, "positive")
-        for name in _NOT_NEGATIVE:
-            self._require(name, lambda v: v >= 0, "0 or more")
-        for name in ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
-            self._require(name, lambda v: v <= 1, "at most 1")
-        for name in ("crop_min_scale", "small_crop_scale", "adv_fraction"):
-            self._require(name, lambda v: v <= 1, "at most 1")
-        if self.small_crop_scale[0] > self.small_crop_scale[1]:
-            raise ValueError(f"small_crop_scale must not decrease, got {self.small_crop_scale}")
+    def _check(self) -> None:
         if self.color_jitter[3] > 0.5:
             raise ValueError(
                 f"color_jitter must have a hue of at most 0.5, got {self.color_jitter}"
             )
-        if self.head_layers > 3:
-            raise ValueError(f"head_layers must be at most 3, got {self.head_layers}")
-        require_dataset(self.dataset, self.data_dir)
-        self._require_method()
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
-            )
-        if self.micro_batch is not None:
-            for name, value in (("batch_views", True), ("capture", "yes")):
-                if getattr(self, name) == value:
-                    raise ValueError(f"{name} must not be {value} with micro_batch")
-        if len(self.milestones) != len(self.factors):
-            raise ValueError(
-                f"factors must match milestones, got {len(self.factors)} for {len(self.milestones)}"
-            )
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones must increase, got {self.milestones}")
+        if self.small_crops % 2:
+            raise ValueError(f"small_crops must be even, got {self.small_crops}")
+        if self.small_crop_scale[0] > self.small_crop_scale[1]:
+            raise ValueError(f"small_crop_scale must not decrease, got {self.small_crop_scale}")
 
-    def _require_method(self) -> None:
-        """Completes the method's own settings, and raises where it has not what others ask for."""
+
+@dataclass(frozen=True)
+class Objective(Group):
+    """What the encoder learns from; the method completes what nobody gave."""
+
+    method: str = field("simclr", "contrastive method", choices=tuple(METHODS))
+    options: Mapping[str, int | float | bool | str] = field(
+        {}, "settings that only the method has, listed below"
+    )
+    teacher: str | None = field(
+        None,
+        "frozen encoder that the method learns from, where it needs one: a run folder, "
+        "torchvision/NAME or timm/NAME",
+    )
+    temperature: float | None = field(
+        None, "temperature of the softmax; each method has its own default", above=0
+    )
+
+    def _check(self) -> None:
         method = METHODS[self.method]
         own = method.own_options()
         for name in self.options:
@@ -214,75 +106,237 @@ class Config:
                 has = f"it has {', '.join(own)}" if own else "it has none"
                 raise ValueError(f"options: {self.method} has no {name!r}, {has}")
         options = {
-            name: _convert(f"options: {name}", kind, self.options.get(name, default))
+            name: fields.convert(f"options: {name}", kind, self.options.get(name, default))
             for name, (kind, default) in own.items()
         }
         object.__setattr__(self, "options", options)
         if self.temperature is None:
             object.__setattr__(self, "temperature", method.own_temperature())
-        if self.attack not in method.units:
-            kinds = [kind for kind in method.units if kind != "released"]
-            raise ValueError(
-                f"attack must be {' or '.join(kinds)} for {self.method}, got {self.attack!r}"
-            )
-        if not method.fractions and (self.adv_fraction, self.adv_replace) != (1, False):
-            raise ValueError(f"{self.method} has no adv_fraction and no adv_replace")
-        if self.small_crops % 2:
-            raise ValueError(f"small_crops must be even, got {self.small_crops}")
-        if self.small_crops and not method.small_crops:
-            raise ValueError(f"small_crops must be 0 for {self.method}, got {self.small_crops}")
         if method.needs_teacher != (self.teacher is not None):
             wanted = "be given" if method.needs_teacher else "not be given"
             raise ValueError(f"teacher must {wanted} for {self.method}, got {self.teacher!r}")
 
-    def _require(self, name: str, holds: Any, wanted: str) -> None:
-        value = getattr(self, name)
-        for v in value if isinstance(value, tuple) else (value,):
-            if v is not None and not (math.isfinite(v) and holds(v)):
-                raise ValueError(f"{name} must be {wanted}, got {value}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for JSON."""
-        return dataclasses.asdict(self)
+@dataclass(frozen=True)
+class Adversary(Group):
+    """Who is attacked and how far, and how much the adversarial views count."""
+
+    attack: str = field(
+        "pair",
+        "pair attacks one view of an image inside its pair, self a view against itself",
+        choices=("none", "pair", "self"),
+    )
+    adv_weight: float = field(1.0, "weight of the adversarial loss", least=0)
+    adv_every: int = field(1, "one of N steps is adversarial, the others are plain", above=0)
+    adv_fraction: float = field(
+        1.0, "part of the batch that gets an adversarial view", above=0, most=1
+    )
+    adv_replace: bool = field(False, "the adversarial view replaces view q instead of being added")
+    eps: float = field(0.06, "radius of the attack", least=0)
+    attack_steps: int = field(1, "moves of the attack", above=0)
+    step_size: float | None = field(None, "length of a move of the attack; by default eps", least=0)
+    attack_start: str = field(
+        "view",
+        "where the attack starts: at the view, or at a random point of the ball around it",
+        choices=("view", "random"),
+    )
+    attack_norm: str = field(
+        "train",
+        "mode of the encoder in passes that only the attack needs",
+        choices=("train", "eval"),
+    )
+    eps_space: str = field(
+        "pixel",
+        "units of eps: pixel (0..1, and views stay in 0..1) or normalized (divided by std, and "
+        "views may leave 0..1)",
+        choices=("pixel", "normalized"),
+    )
+
+
+@dataclass(frozen=True)
+class Encoder(Group):
+    """The backbone and its projection head."""
+
+    arch: str = field("resnet-narrow", "resnet-narrow, resnet18|34|50|101|152 or timm/NAME")
+    head_layers: int = field(
+        2,
+        "linear layers of the projection head, with ReLU between them; 0 leaves the features",
+        least=0,
+        most=3,
+    )
+    head_norm: str = field(
+        "none",
+        "BatchNorm in the projection head: hidden between its layers, all after each layer",
+        choices=("none", "hidden", "all"),
+    )
+    hidden_dim: int = field(128, "hidden units of the projection head", above=0)
+    proj_dim: int = field(64, "length of the projection", above=0)
+
+
+@dataclass(frozen=True)
+class Optimization(Group):
+    """The optimizer, its learning rate over time, and how long it runs."""
+
+    optimizer: str = field("adam", "optimizer", choices=("adam", "adamw", "sgd", "lars"))
+    lr: float = field(3e-3, "learning rate after the warm-up", above=0)
+    momentum: float = field(0.9, "momentum of sgd and lars", least=0)
+    weight_decay: float = field(0.0, "weight decay", least=0)
+    decay_1d: bool = field(True, "apply weight decay to biases and BatchNorm too")
+    schedule: str = field(
+        "cosine", "course of the learning rate", choices=("cosine", "step", "constant")
+    )
+    warmup_epochs: int = field(1, "epochs of linear warm-up", least=0)
+    milestones: tuple[int, ...] = field((), "epochs at which the step schedule changes", least=0)
+    factors: tuple[float, ...] = field((), "rate from each milestone on, relative to lr", least=0)
+    epochs: int = field(30, "passes over the training set", above=0)
+    batch_size: int = field(128, "images in a batch, of all processes together", above=0)
+
+    def _check(self) -> None:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
+            )
+        if len(self.milestones) != len(self.factors):
+            raise ValueError(
+                f"factors must match milestones, got {len(self.factors)} for {len(self.milestones)}"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must increase, got {self.milestones}")
+
+
+@dataclass(frozen=True)
+class Engine(Group):
+    """How a device computes a step."""
+
+    micro_batch: int | None = field(
+        None, "encode N images at a time, where a whole batch does not fit into memory", above=0
+    )
+    batch_views: bool = field(
+        False, "encode both views of a plain step at once; each keeps its own BatchNorm statistics"
+    )
+    device: str = field("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
+    precision: str = field(
+        "auto",
+        "numbers that encoders compute with; auto: fp16 on a GPU, fp32 on the CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: str = field(
+        "auto", "compile the encoders; auto: on a GPU", choices=("auto", "yes", "no")
+    )
+    capture: str = field(
+        "auto",
+        "replay the step as a CUDA graph; auto: on a GPU, where the step can be captured",
+        choices=("auto", "yes", "no"),
+    )
+    sync_norm: bool = field(True, "synchronize BatchNorm over processes")
+
+    def _check(self) -> None:
+        if self.micro_batch is not None:
+            for name, value in (("batch_views", True), ("capture", "yes")):
+                if getattr(self, name) == value:
+                    raise ValueError(f"{name} must not be {value} with micro_batch")
+
+
+@dataclass(frozen=True)
+class Run(Group):
+    """The seed, and what a run writes and validates, and when."""
+
+    seed: int = field(0, "seed of weights, order and augmentation", least=0)
+    log_every: int = field(10, "steps between log points", above=0)
+    checkpoint_every: int | None = field(None, "steps between checkpoints within an epoch", above=0)
+    keep_every: int | None = field(None, "keep the checkpoint of every Nth epoch", above=0)
+    val_size: int = field(
+        0,
+        "labeled training images that are held out for validation; best.pt is the checkpoint "
+        "with the best accuracy on them",
+        least=0,
+    )
+    val_every: int = field(1, "epochs between validations", above=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a training run; each field of a group is a flag of `clae_fast.train`.
+
+    Raises:
+        ValueError: Settings of two groups contradict each other; the message names them.
+    """
+
+    data: Data
+    views: Views
+    objective: Objective
+    adversary: Adversary
+    encoder: Encoder
+    optimization: Optimization
+    engine: Engine
+    run: Run
+
+    def __post_init__(self) -> None:
+        name, adversary = self.objective.method, self.adversary
+        method = METHODS[name]
+        if adversary.attack not in method.units:
+            kinds = [kind for kind in method.units if kind != "released"]
+            raise ValueError(
+                f"attack must be {' or '.join(kinds)} for {name}, got {adversary.attack!r}"
+            )
+        if not method.fractions and (adversary.adv_fraction, adversary.adv_replace) != (1, False):
+            raise ValueError(f"{name} has no adv_fraction and no adv_replace")
+        if self.views.small_crops and not method.small_crops:
+            raise ValueError(f"small_crops must be 0 for {name}, got {self.views.small_crops}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_dict`, also after a round through JSON.
+        """Settings by name, such as a config.json has them; the others take their defaults.
 
         Raises:
-            TypeError: a value of another type than the setting's.
-            ValueError: an unknown setting, or a value out of range.
+            TypeError: A value has another type than its setting.
+            ValueError: There is no such setting, or a value is out of range.
         """
         for name in values:
             require_known(name)
-        return cls(**values)
+        return cls(
+            **{
+                name: group(**{key: values[key] for key in get_type_hints(group) if key in values})
+                for name, group in get_type_hints(cls).items()
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name as plain values, for JSON."""
+        groups = dataclasses.asdict(self).values()
+        return {name: value for group in groups for name, value in group.items()}
+
+    def replace(self, **changes: Any) -> "Config":
+        """The same settings but for these, by name; errors are those of `from_dict`."""
+        return self.from_dict(self.to_dict() | changes)
 
     def resumed(self, changes: Mapping[str, Any]) -> "Config":
-        """The settings of a run that goes on, where it runs and how long it lasts changed.
+        """The settings of a run that continues on another machine, or for longer.
 
-        Under the constant and the step schedule a run extended to more epochs equals one that
-        began with them.
+        Under the constant and the step schedule, a run that is extended to more epochs equals one
+        that was started with them.
 
         Args:
-            changes: settings of `MAY_CHANGE`; others as long as they are what they were.
+            changes: Settings of `MAY_CHANGE`; others only with the value that they had.
 
         Raises:
-            TypeError: a setting of the wrong type.
-            ValueError: a setting that decides what was trained so far, or a value out of range.
+            TypeError: A setting has the wrong type.
+            ValueError: A setting decides what was trained so far, or a value is out of range.
         """
-        changed = [name for name in changes if convert(name, changes[name]) != getattr(self, name)]
+        before = self.to_dict()
+        changed = [name for name in changes if convert(name, changes[name]) != before[name]]
         fixed = [name for name in changed if name not in MAY_CHANGE]
         if fixed:
             raise ValueError(
                 f"a run goes on with its own {', '.join(fixed)}; only {', '.join(MAY_CHANGE)} may "
                 "change"
             )
-        if "epochs" in changed and self.schedule == "cosine":
+        if "epochs" in changed and self.optimization.schedule == "cosine":
             raise ValueError(
                 "epochs cannot change under the cosine schedule: the learning rate of every step "
                 "so far depended on them"
             )
-        return dataclasses.replace(self, **changes)
+        return self.replace(**changes)
 
 
 # settings that do not decide what was trained so far
@@ -290,48 +344,19 @@ MAY_CHANGE = (
     "epochs", "data_dir", "download", "on_corrupt", "workers", "resident", "device",
     "log_every", "checkpoint_every", "keep_every",
 )  # fmt: skip
-_POSITIVE = (
-    "limit", "image_size", "crop_min_scale", "small_crop_size", "small_crop_scale", "std",
-    "temperature", "hidden_dim", "proj_dim", "lr", "epochs", "batch_size", "micro_batch",
-    "attack_steps", "adv_every", "adv_fraction", "log_every", "checkpoint_every", "keep_every",
-    "val_every",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "color_jitter", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob", "small_crops",
-    "workers", "adv_weight", "eps", "step_size", "head_layers", "momentum", "weight_decay",
-    "warmup_epochs", "milestones", "factors", "seed", "val_size",
-)  # fmt: skip
 
-# the first setting of each group of settings, as the command line's help has them
-_GROUPS = {
-    "dataset": "data",
-    "image_size": "views",
-    "method": "method",
-    "attack": "attack",
-    "arch": "encoder",
-    "optimizer": "optimiser",
-    "micro_batch": "engine",
-    "seed": "run",
-}
 
-_WANTED = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-_SEVERAL = {int: "whole numbers", float: "numbers"}
+@functools.cache
+def groups() -> dict[str, list[dataclasses.Field]]:
+    """The settings in order, by the name of their group."""
+    return {name: list(dataclasses.fields(group)) for name, group in get_type_hints(Config).items()}
 
 
 @functools.cache
 def hints() -> dict[str, Any]:
     """The type of each setting, by name."""
-    return typing.get_type_hints(Config)
-
-
-def groups() -> dict[str, list[dataclasses.Field]]:
-    """The settings in the order of `Config`, by the group that each belongs to."""
-    found: dict[str, list[dataclasses.Field]] = {}
-    for field in dataclasses.fields(Config):
-        if field.name in _GROUPS:
-            found[_GROUPS[field.name]] = members = []
-        members.append(field)
-    return found
+    found = map(get_type_hints, get_type_hints(Config).values())
+    return {name: hint for group in found for name, hint in group.items()}
 
 
 def require_known(name: str) -> None:
@@ -341,45 +366,11 @@ def require_known(name: str) -> None:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The one of `known` that begins with `name`, or else the one spelt most like it."""
+    """The one of `known` that begins with `name`, or else the one spelled most like it."""
     longer = [word for word in known if word.startswith(name)]
     return (longer or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
 
 
 def convert(name: str, value: Any) -> Any:
-    """The value as the setting `name` holds it: lists become tuples, whole numbers reals.
-
-    Raises:
-        TypeError: it is of another type; the message has the name, the value and what is wanted.
-    """
-    return _convert(name, hints()[name], value)
-
-
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    inner = [kind for kind in typing.get_args(hint) if kind not in (type(None), ...)]
-    if value is None and type(None) in typing.get_args(hint):
-        return None
-    if typing.get_origin(hint) is dict:
-        # each is converted where it is known of which method it is
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return dict(value)
-        wanted = "names and values"
-    elif typing.get_origin(hint) is tuple:
-        count = None if ... in typing.get_args(hint) else len(inner)
-        fits = isinstance(value, (list, tuple)) and count in (None, len(value))
-        if fits and all(_is(inner[0], v) for v in value):
-            return tuple(inner[0](v) for v in value)
-        wanted = f"a list of {f'{count} ' if count else ''}{_SEVERAL[inner[0]]}"
-    else:
-        kind = inner[0] if inner else hint
-        if _is(kind, value):
-            return kind(value)
-        wanted = _WANTED[kind]
-    raise TypeError(f"{name} must be {wanted}, got {value!r}")
-
-
-def _is(kind: type, value: Any) -> bool:
-    """Whether `value` is of a setting's type; true and false are no numbers."""
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    """The value as the setting `name` holds it; raises TypeError as `fields.convert`."""
+    return fields.convert(name, hints()[name], value)

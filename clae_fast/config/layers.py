@@ -1,6 +1,6 @@
-"""Where a run's settings come from, later ones winning.
+"""The layers that a run's settings come from; each wins over the ones before it.
 
-1. the defaults of the fields of `Config`: the run on scikit-learn's digits
+1. the defaults of the fields of `Config`, which make the run on scikit-learn's digits
 2. what the data set needs, `presets.dataset_defaults`
 3. a preset, `presets.PRESETS`
 4. a recipe of augmentation, `data.RECIPES`
@@ -16,12 +16,14 @@ from typing import Any
 
 import yaml
 
-from clae_fast.config.config import Config, convert, nearest, require_known
+from clae_fast.config.config import Config, convert, groups, nearest, require_known
 from clae_fast.config.presets import PRESETS, dataset_defaults
 from clae_fast.data import RECIPES
 
 _LAYERS = ("preset", "recipe")
-_CHOICES = {field.name: field.metadata["choices"] or () for field in dataclasses.fields(Config)}
+_CHOICES = {
+    field.name: field.metadata["choices"] or () for group in groups().values() for field in group
+}
 
 
 def resolve(
@@ -34,18 +36,18 @@ def resolve(
     """Completes `settings` from the other layers.
 
     Args:
-        settings: values by field name; they win over everything else.
-        preset: a name in `PRESETS`.
-        recipe: a name in `RECIPES`.
-        file: a YAML file with the names of fields as keys, and perhaps `preset` and `recipe`, which
-            stand for the arguments where those are not given.
+        settings: Values by name, which win over everything else.
+        preset: A name in `PRESETS`.
+        recipe: A name in `RECIPES`.
+        file: A YAML file with the names of settings as keys. It may also have `preset` and
+            `recipe`, which count where the arguments are not given.
 
     Raises:
-        TypeError: a setting of the wrong type.
-        ValueError: an unknown name, a value out of range, or a file that cannot be used.
+        TypeError: A setting has the wrong type.
+        ValueError: A name is unknown, a value is out of range, or the file cannot be used.
     """
     chosen: dict[str, Any] = {}
-    # of the method's own settings each layer has some
+    # each layer may set some of the method's own settings
     options: dict[str, Any] = {}
     for layer in layers(settings, preset, recipe=recipe, file=file).values():
         options |= convert("options", layer.get("options", {}))
@@ -60,12 +62,9 @@ def layers(
     recipe: str | None = None,
     file: Path | None = None,
 ) -> dict[str, Mapping[str, Any]]:
-    """Where settings come from: what each layer says, by its name, the later winning.
-
-    Arguments and errors are those of `resolve`.
-    """
+    """What each layer says, by the layer's name; arguments and errors are those of `resolve`."""
     given = read(file) if file else {}
-    # taken out of the file's settings in any case
+    # these two are no settings
     in_file = {name: given.pop(name, None) for name in _LAYERS}
     preset, recipe = preset or in_file["preset"], recipe or in_file["recipe"]
     found: dict[str, Mapping[str, Any]] = {}
@@ -92,7 +91,7 @@ def _known(what: str, name: str, names: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 3e-4 as a number, which YAML 1.1 takes for text; JSON and YAML 1.2 agree with us."""
+    """Reads 3e-4 as a number, as JSON and YAML 1.2 do; YAML 1.1 takes it for text."""
 
 
 _Loader.add_implicit_resolver(
@@ -103,11 +102,11 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, checked one by one but not against each other.
+    """The settings in a YAML file, each of the right type.
 
     Raises:
-        ValueError: the file is missing, empty or no YAML, or a key is unknown, given twice or of
-            the wrong type; one line with the file and the number of the line.
+        ValueError: The file is missing, empty or no YAML, or a key is unknown, given twice or of
+            the wrong type; the message is one line with the file and the number of the line.
     """
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
@@ -132,13 +131,13 @@ def read(path: Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{where}: {error.problem}") from error
     except yaml.YAMLError as error:
-        # characters that no YAML may hold
+        # the file has characters that YAML does not allow
         raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from error
     return settings
 
 
 def scalar(text: str) -> Any:
-    """A number, true, false or text, as a YAML file would say it."""
+    """A number, true, false or text, as a YAML file would have it."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -146,7 +145,7 @@ def scalar(text: str) -> Any:
 
 
 def _value(loader: _Loader, name: str, node: yaml.Node) -> Any:
-    # to YAML 1.1 the words yes and no are true and false, where a setting may mean the words
+    # YAML 1.1 reads yes and no as true and false, but some settings take the words
     if node.value in _CHOICES.get(name, ()):
         return node.value
     return loader.construct_object(node, deep=True)

@@ -18,9 +18,9 @@ def batches(
     """Yields batches of the middles of images in 0..1, [B, 3, H, W], and labels [B], in order."""
     loader = data.image_loader(
         split,
-        data.eval_transform(config.image_size),
-        batch_size=config.batch_size,
-        workers=config.workers,
+        data.eval_transform(config.views.image_size),
+        batch_size=config.optimization.batch_size,
+        workers=config.data.workers,
         pin_memory=device.type == "cuda",
     )
     for x, labels in loader:
@@ -53,26 +53,27 @@ def views(
     device: torch.device,
     *,
     epochs: int = 1,
+    labels: bool = True,
 ) -> data.ViewSource:
     """Yields both views of a split's images, and labels, in batches of one size.
 
     Images that do not fill a batch are left out. The size is chosen so that these are few: fewer
     than there are batches.
     """
-    count = -(-len(split) // config.batch_size)
+    count = -(-len(split) // config.optimization.batch_size)
     return data.view_source(
         split,
         recipe,
-        image_size=config.image_size,
+        image_size=config.views.image_size,
         batch_size=len(split) // count,
         epochs=epochs,
-        seed=config.seed,
+        seed=config.run.seed,
         start=0,
         device=device,
         dtype=torch.float32,
-        workers=config.workers,
+        workers=config.data.workers,
         resident="auto",
-        labels=True,
+        labels=labels,
     )
 
 

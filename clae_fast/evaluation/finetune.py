@@ -15,23 +15,23 @@ from clae_fast.evaluation.features import batches, extract_features, seeded, vie
 from clae_fast.evaluation.linear import fit_linear
 from clae_fast.nn import Encoder
 
-# by name: the part of the labels and the number of passes over it, both as in SimCLR
+# parts of the labels, by name, and passes over them, both as in SimCLR
 FRACTIONS = {"0.01": (0.01, 60), "0.1": (0.1, 30)}
-# the learning rate for 256 rows, as in SimCLR
+# for 256 rows, as in SimCLR
 _LR = 0.05
 
 
 def finetune_accuracies(
     encoder: Encoder, splits: data.Splits, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """Accuracies after fine-tuning on each of `FRACTIONS` of the labeled images.
+    """Accuracies after fine-tuning on each of `FRACTIONS` of the labelled images.
 
     The recipe is that of Chen et al., "A simple framework for contrastive learning of visual
     representations", ICML 2020, appendix B.5: Nesterov momentum 0.9, a learning rate of 0.05 for a
     batch of 256, no weight decay, and crops and flips as the only augmentation. Crops are drawn as
-    in the run. Three things differ from that recipe. The classifier starts as the linear probe of
-    these images, a batch has both views of each image, and the learning rate falls to 0 along a
-    cosine. The accuracy is that after the last epoch. Nothing is selected.
+    in the run. Three things differ: the classifier starts as the linear probe of these images, a
+    batch has both views of each image, and the rate falls to 0 along a cosine. The accuracy is that
+    after the last epoch; nothing is selected.
 
     Args:
         encoder: The encoder to start from; it is not changed.
@@ -40,16 +40,16 @@ def finetune_accuracies(
         device: The device to compute on.
 
     Returns:
-        Accuracy in percent of all test images, by fraction.
+        Accuracy in per cent of all test images, by fraction.
     """
     found = {}
     labels = splits.labelled.labels
     for name, (fraction, epochs) in FRACTIONS.items():
-        # each class keeps at least one image
+        # each class keeps one image at least
         size = max(round(fraction * len(labels)), int(labels.max()) + 1)
         part = splits.labelled
         if size < len(labels):
-            part = part.select(data.stratified(labels, size, config.seed))
+            part = part.select(data.stratified(labels, size, config.run.seed))
         classifier = _finetuned(encoder, part, epochs, config, device)
         correct = total = 0
         for x, y in batches(splits.test, config, device):
@@ -63,11 +63,11 @@ def finetune_accuracies(
 def _finetuned(
     encoder: Encoder, part: data.Split, epochs: int, config: Config, device: torch.device
 ) -> nn.Module:
-    """A classifier that takes pixels, in eval mode."""
-    probe = fit_linear(*extract_features(encoder, part, config, device), seed=config.seed)
+    """A classifier of pixels, in eval mode."""
+    probe = fit_linear(*extract_features(encoder, part, config, device), seed=config.run.seed)
     classifier = nn.Sequential(copy.deepcopy(encoder.backbone), probe).requires_grad_()
     recipe = dataclasses.replace(
-        data.Recipe.of(config),
+        data.Recipe.of(config.views),
         color_jitter=(0.0, 0.0, 0.0, 0.0),
         grey_prob=0.0,
         blur_prob=(0.0, 0.0),
@@ -77,7 +77,7 @@ def _finetuned(
     steps = len(source)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=_LR, momentum=0.9, nesterov=True)
     classifier.train()
-    with seeded(config.seed):
+    with seeded(config.run.seed):
         for step, batch in enumerate(tqdm(source, desc=f"{len(part)} labels", disable=None)):
             x = torch.cat(batch.views)
             y = torch.cat([batch.labels] * 2)

@@ -64,7 +64,7 @@ def view_geometry(
     encoder.eval()
     pairs = [
         [encoder(x) for x in batch.views]
-        for batch in views(split, data.Recipe.of(config), config, device)
+        for batch in views(split, data.Recipe.of(config.views), config, device)
     ]
     z_p, z_q = (torch.cat(z) for z in zip(*pairs, strict=True))
     return {

@@ -57,15 +57,15 @@ def released_protocol(
         The accuracies "knn", "linear_selected_on_test" and "linear_last_epoch"; "best_epoch", the
         selected epoch, from 1; and "test_images", the number of test images of the regression.
     """
-    simclr = config.method == "simclr"
+    simclr = config.objective.method == "simclr"
     z_train, z_test = (F.normalize(encoder.head(h)) for h, _ in (train, test))
     vote = knn_accuracy(z_train, train[1], z_test, test[1], k=200, sigma=0.5 if simclr else 0.1)
     if epochs is None:
-        epochs = 200 if config.dataset == "tiny_imagenet" and not simclr else 1000
+        epochs = 200 if config.data.dataset == "tiny_imagenet" and not simclr else 1000
     batch_size = 256 if simclr else 128
     x_train, x_test = (train[0], test[0]) if simclr else (z_train, z_test)
     kept = max(len(x_test) // batch_size * batch_size, min(batch_size, len(x_test)))
-    with seeded(config.seed):
+    with seeded(config.run.seed):
         scores = _regression(
             (x_train, train[1]), (x_test[:kept], test[1][:kept]), batch_size, epochs
         )

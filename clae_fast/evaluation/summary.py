@@ -1,6 +1,6 @@
 """Presents results: lines for one run, means and a table for several."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from clae_fast.config import MAY_CHANGE, Config
@@ -12,16 +12,19 @@ NOT_PER_CENT = ("alignment", "uniformity", "cosine_attacked", "cosine_random")
 _SAME = {"seed", *MAY_CHANGE} - {"epochs"}
 
 
-def flatten(results: dict[str, Any], *above: str) -> dict[str, float]:
+def flat(values: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:
+    """Values by name; the names of nested values begin with those above them."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, *above, name)
+        else:
+            yield " ".join((*above, name)), value
+
+
+def flatten(results: dict[str, Any]) -> dict[str, float]:
     """The measured numbers of a results.json by name, such as "robust pgd20 8/255"."""
-    found: dict[str, float] = {}
-    for name, value in results.items():
-        if isinstance(value, dict):
-            found |= flatten(value, *above, name)
-        # whole numbers are counts, such as steps
-        elif isinstance(value, float):
-            found[" ".join((*above, name))] = value
-    return found
+    # whole numbers are counts, such as steps
+    return {name: value for name, value in flat(results) if isinstance(value, float)}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -104,7 +107,7 @@ def repeated_seeds(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[t
     first: dict[str, str] = {}
     pairs = []
     for name, config, _ in runs:
-        key = repr(_settings(config) | {"seed": config.seed})
+        key = repr(_settings(config) | {"seed": config.run.seed})
         if key in first:
             pairs.append((first[key], name))
         first.setdefault(key, name)

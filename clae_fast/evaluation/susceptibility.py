@@ -21,11 +21,11 @@ def susceptibility(
 ) -> dict[str, float]:
     """The mean cosine between the projections z of a view before and after it is perturbed.
 
-    The attack goes as far as in training. It raises NT-Xent at the run's temperature, whatever the
-    method's loss is, so that runs can be compared. NT-Xent is that of view q against view p. For a
-    run with the self attack, it is that of a view against itself. The encoder is in eval mode. A
-    run without an attack is measured with the attack that its settings describe. Noise moves every
-    pixel by the radius, up or down at random, inside the same bounds.
+    The attack goes as far as in training. So that runs can be compared, it raises NT-Xent at the
+    run's temperature, whatever the method's loss is: the loss of view q against view p or, for a
+    run with the self attack, of a view against itself. The encoder is in eval mode. A run without
+    an attack is measured with the attack that its settings describe. Noise moves every pixel by the
+    radius, up or down at random, inside the same bounds.
 
     Args:
         encoder: The encoder.
@@ -35,25 +35,26 @@ def susceptibility(
         attack: The attack of training.
 
     Returns:
-        "cosine_attacked" and "cosine_random", from -1 to 1. The lower it is, the further
-        projections move.
+        "cosine_attacked" and "cosine_random", from -1 to 1; the lower, the further a view moves.
     """
     # settings that a run leaves to its method have their values by now
-    assert config.temperature is not None
+    assert config.objective.temperature is not None
     encoder.eval()
-    # one move of noise goes as far as the radius
+    # the whole way at once
     noise = dataclasses.replace(attack, step_size=None)
     totals = {"cosine_attacked": 0.0, "cosine_random": 0.0}
     images = 0
-    found = views(split, data.Recipe.of(config), config, device)
-    with seeded(config.seed):
+    found = views(split, data.Recipe.of(config.views), config, device)
+    with seeded(config.run.seed):
         for batch in tqdm(found, desc="susceptibility", unit="batch", disable=None):
             x_p, x_q = batch.views
             with torch.no_grad():
                 z_p, z_q = encoder(x_p), encoder(x_q)
-            anchor = z_q if config.attack == "self" else z_p
+            anchor = z_q if config.adversary.attack == "self" else z_p
             perturbed = {
-                "cosine_attacked": _attacked(encoder, x_q, anchor, attack, config.temperature),
+                "cosine_attacked": _attacked(
+                    encoder, x_q, anchor, attack, config.objective.temperature
+                ),
                 "cosine_random": noise.step(x_q, torch.randn_like(x_q)),
             }
             images += len(x_q)

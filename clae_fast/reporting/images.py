@@ -4,7 +4,7 @@ Everything is computed in fp32 on few images. The encoder is in eval mode, excep
 which is the run's own training step on a batch of views.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +15,14 @@ from torch.nn import functional as F
 from clae_fast import data
 from clae_fast.config import Config
 from clae_fast.distributed.device import pick_device
-from clae_fast.evaluation.features import batches
+from clae_fast.evaluation.features import batches, views
 from clae_fast.methods import METHODS, Method
 from clae_fast.nn import Encoder
 from clae_fast.ops import topk_similarity
 from clae_fast.reporting.runs import Run
 from clae_fast.steps.batch import Batch
-from clae_fast.steps.options import StepOptions
 from clae_fast.training import checkpoint, encoders
-from clae_fast.training.build import build_attack, build_method, hold_out
+from clae_fast.training.build import build_method, hold_out, load_data, step_options
 
 # how many test images are on the map, and among how many training images neighbors are sought
 _MAPPED = 1000
@@ -130,15 +129,20 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
         ValueError, RuntimeError: The encoder cannot be built here.
     """
     config, path = run.config, run.folder.best_or_last
-    device = pick_device(config.device)
+    device = pick_device(config.engine.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         encoder, step = encoders.restore(run.folder, path, device)
         encoder.eval()
-        (train, labelled, test), _ = hold_out(config, splits or load(config))
+        if splits is None:
+            # a report fetches nothing
+            splits = load_data(replace(config.data, download=False))
+        (train, labelled, test), _ = hold_out(config.run, splits)
         mapped = _encoded(encoder, test.evenly(_MAPPED), config, device)
+        searched = _encoded(encoder, labelled.evenly(_SEARCHED), config, device)
         batch = _views(config, train, device)
         z_p, z_q = (_projections(encoder, view) for view in batch.views)
+        attacked = config.adversary.attack != "none"
         return Pictures(
             checkpoint=path.name,
             step=step,
@@ -146,27 +150,11 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
             labels=mapped.labels.numpy(),
             images=mapped.pictures,
             places=_places(mapped.features),
-            neighbours=_neighbours(
-                mapped, _encoded(encoder, labelled.evenly(_SEARCHED), config, device)
-            ),
+            neighbours=_neighbours(mapped, searched),
             positives=F.cosine_similarity(z_p, z_q).cpu().numpy(),
             negatives=_hardest(z_p, z_q).cpu().numpy(),
-            twins=None if config.attack == "none" else _twins(run, encoder, batch, (z_p, z_q)),
+            twins=_twins(run, encoder, batch, (z_p, z_q)) if attacked else None,
         )
-
-
-def load(config: Config) -> data.Splits:
-    """The data set of a run.
-
-    Raises:
-        DataError: It cannot be used.
-    """
-    return data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        limit=config.limit,
-        on_corrupt=config.on_corrupt,
-    )
 
 
 def _class_names(split: data.Split) -> tuple[str, ...]:
@@ -193,23 +181,10 @@ def _pictures(x: Tensor) -> np.ndarray:  # [N, 3, H, H] in 0..1 -> [N, h, h, 3]
 
 def _views(config: Config, train: data.Split, device: torch.device) -> Batch:
     """A batch of training views, drawn by the run's own recipe."""
-    rows = min(config.batch_size, _BATCH if config.image_size <= _LARGE else _LARGE_BATCH)
-    few = train.evenly(rows)
-    source = data.view_source(
-        few,
-        data.Recipe.of(config),
-        image_size=config.image_size,
-        batch_size=len(few),
-        epochs=1,
-        seed=config.seed,
-        start=0,
-        device=device,
-        dtype=torch.float32,
-        workers=0,
-        resident="no",
-        labels=METHODS[config.method].needs_labels,
-    )
-    return next(iter(source))
+    largest = _BATCH if config.views.image_size <= _LARGE else _LARGE_BATCH
+    few = train.evenly(min(config.optimization.batch_size, largest))
+    labels = METHODS[config.objective.method].needs_labels
+    return next(iter(views(few, data.Recipe.of(config.views), config, device, labels=labels)))
 
 
 @torch.no_grad()
@@ -292,14 +267,7 @@ def _twins(
 
 def _attacked(method: Method, config: Config, batch: Batch) -> Tensor:
     """The adversarial views that a step of the method makes."""
-    options = StepOptions(
-        kind=config.attack,
-        attack=build_attack(config),
-        adv_weight=config.adv_weight,
-        adv_fraction=config.adv_fraction,
-        adv_replace=config.adv_replace,
-        micro_batch=config.micro_batch,
-    )
-    x_adv = method.step(batch._replace(views=batch.views[: method.views]), options).x_adv
+    taken = batch._replace(views=batch.views[: method.views])
+    x_adv = method.step(taken, step_options(config)).x_adv
     assert x_adv is not None
     return x_adv

@@ -2,18 +2,22 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
 from clae_fast._version import __version__
-from clae_fast.evaluation.summary import NOT_PER_CENT
+from clae_fast.data import Splits
+from clae_fast.errors import DataError
+from clae_fast.evaluation.summary import NOT_PER_CENT, flat
 from clae_fast.reporting import figures
-from clae_fast.reporting.images import Pictures, Twins
+from clae_fast.reporting.images import Pictures, Twins, look
 from clae_fast.reporting.runs import ACCURACIES, Run
+from clae_fast.training.checkpoint import reason, write_atomically
 from clae_fast.training.cost import step_units
 
 # the names of results.json, and those on the page
@@ -62,6 +66,34 @@ class _Page:
         return [Figure(id, title, caption, wide)]
 
 
+def write(path: Path, runs: Sequence[Run], *, splits: Splits | None = None) -> None:
+    """Writes a report.
+
+    Args:
+        path: The file to write.
+        runs: The runs that it shows.
+        splits: The data set of all runs, if it is loaded already.
+
+    Raises:
+        CheckpointError: A checkpoint is damaged or of another run.
+        OSError: The file cannot be written; `path` stays as it was.
+    """
+    page = render(runs, [_pictures(run, splits) for run in runs])
+    write_atomically(path, page.encode())
+
+
+def _pictures(run: Run, splits: Splits | None) -> Pictures | str:
+    """What the encoder makes of images, or why that cannot be shown."""
+    path = run.folder.best_or_last
+    if not path.exists():
+        return f"{path.name} is not there any more"
+    try:
+        return look(run, splits)
+    # a data set, a GPU or a package may be missing here
+    except (DataError, ValueError, RuntimeError) as error:
+        return reason(error)
+
+
 def render(runs: Sequence[Run], pictures: Sequence[Pictures | str]) -> str:
     """Renders the page of runs. Each has pictures, or a text that says why it has none."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -88,7 +120,7 @@ def render(runs: Sequence[Run], pictures: Sequence[Pictures | str]) -> str:
         parts=[_part(page, at, *each) for at, each in enumerate(both)],
         differences=_differences(settings),
         settings=settings,
-        versions=_table(names, [dict(_flat(run.versions)) for run in runs]),
+        versions=_table(names, [dict(flat(run.versions)) for run in runs]),
         version=__version__,
         # a script ends at the first "</script", even inside a string
         plots=Markup(json.dumps(page.plots).replace("<", "\\u003c")),
@@ -104,10 +136,11 @@ def _file(name: str) -> str:
 
 def _headline(run: Run) -> str:
     """Describes a run in one line."""
-    config = run.config
-    attack = "no attack" if config.attack == "none" else f"{config.attack} attack"
-    done = f"{run.epochs:g} of {config.epochs} epochs"
-    return " · ".join((config.method, attack, config.dataset, config.arch, done))
+    config, kind = run.config, run.config.adversary.attack
+    attack = "no attack" if kind == "none" else f"{kind} attack"
+    done = f"{run.epochs:g} of {config.optimization.epochs} epochs"
+    method, dataset = config.objective.method, config.data.dataset
+    return " · ".join((method, attack, dataset, config.encoder.arch, done))
 
 
 def _training(page: _Page, runs: Sequence[Run]) -> list[Figure]:
@@ -194,7 +227,7 @@ def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any
 def _results(results: Mapping[str, Any]) -> dict[str, str]:
     """The rows of results.json as text, in which nested values have rows of their own."""
     found = {}
-    for path, value in _flat(results):
+    for path, value in flat(results):
         name = " ".join(_NAMES.get(word, word) for word in path.split(" "))
         if not isinstance(value, float):
             found[name] = _text(value)
@@ -203,15 +236,6 @@ def _results(results: Mapping[str, Any]) -> dict[str, str]:
         else:
             found[f"{name} accuracy"] = f"{value:.1f} %"
     return found
-
-
-def _flat(values: Mapping[str, Any], *above: str) -> Iterable[tuple[str, Any]]:
-    """Flattens nested mappings. A value's name begins with the names of the mappings around it."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, *above, name)
-        else:
-            yield " ".join((*above, name)), value
 
 
 def _table(columns: Sequence[str], values: Sequence[Mapping[str, Any]]) -> Table:

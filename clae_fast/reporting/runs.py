@@ -72,7 +72,7 @@ class Run:
 
         A rate belongs to the steps since the log point before, so these times add up.
         """
-        images = np.diff(self.rate_steps, prepend=0) * self.config.batch_size
+        images = np.diff(self.rate_steps, prepend=0) * self.config.optimization.batch_size
         ends = np.concatenate(([0.0], np.cumsum(images / self.rates)))
         return np.interp(steps, np.concatenate(([0], self.rate_steps)), ends)
 
@@ -108,21 +108,9 @@ def _read(folder: RunFolder, name: str) -> Run:
         log=_log(folder.path / "metrics.jsonl"),
         rate_steps=steps,
         rates=rates,
-        results=_json(folder.path / "results.json"),
+        results=folder.read_json("results.json"),
         versions=provenance.current(folder),
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise RunFolderError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise RunFolderError(f"{path}: not a JSON object")
-    return found
 
 
 def _log(path: Path) -> list[dict[str, float]]:

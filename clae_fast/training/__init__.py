@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: the step on a device, run folders, checkpoints."""
+"""Training: building a run, the loop, the step on a device, run folders and checkpoints."""

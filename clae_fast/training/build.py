@@ -1,4 +1,4 @@
-"""What a run consists of, built from its settings: method, attack, held out images."""
+"""What a run consists of, built from its settings: data, views, method, attack."""
 
 from typing import Any
 
@@ -7,31 +7,117 @@ from torch import nn
 
 from clae_fast import data
 from clae_fast.attack import LinfAttack
-from clae_fast.config import Config
+from clae_fast.config import Config, Data, Run
+from clae_fast.distributed import World
 from clae_fast.methods import METHODS, Method
+from clae_fast.steps.options import StepOptions
 from clae_fast.training import encoders
 
 
-def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
-    """The method and its encoders on `device`, initialised from torch's global generator.
+def load_data(settings: Data) -> data.Splits:
+    """The data set of a run.
 
     Raises:
-        ValueError: an unknown architecture, or one that does not take images of this size; a
-            teacher that cannot be had or does not fit.
-        RuntimeError: it needs a package that is not installed.
+        DataError: The data set cannot be used.
     """
+    return data.load(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        limit=settings.limit,
+        download=settings.download,
+        on_corrupt=settings.on_corrupt,
+    )
+
+
+def hold_out(run: Run, splits: data.Splits) -> tuple[data.Splits, data.Split | None]:
+    """Takes the validation images out of the training images.
+
+    Args:
+        run: How many are held out, and the seed that chooses them.
+        splits: The data set.
+
+    Returns:
+        The data set without them, and they themselves; None without `val_size`.
+
+    Raises:
+        ValueError: Fewer images have labels.
+    """
+    if not run.val_size:
+        return splits, None
+    labelled = splits.labelled
+    if run.val_size >= len(labelled):
+        raise ValueError(
+            f"val_size must be below the {len(labelled)} labeled images, got {run.val_size}"
+        )
+    rest, held = data.hold_out(labelled, run.val_size, run.seed)
+    # in some data sets only a part of the training images has labels
+    train = splits.train.select(~torch.isin(splits.train.rows, held.rows))
+    return data.Splits(train, rest, splits.test), held
+
+
+def steps_per_epoch(config: Config, images: int) -> int:
+    """Full batches in a pass over this many training images.
+
+    Raises:
+        ValueError: There are fewer images than a batch takes.
+    """
+    batch_size, epochs = config.optimization.batch_size, config.optimization.epochs
+    schedule = data.BatchSchedule(images, batch_size, epochs=epochs, seed=config.run.seed)
+    return schedule.steps_per_epoch
+
+
+def build_views(
+    config: Config,
+    train: data.Split,
+    world: World,
+    *,
+    start: int,
+    dtype: torch.dtype,
+    progress: bool,
+) -> data.ViewSource:
+    """The views of all steps from `start` on; arguments and errors are those of `view_source`."""
+    views, optimization = config.views, config.optimization
+    return data.view_source(
+        train,
+        data.Recipe.of(views),
+        image_size=views.image_size,
+        batch_size=optimization.batch_size,
+        epochs=optimization.epochs,
+        seed=config.run.seed,
+        start=start,
+        device=world.device,
+        dtype=dtype,
+        workers=config.data.workers,
+        resident=config.data.resident,
+        labels=METHODS[config.objective.method].needs_labels,
+        small_crops=views.small_crops,
+        small_crop_size=views.small_crop_size,
+        small_crop_scale=views.small_crop_scale,
+        rank=world.rank,
+        world=world.size,
+        progress=progress,
+    )
+
+
+def build_method(config: Config, device: torch.device | str = "cpu") -> Method:
+    """The method and its encoders on `device`, initialized from torch's global generator.
+
+    Raises:
+        ValueError: The architecture is unknown or does not take images of this size, or the teacher
+            cannot be loaded or does not fit.
+        RuntimeError: A package that is needed is not installed.
+    """
+    objective = config.objective
     encoder = encoders.build(config, device)
-    given: dict[str, Any] = {"temperature": config.temperature, **config.options}
-    if config.teacher is not None:
-        given["teacher"] = _teacher(config.teacher, config, encoder, device)
-    return METHODS[config.method](encoder, adversarial=config.attack != "none", **given)
+    given: dict[str, Any] = {"temperature": objective.temperature, **objective.options}
+    if objective.teacher is not None:
+        given["teacher"] = _teacher(objective.teacher, config.views.image_size, encoder, device)
+    adversarial = config.adversary.attack != "none"
+    return METHODS[objective.method](encoder, adversarial=adversarial, **given)
 
 
-def _teacher(
-    source: str, config: Config, encoder: nn.Module, device: torch.device | str
-) -> nn.Module:
-    """Whom the encoder learns from, with as many features as it has projections."""
-    size = config.image_size
+def _teacher(source: str, size: int, encoder: nn.Module, device: torch.device | str) -> nn.Module:
+    """The encoder that is learned from, which has as many features as `encoder` projections."""
     try:
         teacher = encoders.load_encoder(source, image_size=size, device=device)
     except ValueError as error:
@@ -46,43 +132,29 @@ def _teacher(
 
 
 def build_attack(config: Config) -> LinfAttack:
-    """The attack, in pixels of 0..1: views are normalised inside the encoder."""
+    """The attack, in pixels of 0..1: the encoder normalizes views itself."""
+    adversary, std = config.adversary, config.views.std
     course: dict[str, Any] = {
-        "steps": config.attack_steps,
-        "start": config.attack_start,
-        "norm": config.attack_norm,
+        "steps": adversary.attack_steps,
+        "start": adversary.attack_start,
+        "norm": adversary.attack_norm,
     }
-    if config.eps_space == "pixel":
-        return LinfAttack(eps=config.eps, step_size=config.step_size, lo=0.0, hi=1.0, **course)
-    step_size = config.eps if config.step_size is None else config.step_size
-    return LinfAttack(
-        eps=tuple(config.eps * std for std in config.std),
-        step_size=tuple(step_size * std for std in config.std),
-        **course,
+    eps, step_size = adversary.eps, adversary.step_size
+    if adversary.eps_space == "pixel":
+        return LinfAttack(eps=eps, step_size=step_size, lo=0.0, hi=1.0, **course)
+    radii = tuple(eps * s for s in std)
+    moves = radii if step_size is None else tuple(step_size * s for s in std)
+    return LinfAttack(eps=radii, step_size=moves, **course)
+
+
+def step_options(config: Config) -> StepOptions:
+    """How an adversarial step of a run is taken; the device adds what only it knows."""
+    return StepOptions(
+        kind=config.adversary.attack,
+        attack=build_attack(config),
+        adv_weight=config.adversary.adv_weight,
+        adv_fraction=config.adversary.adv_fraction,
+        adv_replace=config.adversary.adv_replace,
+        batched=config.engine.batch_views,
+        micro_batch=config.engine.micro_batch,
     )
-
-
-def hold_out(config: Config, splits: data.Splits) -> tuple[data.Splits, data.Split | None]:
-    """Takes the validation images out of what is trained on.
-
-    Args:
-        config: how many, and the seed that chooses them.
-        splits: the data set.
-
-    Returns:
-        The data set without them, and they themselves; None without `val_size`.
-
-    Raises:
-        ValueError: not that many images have labels.
-    """
-    if not config.val_size:
-        return splits, None
-    labelled = splits.labelled
-    if config.val_size >= len(labelled):
-        raise ValueError(
-            f"val_size must be below the {len(labelled)} labelled images, got {config.val_size}"
-        )
-    rest, held = data.hold_out(labelled, config.val_size, config.seed)
-    # a part of the training images where some have no labels
-    train = splits.train.select(~torch.isin(splits.train.rows, held.rows))
-    return data.Splits(train, rest, splits.test), held

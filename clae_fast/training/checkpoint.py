@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and checkpoints that load without pickled code."""
+"""Atomic writes of files, and checkpoints, which load without executing pickled code."""
 
 import io
 import os
@@ -12,12 +12,12 @@ from clae_fast.errors import CheckpointError
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Puts `data` in the place of `path` in one step.
+    """Replaces the content of `path` at once.
 
-    A reader, or a process killed at any moment, finds the old content or the new, never a part.
+    A reader finds the old content or the new one and never a part, even if this process is killed.
 
     Raises:
-        OSError: the disk is full or not writable; `path` is as it was.
+        OSError: The disk is full or not writable; `path` stays as it was.
     """
     new = path.with_name(path.name + ".tmp")
     try:
@@ -31,7 +31,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    # the rename itself must survive a power cut
+    # so that the rename survives a power cut
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -43,9 +43,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Writes tensors and plain Python values to `path`, atomically.
 
     Raises:
-        CheckpointError: it cannot be written, as on a full disk; an older `path` is untouched.
+        CheckpointError: It cannot be written, for example on a full disk; an older `path` stays.
     """
-    # in memory first: a failed write inside torch.save loses its reason
+    # into memory first, since a write that fails inside torch.save loses its reason
     buffer = io.BytesIO()
     torch.save(state, buffer)
     try:
@@ -59,16 +59,16 @@ def load(path: Path) -> dict[str, Any]:
     """Reads what `save` wrote, onto the CPU, without executing anything in the file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
+        CheckpointError: The file is missing, damaged, or holds more than tensors and plain values.
     """
     try:
-        # torch does not look at the checksums that it writes
+        # torch writes checksums, but does not check them
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # what a file holds that is no checkpoint decides which error comes up
+    # which error a file raises that is no checkpoint depends on its content
     except Exception as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {reason(error)}") from error
     if not isinstance(state, dict):
@@ -77,7 +77,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """What an error of torch says, in one short line."""
+    """What an error says, in one short line."""
     if isinstance(error, KeyError):
         return f"it lacks {error}"
     if isinstance(error, OSError) and error.strerror:
@@ -85,5 +85,5 @@ def reason(error: Exception) -> str:
     words = " ".join(str(error).split())
     if len(words) <= 150:
         return words
-    # the advice that follows is not for the reader of one line
+    # long messages of torch go on with advice, which is left out
     return words.partition(". ")[0] if ". " in words[:150] else f"{words[:150]} ..."

@@ -1,8 +1,8 @@
-"""What a run will cost: units of its steps, and an estimate of the memory that one takes."""
+"""What a run will cost: units of a step, and an estimate of the memory that a step takes."""
 
 import copy
-import dataclasses
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,91 +11,86 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from clae_fast.config import Config
 from clae_fast.methods import METHODS, Method
 from clae_fast.steps.batch import Batch
-from clae_fast.steps.options import StepOptions
-from clae_fast.training.build import build_attack
+from clae_fast.training.build import step_options
 from clae_fast.training.engine import Engine, precision_on
 
 
 def step_units(config: Config) -> dict[str, float]:
-    """Units of a step, of one encoder forward pass over one view of the batch.
+    """Units of a step; one is a forward pass of the encoder over one view of the batch.
 
     Returns:
-        Those of an "attacked" step and of a "plain" one of the same method, and how many a step of
-        the run takes on average, "mean".
+        Those of an "attacked" step and of a "plain" one of the same method, and "mean", which a
+        step of the run takes on average.
     """
-    method, small = METHODS[config.method], (config.small_crop_size / config.image_size) ** 2
+    views, objective, options = config.views, config.objective, step_options(config)
+    small = views.small_crops * (views.small_crop_size / views.image_size) ** 2
 
     def units(kind: str) -> float:
-        options = StepOptions(
-            kind=kind,
-            attack=build_attack(config),
-            adv_fraction=config.adv_fraction,
-            adv_replace=config.adv_replace,
-            micro_batch=config.micro_batch,
+        cost = METHODS[objective.method].cost(
+            replace(options, kind=kind), small_crops=small, **objective.options
         )
-        cost = method.cost(options, small_crops=config.small_crops * small, **config.options)
-        return cost.units(chunks=config.micro_batch is not None)
+        return cost.units(chunks=options.micro_batch is not None)
 
-    attacked, plain = units(config.attack), units("none")
-    every = config.adv_every
+    attacked, plain = units(options.kind), units("none")
+    every = config.adversary.adv_every
     return {"attacked": attacked, "plain": plain, "mean": (attacked + (every - 1) * plain) / every}
 
 
 def step_memory(config: Config, method: Method, device: torch.device) -> dict[str, int]:
-    """An estimate of the bytes that a step holds, by taking one whose tensors have no values.
+    """Estimates the bytes that a step holds, by taking a step whose tensors have no values.
 
-    What libraries need besides, and what one operation needs while it runs, is not known before;
+    The estimate leaves out what libraries need besides, and what one operation needs while it runs;
     compiled encoders may keep less.
 
     Args:
         config: Settings of the run.
-        method: As `clae_fast.training.trainer.build_method` has it, on the CPU.
-        device: Where the run computes, whose precision counts; the step is one on the CPU, where
-            optimisers read no learning rate from a tensor.
+        method: As `build.build_method` has it, on the CPU.
+        device: Where the run computes, which decides the precision. The step itself is taken on the
+            CPU, where optimizers read no learning rate from a tensor.
 
     Returns:
-        Bytes of "weights" (buffers and momentum encoders too), "gradients", "optimizer" (its
+        Bytes of "weights" (with buffers and momentum encoders), "gradients", "optimizer" (its
         state), "views" (of a batch) and "activations" (kept for backward passes, at their peak).
     """
-    precision = precision_on(device, config)
+    precision = precision_on(device, config.engine.precision)
     views_dtype = torch.float16 if precision == "fp16" else torch.float32
-    # as many bytes, and no loss scale, which steps would read
+    # bf16 takes as many bytes, and has no loss scale, which steps would read
     precision = "bf16" if precision == "fp16" else precision
-    config = dataclasses.replace(config, precision=precision, compile="no", capture="no")
+    config = config.replace(precision=precision, compile="no", capture="no")
+    sizes = [config.views.image_size] * 2 + [
+        config.views.small_crop_size
+    ] * config.views.small_crops
+    batch_size, options = config.optimization.batch_size, step_options(config)
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         method = copy.deepcopy(method)
     with mode:
-        engine = Engine(config, method, build_attack(config), torch.device("cpu"))
-        sizes = [config.image_size] * 2 + [config.small_crop_size] * config.small_crops
-        views = [torch.empty(config.batch_size, 3, size, size, dtype=views_dtype) for size in sizes]
-        labels = torch.empty(config.batch_size, dtype=torch.int64)
+        engine = Engine(config, method, options, torch.device("cpu"))
+        views = [torch.empty(batch_size, 3, size, size, dtype=views_dtype) for size in sizes]
+        labels = torch.empty(batch_size, dtype=torch.int64)
         taken = (*views[: method.views], *views[2:])
         kept = [*method.parameters(), *method.buffers()]
         saved = _Saved([*kept, *views])
         with saved:
-            engine.eager(config.attack, Batch(taken, labels if method.needs_labels else None))
+            engine.eager(options.kind, Batch(taken, labels if method.needs_labels else None))
         state = engine.state_dict()["optimizer"]["state"].values()
+        numbers = [value for own in state for value in own.values()]
         return {
             "weights": _bytes(kept),
             "gradients": _bytes([p.grad for p in method.parameters() if p.grad is not None]),
-            "optimizer": _bytes([v for own in state for v in own.values() if _is_tensor(v)]),
+            "optimizer": _bytes([value for value in numbers if isinstance(value, Tensor)]),
             "views": _bytes(views),
             "activations": saved.peak,
         }
 
 
 def parameters(module: nn.Module) -> int:
-    """Trained numbers of a module, each once."""
+    """How many numbers of a module are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _bytes(tensors: list[Tensor]) -> int:
-    """What tensors take, a storage that they share once."""
+    """Bytes of these tensors; a storage that several share counts once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -104,7 +99,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
     """Peak bytes that autograd keeps for backward passes, each storage once.
 
     Args:
-        outside: tensors that are there all the same.
+        outside: Tensors that exist without autograd, and do not count.
     """
 
     def __init__(self, outside: list[Tensor]) -> None:
@@ -131,8 +126,8 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Holder:
-    """What autograd holds in the place of a tensor."""
+    """What autograd holds instead of a tensor, so that its release is seen."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # detached: a saved output would hold the graph that holds it
+        # detached, since a saved output would hold the graph that holds it
         self.tensor = tensor.detach()

@@ -19,28 +19,28 @@ from clae_fast.training.run_folder import RunFolder
 
 
 class Transform:
-    """The middle of an image of any size, as evaluation sees it: pixels in 0..1.
+    """Cuts out the middle of an image of any size, as evaluation does, with pixels in 0..1.
 
     Args:
-        image_size: Height and width of what it gives.
+        image_size: Height and width of the result.
     """
 
     def __init__(self, image_size: int) -> None:
         self._middle = eval_transform(image_size)
 
     def __call__(self, image: Any) -> Tensor:
-        """A PIL image of any mode, or a tensor [3, H, W] of bytes or floats: [3, S, S]."""
+        """Takes a PIL image of any mode, or a tensor [3, H, W] of bytes or floats to [3, S, S]."""
         return self._middle(to_rgb(image) if isinstance(image, Image.Image) else image)
 
 
 class FrozenEncoder(Encoder):
-    """A trained encoder that stays as it is: in eval mode, without gradients. Gives features.
+    """A trained encoder that does not change: in eval mode, without gradients. It gives features.
 
     Args:
-        normalize: From pixels in 0..1 to what the network takes.
-        network: [N, C, H, W] -> [N, F], under the names that its library has for its weights.
+        normalize: Takes pixels in 0..1 to what the network expects.
+        network: [N, C, H, W] -> [N, F]; its weights have the names that its library gives them.
         image_size: Height and width of the images that it is for.
-        step: Optimiser steps that it was trained, None where that is not known.
+        step: Optimizer steps that it was trained for, None where that is not known.
 
     Raises:
         RuntimeError, AssertionError: The network does not take images of this size.
@@ -49,7 +49,7 @@ class FrozenEncoder(Encoder):
         dim: Length of the features, F.
         image_size: As given.
         step: As given.
-        transform: From an image to what the encoder takes, [3, S, S].
+        transform: Takes an image to what the encoder expects, [3, S, S].
     """
 
     def __init__(
@@ -66,50 +66,51 @@ class FrozenEncoder(Encoder):
 
     @property
     def network(self) -> nn.Module:
-        """The network behind the normalisation."""
+        """The network behind the normalization."""
         _, network = self.backbone.children()
         return network
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Leaves it in eval mode, whatever mode its owner takes."""
+        """Stays in eval mode, whatever mode its owner takes."""
         return super().train(False)
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder of a run on `device`, initialised from torch's global generator.
+    """The encoder of a run on `device`, initialized from torch's global generator.
 
-    Weights are channels_last, the layout that convolutions are fastest in on CPU and GPU.
+    Weights are channels_last, the layout in which convolutions are fastest on CPU and GPU.
 
     Raises:
-        ValueError: an unknown architecture, or one that does not take images of this size.
-        RuntimeError: it needs a package that is not installed.
+        ValueError: The architecture is unknown or does not take images of this size.
+        RuntimeError: A package that is needed is not installed.
     """
-    backbone, features = build_encoder(config.arch, config.image_size)
+    size = config.views.image_size
+    backbone, features = build_encoder(config.encoder.arch, size)
     head = ProjectionHead(
         features,
-        config.hidden_dim,
-        config.proj_dim,
-        layers=config.head_layers,
-        norm=config.head_norm,
+        config.encoder.hidden_dim,
+        config.encoder.proj_dim,
+        layers=config.encoder.head_layers,
+        norm=config.encoder.head_norm,
     )
-    encoder = Encoder(nn.Sequential(Normalize(config.mean, config.std), backbone), head)
+    encoder = Encoder(nn.Sequential(Normalize(config.views.mean, config.views.std), backbone), head)
     encoder.to(device).to(memory_format=torch.channels_last)
     try:
-        width(encoder, config.image_size)
+        width(encoder, size)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"image_size {config.image_size} does not fit arch {config.arch}: {reason}"
+            f"image_size {size} does not fit arch {config.encoder.arch}: {reason}"
         ) from error
     return encoder
 
 
 @torch.no_grad()
 def width(encoder: nn.Module, image_size: int) -> int:
-    """D where images of this size become [N, D].
+    """The D of the [N, D] that the encoder makes of images of this size.
 
     Raises:
-        RuntimeError, AssertionError: they do not fit.
+        RuntimeError, AssertionError: The encoder does not take images of this size.
     """
     device = next(encoder.parameters()).device
     with evaluating(encoder):
@@ -122,11 +123,11 @@ def width(encoder: nn.Module, image_size: int) -> int:
 def restore(
     folder: RunFolder, path: Path, device: torch.device | str = "cpu"
 ) -> tuple[Encoder, int]:
-    """The encoder in a checkpoint of a run, and the optimiser step that it is from.
+    """The encoder in a checkpoint of a run, and the optimizer step of the checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another run.
-        ValueError, RuntimeError: as of `build`.
+        CheckpointError: The checkpoint is missing, damaged or of another run.
+        ValueError, RuntimeError: As `build` raises them.
     """
     state = checkpoint.load(path)
     encoder = build(folder.config, device)
@@ -152,27 +153,28 @@ def restore_frozen(
     image_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> FrozenEncoder:
-    """As `restore`, for features of images of a run's size, or another.
+    """The frozen encoder in a checkpoint, for images of `image_size` or else of the run's size.
 
     Raises:
-        CheckpointError, ValueError, RuntimeError: as of `restore`.
+        CheckpointError, ValueError, RuntimeError: As `restore` raises them.
     """
     encoder, step = restore(folder, path, device)
     normalize, network = encoder.backbone.children()
-    size = folder.config.image_size if image_size is None else image_size
+    size = folder.config.views.image_size if image_size is None else image_size
     return FrozenEncoder(normalize, network, size, step)
 
 
 def load_encoder(
     source: str | Path, *, image_size: int | None = None, device: torch.device | str = "cpu"
 ) -> FrozenEncoder:
-    """A trained encoder, frozen, with its normalisation inside and the transform that it wants.
+    """A trained encoder, frozen, which normalizes its input itself and has a fitting transform.
 
     Args:
-        source: The folder of a run, whose best checkpoint in validation counts, or the last where
-            there is none; a checkpoint file in one; "timm/NAME" or "torchvision/NAME", a classifier
-            of these libraries with its default weights, which they fetch or have in their cache.
-        image_size: Height and width of the images; by default those that it was trained on.
+        source: The folder of a run, which stands for its best checkpoint in validation, or its last
+            one without validation; a checkpoint file in such a folder; or "timm/NAME" or
+            "torchvision/NAME", a classifier of these libraries with its default weights, which the
+            library fetches or has in its cache.
+        image_size: Height and width of the images; by default of those that it was trained on.
         device: Where it computes.
 
     Returns:

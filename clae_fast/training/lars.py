@@ -1,4 +1,4 @@
-"""LARS, the optimiser of large-batch SimCLR."""
+"""LARS, the optimizer of SimCLR in large batches."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 class LARS(Optimizer):
-    r"""SGD with momentum whose step is scaled, tensor by tensor, to the weights it moves.
+    r"""SGD with momentum that scales the update of each tensor to the size of its weights.
 
     .. math::
         g \leftarrow g + \lambda w, \quad
@@ -17,22 +17,22 @@ class LARS(Optimizer):
         v \leftarrow \mu v + r g, \quad
         w \leftarrow w - \gamma v
 
-    Biases and normalisation weights (1-D tensors) take neither weight decay nor the scale.
+    Biases and normalization weights (1-D tensors) take neither weight decay nor the scale.
     You et al., "Large batch training of convolutional networks", 2017.
 
-    As with torch's fused optimisers, `torch.amp.GradScaler` leaves to it to undo the loss scale and
-    to stand still where a gradient is not finite, so that the host waits for neither. Learning
-    rates may be tensors, which CUDA graphs can replay with another value.
+    As torch's fused optimizers do, it undoes the loss scale of `torch.amp.GradScaler` itself, and
+    does not move where a gradient is not finite, so that the host waits for neither. A learning
+    rate may be a tensor, which a CUDA graph can replay with another value.
 
     Args:
-        params: parameters or parameter groups.
-        lr: learning rate gamma.
-        momentum: mu.
-        weight_decay: lambda.
-        trust_coefficient: eta.
+        params: Parameters or parameter groups.
+        lr: Learning rate gamma.
+        momentum: The factor mu.
+        weight_decay: The factor lambda.
+        trust_coefficient: The factor eta.
 
     Raises:
-        ValueError: a negative argument.
+        ValueError: An argument is negative.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LARS(Optimizer):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, defaults)
-        # what GradScaler asks for
+        # GradScaler looks for this attribute
         self._step_supports_amp_scaling = True
 
     @overload

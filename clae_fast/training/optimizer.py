@@ -1,4 +1,4 @@
-"""The optimiser of a run, and its learning rate at every step."""
+"""The optimizer of a run, and its learning rate at every step."""
 
 import math
 import warnings
@@ -9,44 +9,44 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from clae_fast.config import Config
+from clae_fast.config import Optimization
 from clae_fast.training.lars import LARS
 
 
 def build_optimizer(
-    config: Config, module: nn.Module, device: torch.device | str = "cpu"
+    settings: Optimization, module: nn.Module, device: torch.device | str = "cpu"
 ) -> Optimizer:
-    """The optimiser of all parameters of `module` that want a gradient, in fused kernels.
+    """The optimizer of all parameters of `module` that want a gradient, in fused kernels.
 
-    On a GPU the learning rate is a tensor there, which captured steps read.
+    On a GPU the learning rate is a tensor on the device, which captured steps read.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    lr: Any = torch.tensor(config.lr, device=device) if on_gpu else config.lr
-    # momentum encoders and teachers are not for it
+    lr: Any = torch.tensor(settings.lr, device=device) if on_gpu else settings.lr
+    # momentum encoders and teachers want no gradient
     parameters = [p for p in module.parameters() if p.requires_grad]
-    exempt = [p for p in parameters if p.ndim <= 1 and not config.decay_1d]
-    decayed = [p for p in parameters if p.ndim > 1 or config.decay_1d]
+    exempt = [p for p in parameters if p.ndim <= 1 and not settings.decay_1d]
+    decayed = [p for p in parameters if p.ndim > 1 or settings.decay_1d]
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if exempt:
         groups.append({"params": exempt, "weight_decay": 0.0})
-    decay = config.weight_decay
-    if config.optimizer == "sgd":
-        sgd = SGD(groups, lr, momentum=config.momentum, weight_decay=decay, fused=True)
-        # torch leaves it uninitialised where the first gradient is not finite
-        for p in parameters if config.momentum else []:
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        sgd = SGD(groups, lr, momentum=settings.momentum, weight_decay=decay, fused=True)
+        # torch leaves the buffer uninitialized where the first gradient is not finite
+        for p in parameters if settings.momentum else []:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
-    if config.optimizer == "lars":
-        return LARS(groups, lr, momentum=config.momentum, weight_decay=decay)
-    adam = Adam if config.optimizer == "adam" else AdamW
-    # steps before a capture are meant to run without
+    if settings.optimizer == "lars":
+        return LARS(groups, lr, momentum=settings.momentum, weight_decay=decay)
+    adam = Adam if settings.optimizer == "adam" else AdamW
+    # the steps before a capture run without one on purpose
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return adam(groups, lr, weight_decay=decay, fused=True, capturable=on_gpu)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of the next step; no host waits for a GPU."""
+    """Sets the learning rate of the next step; the host does not wait for a GPU."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
@@ -55,12 +55,12 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Takes up a state that `optimizer.state_dict()` gave on this or another kind of device.
+    """Restores a state that `optimizer.state_dict()` gave on this or another kind of device.
 
-    Settings stay the optimiser's own: they are the run's, and where the numbers live differs.
+    The optimizer keeps its own settings, which are the run's and live on its device.
 
     Raises:
-        KeyError, ValueError: It is of other parameters.
+        KeyError, ValueError: The state belongs to other parameters.
     """
     own = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
@@ -68,19 +68,19 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({**state, "param_groups": own})
 
 
-def lr_factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate at a step, relative to `config.lr`: linear warm-up, then the schedule."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    total = config.epochs * steps_per_epoch
+def lr_factor(settings: Optimization, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate at a step, relative to `lr`: linear warm-up, then the schedule."""
+    warmup = settings.warmup_epochs * steps_per_epoch
+    total = settings.epochs * steps_per_epoch
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if config.schedule == "cosine":
-            return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
-        if config.schedule == "step":
-            passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
-            return (1.0, *config.factors)[passed]
+    def factor(global_step: int) -> float:
+        if global_step < warmup:
+            return (global_step + 1) / warmup
+        if settings.schedule == "cosine":
+            return (1 + math.cos(math.pi * (global_step - warmup) / max(total - warmup, 1))) / 2
+        if settings.schedule == "step":
+            passed = sum(global_step >= epoch * steps_per_epoch for epoch in settings.milestones)
+            return (1.0, *settings.factors)[passed]
         return 1.0
 
     return factor

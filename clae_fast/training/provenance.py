@@ -1,12 +1,11 @@
 """What decides a run's numbers besides its settings: code, versions, processor and data.
 
-versions.json holds what a run began with and, under "resumed", what was different from some step
-on.
+versions.json holds what a run started with and, under "resumed", what changed when it was resumed,
+each time with the step.
 """
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -18,17 +17,16 @@ from typing import Any
 import torch
 
 from clae_fast import _impl, _native, _version, data
-from clae_fast.errors import RunFolderError
 from clae_fast.training.run_folder import RunFolder
 
 _FILE = "versions.json"
 _PACKAGE = Path(_version.__file__).parent
-# recorded, but the numbers do not depend on them
+# these are recorded, although the numbers do not depend on them
 _HARMLESS = ("machine", "cpus", "gpu")
 
 
 def describe(device: torch.device, splits: data.Splits) -> dict[str, Any]:
-    """What a run on `device` that reads `splits` gets its numbers from, as plain values."""
+    """What the numbers of a run on `device` that reads `splits` depend on, as plain values."""
     found: dict[str, Any] = {
         "clae_fast": _version.__version__,
         "commit": _commit(),
@@ -55,7 +53,7 @@ def describe(device: torch.device, splits: data.Splits) -> dict[str, Any]:
 
 def fingerprints(splits: data.Splits) -> dict[str, str]:
     """What identifies the images and labels of each split."""
-    # the labelled images are the training images of most sets: no need to read them twice
+    # in most sets the labeled images are the training images, which need no second reading
     parts = splits._asdict()
     if splits.labelled is splits.train:
         del parts["labelled"]
@@ -63,24 +61,24 @@ def fingerprints(splits: data.Splits) -> dict[str, str]:
 
 
 def record(
-    folder: RunFolder, now: dict[str, Any], *, step: int, allow_changed_data: bool = False
+    folder: RunFolder, now: dict[str, Any], *, global_step: int, allow_changed_data: bool = False
 ) -> list[str]:
-    """Writes down what a run goes on with.
+    """Records what a run starts or continues with.
 
     Args:
-        folder: the run.
-        now: what `describe` says.
-        step: where it goes on.
-        allow_changed_data: whether to go on with other images or labels than before.
+        folder: The run.
+        now: What `describe` says.
+        global_step: How many steps are done.
+        allow_changed_data: Whether the run may continue with other images or labels than before.
 
     Returns:
-        A line for each thing that is no longer as it was.
+        A line for each thing that has changed.
 
     Raises:
-        ValueError: the data changed.
-        RunFolderError: the record is damaged.
+        ValueError: The data has changed.
+        RunFolderError: The record is damaged.
     """
-    recorded = _read(folder)
+    recorded = folder.read_json(_FILE)
     before = _current(recorded)
     other_data = _data_changes(before, now["data"])
     if other_data and not allow_changed_data:
@@ -89,26 +87,26 @@ def record(
     if not recorded:
         folder.write_json(_FILE, now)
     elif new:
-        recorded.setdefault("resumed", []).append({"step": step} | new)
+        recorded.setdefault("resumed", []).append({"step": global_step} | new)
         folder.write_json(_FILE, recorded)
     changed = [name for name in new if name in before and name not in (*_HARMLESS, "data")]
     return [_line(name, before[name], now[name]) for name in changed] + other_data
 
 
 def current(folder: RunFolder) -> dict[str, Any]:
-    """What the run last went on with; empty where it has recorded nothing.
+    """What the run last continued with; empty where it has recorded nothing.
 
     Raises:
-        RunFolderError: the record is damaged.
+        RunFolderError: The record is damaged.
     """
-    return _current(_read(folder))
+    return _current(folder.read_json(_FILE))
 
 
 def data_changes(folder: RunFolder, splits: data.Splits) -> list[str]:
     """A line for each split that is no longer what the run last read.
 
     Raises:
-        RunFolderError: the record is damaged.
+        RunFolderError: The record is damaged.
     """
     return _data_changes(current(folder), fingerprints(splits))
 
@@ -126,22 +124,8 @@ def _line(name: str, before: Any, now: Any) -> str:
     return f"{name} changed since this run last went on: it was {before}, now it is {now}"
 
 
-def _read(folder: RunFolder) -> dict[str, Any]:
-    """The record, empty for a run that has none yet."""
-    path = folder.path / _FILE
-    try:
-        recorded = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise RunFolderError(f"{path}: {error}") from error
-    if not isinstance(recorded, dict):
-        raise RunFolderError(f"{path}: not a JSON object")
-    return recorded
-
-
 def _current(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What the run last went on with."""
+    """What the run last continued with."""
     current = {name: value for name, value in recorded.items() if name != "resumed"}
     for changes in recorded.get("resumed", []):
         current |= {name: value for name, value in changes.items() if name != "step"}
@@ -149,13 +133,13 @@ def _current(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _roots() -> list[Path]:
-    """The folders of Python files: an editable install keeps the kernels elsewhere."""
+    """The folders of Python files; an editable install has the kernels elsewhere."""
     kernels = find_spec("clae_fast.kernels")
     return [_PACKAGE, *map(Path, (kernels and kernels.submodule_search_locations) or [])]
 
 
 def _digest(paths: Iterable[Path]) -> str:
-    """Of the files' names and contents, wherever they are installed."""
+    """A digest of the files' names and contents, which does not depend on where they are."""
     files = sorted((f"{path.parent.name}/{path.name}", path) for path in set(paths))
     digest = hashlib.sha256()
     for name, path in files:
@@ -164,7 +148,7 @@ def _digest(paths: Iterable[Path]) -> str:
 
 
 def _commit() -> str | None:
-    """The git commit of the checkout that runs, "-dirty" if it was changed; None elsewhere."""
+    """The git commit of the checkout, with "-dirty" after changes; None outside a checkout."""
     checkout = _PACKAGE.parent
     if not (checkout / ".git").exists():
         return None

@@ -2,14 +2,11 @@
 
 import functools
 import math
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from clae_fast import data
@@ -17,48 +14,44 @@ from clae_fast.config import Config
 from clae_fast.distributed import World
 from clae_fast.distributed.device import pick_device
 from clae_fast.errors import CheckpointError, NonFiniteError
-from clae_fast.evaluation import extract_features, knn_accuracy, leave_one_out_knn
-from clae_fast.evaluation.features import batches
 from clae_fast.nn import Encoder
 from clae_fast.nn.sync_norm import convert
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.options import StepResult
-from clae_fast.training import checkpoint
-from clae_fast.training.build import build_attack, build_method, hold_out
+from clae_fast.training import build, checkpoint
 from clae_fast.training.engine import Engine
+from clae_fast.training.metrics import LossWindow, MetricsLog
 from clae_fast.training.optimizer import lr_factor
-from clae_fast.training.run_folder import MetricsLog, RunFolder
-
-# labelled images that show how training goes, where none are held out
-_WATCHED = 512
+from clae_fast.training.run_folder import RunFolder
+from clae_fast.training.watch import Watch
 
 
 class Trainer:
-    """A run: data, method, optimiser and the place in the schedule.
+    """A run: data, method, optimizer, and how many steps are done.
 
-    Building one seeds torch's global generator with `config.seed`.
+    Making one seeds torch's global generator with the run's seed.
 
     Args:
-        config: the settings.
-        world: the processes that train together; one alone by default.
-        progress: whether bars on stderr show how far it is.
+        config: The settings.
+        world: The processes that train together; one alone by default.
+        progress: Whether bars on stderr show how far it is.
 
     Attributes:
-        world: those processes.
-        device: where it trains.
-        splits: the data set.
-        train: the training images.
-        labelled: those of them that have labels, to evaluate with.
-        held: labelled images for validation, no part of the two; None without.
-        test: the test images, untouched by training.
-        method: encoders and loss.
-        engine: takes the steps.
-        step: optimiser steps done.
-        saved: those that a checkpoint has, None before the first.
+        world: The processes that train together.
+        device: Where it trains.
+        splits: The data set.
+        train: The training images.
+        labelled: The training images that have labels, to evaluate with.
+        held: Labeled images for validation, which are in neither of these two; None without.
+        test: The test images, which training never reads.
+        method: Encoders and loss.
+        engine: Takes the steps.
+        global_step: Optimizer steps done.
+        saved: Steps that are in a checkpoint, None before the first checkpoint.
 
     Raises:
-        DataError: the data set cannot be used.
-        ValueError: settings that do not fit the data or this machine.
+        DataError: The data set cannot be used.
+        ValueError: The settings do not fit the data or this machine.
     """
 
     def __init__(
@@ -66,72 +59,48 @@ class Trainer:
     ) -> None:
         self.config = config
         self._progress = progress
-        self.world = world or World.single(pick_device(config.device))
-        self.world.local_batch(config.batch_size)
+        self.world = world or World.single(pick_device(config.engine.device))
+        self.world.local_batch(config.optimization.batch_size)
         self.device = self.world.device
         with self.world.one_at_first():
-            self.splits = data.load(
-                config.dataset,
-                data_dir=config.data_dir,
-                limit=config.limit,
-                download=config.download,
-                on_corrupt=config.on_corrupt,
-            )
-        (self.train, self.labelled, self.test), self.held = hold_out(config, self.splits)
-        torch.manual_seed(config.seed)
-        self.method = build_method(config, self.device)
-        # the same seed gives the same weights on machines that are alike
+            self.splits = build.load_data(config.data)
+        (self.train, self.labelled, self.test), self.held = build.hold_out(config.run, self.splits)
+        torch.manual_seed(config.run.seed)
+        self.method = build.build_method(config, self.device)
+        # the same seed gives the same weights only on machines that are alike
         self.world.share(self.method)
-        if config.sync_norm:
+        if config.engine.sync_norm:
             convert(self.method, self.world)
-        self.engine = Engine(config, self.method, build_attack(config), self.device, self.world)
-        self.step = 0
+        options = build.step_options(config)
+        self.engine = Engine(config, self.method, options, self.device, self.world)
+        self.global_step = 0
         self.saved: int | None = None
-        self._steps_per_epoch = data.BatchSchedule(
-            len(self.train), config.batch_size, epochs=config.epochs, seed=config.seed
-        ).steps_per_epoch
-        self._lr_factor = lr_factor(config, self._steps_per_epoch)
+        self._steps_per_epoch = build.steps_per_epoch(config, len(self.train))
+        self._lr_factor = lr_factor(config.optimization, self._steps_per_epoch)
         self._metrics_size = 0
-        self._window = _Window()
+        self._window = LossWindow()
+        self._watch = Watch(config, self.labelled, self.held, self.device)
         # the step and the validation accuracy of the best checkpoint
         self._best: dict[str, float] | None = None
 
     @functools.cached_property
     def views(self) -> data.ViewSource:
-        """The views of all steps to come, which are prepared when they are first asked for.
-
-        Raises:
-            DataError: an image is damaged.
-            ValueError: the images have to stay on the device, and do not fit.
-        """
-        config = self.config
-        return data.view_source(
+        """The views of all steps to come, which are prepared when they are first asked for."""
+        return build.build_views(
+            self.config,
             self.train,
-            data.Recipe.of(config),
-            image_size=config.image_size,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            seed=config.seed,
-            start=self.step,
-            device=self.device,
+            self.world,
+            start=self.global_step,
             dtype=self.engine.dtype,
-            workers=config.workers,
-            resident=config.resident,
-            labels=self.method.needs_labels,
-            small_crops=config.small_crops,
-            small_crop_size=config.small_crop_size,
-            small_crop_scale=config.small_crop_scale,
-            rank=self.world.rank,
-            world=self.world.size,
             progress=self._progress,
         )
 
     def restore(self, folder: RunFolder) -> None:
-        """Takes up the state of a run's checkpoint, if it got as far as the first.
+        """Restores the state of a run's last checkpoint, if it has one.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or not of such a run.
-            ValueError: the run is already past its last epoch.
+            CheckpointError: The checkpoint is damaged, or of another run.
+            ValueError: The run is already past its last epoch.
         """
         if not folder.checkpoint.exists():
             return
@@ -142,20 +111,18 @@ class Trainer:
             raise CheckpointError(
                 f"checkpoint {folder.checkpoint} is not one of this run: {checkpoint.reason(error)}"
             ) from error
-        if self.step > self.config.epochs * self._steps_per_epoch:
-            raise ValueError(
-                f"epochs is {self.config.epochs}, but the run has done "
-                f"{self.step / self._steps_per_epoch:g}"
-            )
+        epochs, done = self.config.optimization.epochs, self.global_step / self._steps_per_epoch
+        if done > epochs:
+            raise ValueError(f"epochs is {epochs}, but the run has done {done:g}")
 
     def _take(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
         self.engine.load_state_dict(state)
-        self.step = self.saved = state["step"]
+        self.global_step = self.saved = state["step"]
         self._metrics_size = state["metrics_size"]
         # version 0.1 had no validation
         self._best = state.get("best")
-        # nor did it stop between log points
+        # version 0.1 saved at log points only, where the window is empty
         if "window" in state:
             self._window.load_state_dict(state["window"], self.device)
         torch.set_rng_state(state["rng"])
@@ -172,50 +139,50 @@ class Trainer:
         """Trains to the last epoch; the process that leads writes into `folder`.
 
         Args:
-            folder: the run.
-            stopped: whether to end before that, with a checkpoint after the step under way; asked
-                after every step, and heeded by a process that is alone.
-            log: takes log points as well, as `MetricsLog.write` does.
+            folder: The run.
+            stopped: Is asked after every step whether to end early, with a checkpoint. Only a
+                process that trains alone asks.
+            log: Is called with the step and the values of every log point.
 
         Raises:
-            LostWorkerError: another process is gone.
-            NonFiniteError: training diverged; the checkpoint before it remains.
-            CheckpointError: a checkpoint cannot be written; the one before it remains.
-            DataError: an image is damaged.
+            LostWorkerError: Another process is gone.
+            NonFiniteError: Training diverged; the checkpoint before it remains.
+            CheckpointError: A checkpoint cannot be written; the one before it remains.
+            DataError: An image is damaged.
         """
-        config = self.config
+        batch_size = self.config.optimization.batch_size
         self.method.train()
         if not self.world.leads:
             self._follow()
             return
-        done, size = self.step * config.batch_size, len(self.views) * config.batch_size
+        start, size, left = self.global_step, self._metrics_size, len(self.views)
         with (
-            MetricsLog(folder, step=self.step, size=self._metrics_size, also=log) as metrics,
+            MetricsLog(folder, global_step=start, size=size, also=log) as metrics,
             tqdm(
-                total=done + size,
-                initial=done,
+                total=(start + left) * batch_size,
+                initial=start * batch_size,
                 unit="img",
                 dynamic_ncols=True,
                 disable=not self._progress,
             ) as bar,
         ):
-            if self.step == 0:
+            if start == 0:
                 self._save(folder, metrics)
             for batch in self._batches(stopped):
                 self._window.add(self._train_step(batch))
-                self.step += 1
-                bar.update(config.batch_size)
-                save = self._saves_at(self.step)
-                if save or self.step % config.log_every == 0:
+                self.global_step += 1
+                bar.update(batch_size)
+                save = self._saves_now()
+                if save or self.global_step % self.config.run.log_every == 0:
                     self._log(folder, metrics, bar)
-                    self._window = _Window()
+                    self._window = LossWindow()
                 if save:
                     self._save(folder, metrics)
-            if self.saved != self.step:
+            if self.saved != self.global_step:
                 self._save(folder, metrics)
 
     def _batches(self, stopped: Callable[[], bool]) -> Iterator[Batch]:
-        """The batches to come, until somebody wishes to stop."""
+        """The batches to come, until `stopped` says to end."""
         batches = iter(self.views)
         while not (stopped() and self.world.size == 1):
             try:
@@ -223,72 +190,55 @@ class Trainer:
             except StopIteration:
                 return
             except RuntimeError:
-                # loader processes may have had the same signal
+                # the signal may have ended loader processes too
                 if not stopped():
                     raise
                 return
             yield batch
 
     def _follow(self) -> None:
-        """Trains on this process's rows, while another one logs, validates and saves."""
-        # random layers draw other numbers for other rows
-        torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)
-        if self.step == 0:
+        """Trains on this process's rows, while another process logs, validates and saves."""
+        # random layers draw different numbers for different rows
+        torch.manual_seed(hash((self.config.run.seed, self.global_step, self.world.rank)) % 2**63)
+        if self.global_step == 0:
             self.world.require_equal(self.method)
         for batch in self.views:
             self._train_step(batch)
-            self.step += 1
-            if self._saves_at(self.step):
+            self.global_step += 1
+            if self._saves_now():
                 self.world.require_equal(self.method)
 
     def _train_step(self, batch: Batch) -> StepResult:
-        # two large views are made at least, of which a method may take one
-        batch = batch._replace(views=batch.views[: self.method.views + self.config.small_crops])
-        done = self.step / (self.config.epochs * self._steps_per_epoch)
-        return self.engine.step(batch, number=self.step, lr=self._lr(self.step), progress=done)
+        # there are always two large views, of which a method may take one
+        taken = self.method.views + self.config.views.small_crops
+        return self.engine.step(
+            batch._replace(views=batch.views[:taken]),
+            global_step=self.global_step,
+            lr=self._lr(self.global_step),
+            progress=self.global_step / (self.config.optimization.epochs * self._steps_per_epoch),
+        )
 
-    def _lr(self, step: int) -> float:
-        return self.config.lr * self._lr_factor(step)
+    def _lr(self, global_step: int) -> float:
+        return self.config.optimization.lr * self._lr_factor(global_step)
 
-    def _saves_at(self, step: int) -> bool:
-        every = self.config.checkpoint_every
-        return step % self._steps_per_epoch == 0 or (every is not None and step % every == 0)
+    def _saves_now(self) -> bool:
+        every = self.config.run.checkpoint_every
+        ends_epoch = self.global_step % self._steps_per_epoch == 0
+        return ends_epoch or (every is not None and self.global_step % every == 0)
 
     def _ends_epoch(self, every: int | None) -> bool:
         """Whether this is the end of an epoch whose number `every` divides."""
-        epoch, rest = divmod(self.step, self._steps_per_epoch)
-        return every is not None and self.step > 0 and rest == 0 and epoch % every == 0
+        epoch, rest = divmod(self.global_step, self._steps_per_epoch)
+        return every is not None and self.global_step > 0 and rest == 0 and epoch % every == 0
 
-    def _validate(self) -> float:
-        """Accuracy in per cent of the held out images, voted for by those that are trained on."""
-        assert self.held is not None
-        encoder = cast(Encoder, self.method.encoder)
-        voters, held = (
-            extract_features(encoder, split, self.config, self.device)
-            for split in (self.labelled, self.held)
-        )
+    def _validate(self) -> dict[str, float]:
+        """Measures the encoder, and remembers the best accuracy on held out images."""
+        found = self._watch.measure(cast(Encoder, self.method.encoder))
         self.method.train()
-        accuracy = knn_accuracy(*voters, *held)
-        if self._best is None or accuracy > self._best["val_knn"]:
-            self._best = {"step": self.step, "val_knn": accuracy}
-        return accuracy
-
-    @functools.cached_property
-    def _watched(self) -> list[tuple[Tensor, Tensor]]:
-        """A few labelled training images in bytes, and their labels, on the device."""
-        found = batches(self.labelled.evenly(_WATCHED), self.config, self.device)
-        return [((255 * x).round().byte(), labels) for x, labels in found]
-
-    @torch.no_grad()
-    def _watch(self) -> float:
-        """Accuracy in per cent of these, which vote for each other; it chooses nothing."""
-        encoder = cast(Encoder, self.method.encoder)
-        encoder.eval()
-        # as in `extract_features`
-        with torch.compiler.set_stance("force_eager"):
-            features = torch.cat([encoder.features(x / 255) for x, _ in self._watched])
-        self.method.train()
-        return leave_one_out_knn(features, torch.cat([labels for _, labels in self._watched]))
+        best = self._best
+        if "val_knn" in found and (best is None or found["val_knn"] > best["val_knn"]):
+            self._best = {"step": self.global_step} | found
+        return found
 
     def _log(self, folder: RunFolder, log: MetricsLog, bar: tqdm) -> None:
         losses = self._window.means()
@@ -296,15 +246,12 @@ class Trainer:
             if not math.isfinite(value):
                 raise self._diverged(f"{name} is {value}", folder)
         bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
-        epoch = self.step / self._steps_per_epoch
-        rate = self._window.rate() * self.config.batch_size
-        values = {"epoch": epoch, **losses, "lr": self._lr(self.step - 1)}
-        if self._ends_epoch(self.config.val_every):
-            if self.held is not None:
-                values["val_knn"] = self._validate()
-            else:
-                values["train_knn"] = self._watch()
-        log.write(self.step, values, rate)
+        epoch = self.global_step / self._steps_per_epoch
+        rate = self._window.rate() * self.config.optimization.batch_size
+        values = {"epoch": epoch, **losses, "lr": self._lr(self.global_step - 1)}
+        if self._ends_epoch(self.config.run.val_every):
+            values |= self._validate()
+        log.write(self.global_step, values, rate)
 
     def _save(self, folder: RunFolder, log: MetricsLog) -> None:
         # the loss of the last step was taken before it moved the weights
@@ -313,7 +260,7 @@ class Trainer:
         self.world.require_equal(self.method)
         cuda = self.device.type == "cuda"
         state = {
-            "step": self.step,
+            "step": self.global_step,
             "method": self.method.state_dict(),
             **self.engine.state_dict(),
             "rng": torch.get_rng_state(),
@@ -322,53 +269,23 @@ class Trainer:
             "best": self._best,
             "window": self._window.state_dict(),
         }
-        # the last one last: what a process killed in between lacks, it writes when it goes on
+        # last.pt comes last: a run that is killed before resumes from the step before, and writes
+        # the others again
         for path in (*self._stays(folder), folder.checkpoint):
             checkpoint.save(path, state)
-        self.saved = self.step
+        self.saved = self.global_step
 
     def _stays(self, folder: RunFolder) -> list[Path]:
-        """Where this step's checkpoint outlives the next."""
+        """The paths, besides last.pt, that this step's checkpoint is written to."""
         paths = []
-        if self._best is not None and self._best["step"] == self.step:
+        if self._best is not None and self._best["step"] == self.global_step:
             paths.append(folder.best)
-        if self._ends_epoch(self.config.keep_every):
-            paths.append(folder.kept(self.step // self._steps_per_epoch))
+        if self._ends_epoch(self.config.run.keep_every):
+            paths.append(folder.kept(self.global_step // self._steps_per_epoch))
         return paths
 
     def _diverged(self, what: str, folder: RunFolder) -> NonFiniteError:
         return NonFiniteError(
-            f"{what} at step {self.step}, training diverged: try a smaller lr or eps; "
+            f"{what} at step {self.global_step}, training diverged: try a smaller lr or eps; "
             f"{folder.checkpoint} is from before"
         )
-
-
-class _Window:
-    """Losses since the last log point, summed on the device so that no step waits for it."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        # a plain step between adversarial ones has one loss
-        self._counts: Counter[str] = Counter()
-        self._steps, self._start = 0, time.perf_counter()
-
-    def add(self, result: StepResult) -> None:
-        self._steps += 1
-        for name, value in (("loss", result.loss), ("adv_loss", result.adv_loss)):
-            if value is not None:
-                self._sums[name] = self._sums.get(name, 0) + value
-                self._counts[name] += 1
-
-    def means(self) -> dict[str, float]:
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-
-    def rate(self) -> float:
-        """Steps in a second, of those that this process took."""
-        return self._steps / (time.perf_counter() - self._start)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums, "counts": dict(self._counts)}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self._sums = {name: total.to(device) for name, total in state["sums"].items()}
-        self._counts = Counter(state["counts"])

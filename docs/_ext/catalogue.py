@@ -23,7 +23,6 @@ from sphinx.util.nodes import nested_parse_with_titles
 
 import clae_fast
 from clae_fast import methods, ops
-from clae_fast.config import Config
 from clae_fast.config.layers import resolve
 from clae_fast.config.presets import PRESETS
 from clae_fast.methods import METHODS, Method
@@ -118,8 +117,8 @@ class _Presets(_Written):
     def lines(self) -> Iterable[str]:
         yield from _row(("preset", *self.columns.values()), first=True)
         for name in PRESETS:
-            config = resolve({}, name)
-            values = (_value(getattr(config, column)) for column in self.columns)
+            settings = resolve({}, name).to_dict()
+            values = (_value(settings[column]) for column in self.columns)
             yield from _row((f"`{name}`", *values))
 
 
@@ -195,12 +194,8 @@ def _method_facts(name: str, method: type[Method]) -> dict[str, str]:
 
 def _presets_of(name: str) -> str:
     """The presets that train a method."""
-    found = (preset for preset, settings in PRESETS.items() if _method_of(settings) == name)
+    found = (preset for preset, settings in PRESETS.items() if settings["method"] == name)
     return ", ".join(f"``{preset}``" for preset in found)
-
-
-def _method_of(settings: Mapping[str, Any]) -> str:
-    return settings.get("method", Config.method)
 
 
 def _settings(method: type[Method]) -> Iterable[str]:

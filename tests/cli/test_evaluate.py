@@ -142,8 +142,7 @@ class TestRun:
     def test_images_held_out_do_not_vote(self, validated, monkeypatch):
         seen = []
         monkeypatch.setattr(
-            evaluate,
-            "extract_features",
+            "clae_fast.training.results.extract_features",
             lambda encoder, split, *rest: (
                 seen.append(split) or extract_features(encoder, split, *rest)
             ),
@@ -216,7 +215,8 @@ class TestExtras:
             "released_protocol": {"knn": 50.0, "test_images": 32},
         }
         for name, value in measured.items():
-            monkeypatch.setattr(evaluate, name, lambda *_, value=value, **__: value)
+            name = f"clae_fast.training.results.{name}"
+            monkeypatch.setattr(name, lambda *_, value=value, **__: value)
         robust = {"fgsm": radii, "pgd20": radii}
         expected = evaluate.evaluate(folder)
         for flags, new in (

@@ -1,4 +1,3 @@
-import dataclasses
 import errno
 import io
 import json
@@ -18,11 +17,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from clae_fast import _impl, cli, train
-from clae_fast.config import Config
+from clae_fast.config import hints
 from clae_fast.config.presets import PRESETS
 from clae_fast.data import RECIPES
 from clae_fast.methods import METHODS
-from clae_fast.training import checkpoint, run_folder
+from clae_fast.training import checkpoint, metrics
 from clae_fast.training.trainer import Trainer
 
 # two epochs of four steps on 32 digits of 8x8
@@ -257,7 +256,8 @@ class TestDryRun:
 KILLED = """
 import os, signal, sys
 import torch
-from clae_fast import checkpoint, train
+from clae_fast import train
+from clae_fast.training import checkpoint
 
 torch.set_num_threads(1)
 moment, count = sys.argv[1], int(sys.argv[2])
@@ -314,7 +314,7 @@ class TestInterruption:
         original, run = Trainer._train_step, tmp_path / "run"
 
         def train_step(self, views):
-            if self.step == 5:
+            if self.global_step == 5:
                 raise KeyboardInterrupt
             return original(self, views)
 
@@ -374,7 +374,7 @@ class TestFailure:
             def write(self, _):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(run_folder, "open", FullFile, raising=False)
+        monkeypatch.setattr(metrics, "open", FullFile, raising=False)
         line = fails(capsys, [*TINY, "--out", tmp_path / "run"], code=1)
         assert line == f"error: {tmp_path}/run/metrics.jsonl: No space left on device"
 
@@ -455,15 +455,15 @@ class TestHelp:
 
     def test_documents_every_setting_in_a_group(self, text):
         titles = re.findall(r"^(\w+):$", text, re.M)
-        groups = ["data", "views", "method", "attack", "encoder", "optimiser", "engine", "run"]
-        assert [title for title in titles if title in groups] == groups
-        for field in dataclasses.fields(Config):
-            assert re.search(rf"^  {cli.flag(field.name)}\b", text, re.M), field.name
+        groups = ["data", "views", "objective", "adversary", "encoder", "optimization", "engine"]
+        assert [title for title in titles if title in (*groups, "run")] == [*groups, "run"]
+        for name in hints():
+            assert re.search(rf"^  {cli.flag(name)}\b", text, re.M), name
 
     def test_has_defaults_and_choices(self, text):
         words = " ".join(text.split())
         assert "--eps X radius of the attack [0.06]" in words
-        assert "--attack {none,pair,self} who is attacked [pair]" in words
+        assert "--attack {none,pair,self} pair attacks one view" in words
         assert "--color-jitter X X X X strengths of brightness, contrast, saturation, hue" in words
 
     def test_begins_with_examples_that_are_commands(self, text):

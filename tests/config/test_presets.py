@@ -123,7 +123,7 @@ def test_the_same_radius_is_another_one_in_pixels(name):
 
 
 def test_plain_and_uel_end_at_a_hundredth_of_the_rate():
-    factor = lr_factor(resolve({}, "uel-cifar10"), steps_per_epoch=390)
+    factor = lr_factor(resolve({}, "uel-cifar10").optimization, steps_per_epoch=390)
     rates = [factor(epoch * 390) for epoch in (0, 119, 120, 159, 160, 199, 200, 300)]
     assert rates == [1, 1, 0.1, 0.1, 0.05, 0.05, 0.01, 0.01]
 
@@ -205,7 +205,7 @@ def test_plain_and_uel_augment_as_their_recipe(method):
 
 def test_digits_need_no_more_than_the_defaults():
     assert dataset_defaults("digits") == {}
-    assert resolve({}) == Config()
+    assert resolve({}) == Config.from_dict({})
 
 
 def test_photographs_keep_their_size():

@@ -26,27 +26,39 @@ def file(tmp_path):
 class TestLayers:
     def test_defaults_are_the_digits_run(self):
         config = resolve({})
-        assert config == Config()
-        assert (config.dataset, config.method, config.attack) == ("digits", "simclr", "pair")
-        assert not config.flip
-        assert config.crop_min_scale >= 0.4
-        assert config.image_size == 16
+        assert config == Config.from_dict({})
+        assert (config.data.dataset, config.objective.method, config.adversary.attack) == (
+            "digits",
+            "simclr",
+            "pair",
+        )
+        assert not config.views.flip
+        assert config.views.crop_min_scale >= 0.4
+        assert config.views.image_size == 16
 
     def test_other_data_sets_get_defaults_for_photographs(self):
         config = resolve({"dataset": "parquet", "data_dir": "somewhere", "lr": 0.5})
-        found = (config.arch, config.image_size, config.flip, config.lr)
+        found = (
+            config.encoder.arch,
+            config.views.image_size,
+            config.views.flip,
+            config.optimization.lr,
+        )
         assert found == ("resnet18", 32, True, 0.5)
-        assert any(config.color_jitter)
+        assert any(config.views.color_jitter)
 
     def test_each_layer_wins_over_those_before(self, file):
         # grey_prob is 0 by default, 0.2 for photographs
         path = file("temperature: 0.3\ngrey_prob: 0.4")
         preset, recipe = "simclr-cifar10", "byol"
         config = resolve({"grey_prob": 0.5, "image_size": 24}, preset, recipe=recipe, file=path)
-        assert (config.proj_dim, config.batch_size) == (64, 256)  # preset
-        assert (config.solarize_prob, config.color_jitter[2]) == ((0.0, 0.2), 0.2)  # recipe
-        assert config.temperature == 0.3  # file
-        assert (config.grey_prob, config.image_size) == (0.5, 24)  # caller
+        assert (config.encoder.proj_dim, config.optimization.batch_size) == (64, 256)  # preset
+        assert (config.views.solarize_prob, config.views.color_jitter[2]) == (
+            (0.0, 0.2),
+            0.2,
+        )  # recipe
+        assert config.objective.temperature == 0.3  # file
+        assert (config.views.grey_prob, config.views.image_size) == (0.5, 24)  # caller
 
     def test_a_file_may_name_preset_recipe_and_data_set(self, file):
         path = file("preset: clae-plain-cifar10\nrecipe: moco_v2\nlr: 1e-4")

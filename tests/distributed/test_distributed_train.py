@@ -41,7 +41,7 @@ def command(rank, port, folder, stop, flags):
     original = Trainer._train_step
 
     def train_step(self, views):
-        if (rank, self.step) == stop[:2]:
+        if (rank, self.global_step) == stop[:2]:
             os.kill(os.getpid(), stop[2])
         return original(self, views)
 

@@ -1,7 +1,5 @@
 """Fine-tuning, susceptibility and the released protocol."""
 
-import dataclasses
-
 import pytest
 import torch
 from clusters import clusters
@@ -160,7 +158,7 @@ class TestReleased:
         monkeypatch.setattr(released, "_regression", lambda *given: seen.append(given[-1]) or [1.0])
         sets = clusters(10, 0.3, seed=0), clusters(10, 0.3, seed=1)
         for method in ("simclr", "uel"):
-            config = dataclasses.replace(tiny(method=method), dataset="tiny_imagenet")
+            config = tiny(method=method).replace(dataset="tiny_imagenet")
             assert released_protocol(encoder, config, *sets)["test_images"] == 40
         assert seen == [1000, 200]
 

@@ -26,8 +26,8 @@ def digits():
     trainer = Trainer(config)
     for batch in trainer.views:
         trainer._train_step(batch)
-        trainer.step += 1
-        if trainer.step == 12:
+        trainer.global_step += 1
+        if trainer.global_step == 12:
             break
     trainer.method.zero_grad()
     encoder, device = trainer.method.encoder, trainer.device

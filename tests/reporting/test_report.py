@@ -334,7 +334,7 @@ def test_a_run_does_not_fail_because_of_its_report(tmp_path, monkeypatch, capsys
     def write(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(report, "write", write)
+    monkeypatch.setattr("clae_fast.reporting.page.write", write)
     run = tmp_path / "run"
     flags = ["--device", "cpu", "--limit", "16", "--image-size", "8", "--batch-size", "8"]
     assert train.main([*flags, "--epochs", "1", "--out", str(run)]) == 0

@@ -73,7 +73,7 @@ def test_memory_is_that_of_a_real_step(method, attack):
         built.step(
             Batch(tuple(views), labels), StepOptions(kind=attack, attack=build_attack(config))
         )
-    optimizer = build_optimizer(config, built)
+    optimizer = build_optimizer(config.optimization, built)
     optimizer.step()
     trained = [p for p in built.parameters() if p.grad is not None]
     state = itertools.chain(*(own.values() for own in optimizer.state.values()))

@@ -1,6 +1,5 @@
 """Encoders of runs and of libraries: the same features, frozen, and one error for what fails."""
 
-import dataclasses
 import pickle
 
 import numpy as np
@@ -220,9 +219,7 @@ def test_one_error_for_all_that_fails(folder, tmp_path, monkeypatch):
     squeezenet = models.get_model_weights("squeezenet1_1").DEFAULT.url.rpartition("/")[2]
     (tmp_path / "checkpoints").mkdir()
     torch.save(models.squeezenet1_1().state_dict(), tmp_path / "checkpoints" / squeezenet)
-    other = RunFolder.create(
-        tmp_path / "other", dataclasses.replace(folder.config, arch="resnet18")
-    )
+    other = RunFolder.create(tmp_path / "other", folder.config.replace(arch="resnet18"))
     checkpoint.save(other.checkpoint, checkpoint.load(folder.checkpoint))
     damaged = tmp_path / "damaged"
     RunFolder.create(damaged, folder.config)

@@ -10,7 +10,7 @@ from torch import nn
 from clae_fast.config.layers import resolve
 from clae_fast.steps.batch import Batch
 from clae_fast.steps.options import StepOptions
-from clae_fast.training.build import build_attack, build_method
+from clae_fast.training.build import build_attack, build_method, step_options
 from clae_fast.training.engine import Engine
 from clae_fast.training.optimizer import build_optimizer
 
@@ -22,7 +22,7 @@ def engine(**settings):
     config = resolve({**SETTINGS, **settings})
     torch.manual_seed(0)
     method = build_method(config).train()
-    return Engine(config, method, build_attack(config), CPU), method, config
+    return Engine(config, method, step_options(config), CPU), method, config
 
 
 def views(dtype=torch.float32):
@@ -39,9 +39,9 @@ def test_a_step_is_the_schedule_and_the_optimisers(attack):
     ours, method, config = engine(attack=attack, lr=1.0)
     by_hand = copy.deepcopy(method)
     for number, lr in enumerate((0.01, 0.002)):
-        result = ours.step(Batch(views()), progress=0.0, number=number, lr=lr)
+        result = ours.step(Batch(views()), progress=0.0, global_step=number, lr=lr)
         assert (result.adv_loss is None) == (attack == "none")
-    optimizer = build_optimizer(config, by_hand)
+    optimizer = build_optimizer(config.optimization, by_hand)
     for lr in (0.01, 0.002):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
@@ -58,7 +58,7 @@ def test_every_kth_step_is_adversarial():
     name = "backbone.1.bn1.num_batches_tracked"
     found = []
     for number in range(7):
-        result = ours.step(Batch(views()), progress=0.0, number=number, lr=1e-3)
+        result = ours.step(Batch(views()), progress=0.0, global_step=number, lr=1e-3)
         seen = method.adv_encoder.state_dict()[name].item()
         found.append((result.adv_loss is not None, seen))
     assert found == [(number % 3 == 0, number // 3 + 1) for number in range(7)]
@@ -70,8 +70,8 @@ def test_half_precision_follows_fp32(attack, precision, tolerance):
     full, _, _ = engine(attack=attack)
     half, method, _ = engine(attack=attack, precision=precision)
     assert half.dtype == (torch.float16 if precision == "fp16" else torch.float32)
-    expected = full.step(Batch(views()), progress=0.0, number=0, lr=1e-3)
-    result = half.step(Batch(views(half.dtype)), progress=0.0, number=0, lr=1e-3)
+    expected = full.step(Batch(views()), progress=0.0, global_step=0, lr=1e-3)
+    result = half.step(Batch(views(half.dtype)), progress=0.0, global_step=0, lr=1e-3)
     assert result.x_adv.dtype == half.dtype
     for value, other in ((result.loss, expected.loss), (result.adv_loss, expected.adv_loss)):
         assert value.dtype == torch.float32
@@ -81,13 +81,13 @@ def test_half_precision_follows_fp32(attack, precision, tolerance):
 
 def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_halved():
     ours, method, _ = engine(attack="pair", precision="fp16")
-    ours.step(Batch(views(ours.dtype)), progress=0.0, number=0, lr=1e-3)
+    ours.step(Batch(views(ours.dtype)), progress=0.0, global_step=0, lr=1e-3)
     scale = ours.state_dict()["scaler"]["scale"]
     before = copy.deepcopy(method)
     handle = method.encoder.head[-1].register_full_backward_hook(
         lambda module, dx, dy: (torch.full_like(dx[0], math.inf),)
     )
-    result = ours.step(Batch(views(ours.dtype)), progress=0.0, number=1, lr=1e-3)
+    result = ours.step(Batch(views(ours.dtype)), progress=0.0, global_step=1, lr=1e-3)
     handle.remove()
     assert ours.state_dict()["scaler"]["scale"] == scale / 2
     torch.testing.assert_close(
@@ -96,7 +96,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_halved():
     # what the attack made of it is an image, and so are the statistics
     assert result.x_adv.isfinite().all()
     assert all(buffer.isfinite().all() for buffer in method.buffers())
-    ours.step(Batch(views(ours.dtype)), progress=0.0, number=2, lr=1e-3)
+    ours.step(Batch(views(ours.dtype)), progress=0.0, global_step=2, lr=1e-3)
     moved = zip(method.parameters(), before.parameters(), strict=True)
     assert any(not torch.equal(now, then) for now, then in moved)
 
@@ -105,15 +105,15 @@ def test_state_goes_on_bit_for_bit():
     settings = {"attack": "pair", "precision": "fp16"}
     whole, expected, _ = engine(**settings)
     for number in range(4):
-        whole.step(Batch(views(whole.dtype)), progress=0.0, number=number, lr=1e-3)
+        whole.step(Batch(views(whole.dtype)), progress=0.0, global_step=number, lr=1e-3)
     first, method, _ = engine(**settings)
     for number in range(2):
-        first.step(Batch(views(first.dtype)), progress=0.0, number=number, lr=1e-3)
+        first.step(Batch(views(first.dtype)), progress=0.0, global_step=number, lr=1e-3)
     second, resumed, _ = engine(**settings)
     resumed.load_state_dict(method.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for number in range(2, 4):
-        second.step(Batch(views(second.dtype)), progress=0.0, number=number, lr=1e-3)
+        second.step(Batch(views(second.dtype)), progress=0.0, global_step=number, lr=1e-3)
     assert_close(resumed, expected, rtol=0, atol=0)
     assert second.state_dict()["scaler"] == whole.state_dict()["scaler"]
 
@@ -135,7 +135,7 @@ def test_what_runs_is_said():
 def test_options_reach_the_schedule(options):
     ours, method, config = engine(**{"attack": "pair", **options})
     by_hand = copy.deepcopy(method)
-    result = ours.step(Batch(views()), progress=0.0, number=0, lr=0.01)
+    result = ours.step(Batch(views()), progress=0.0, global_step=0, lr=0.01)
     renamed = {"batched" if name == "batch_views" else name: v for name, v in options.items()}
     kind = renamed.pop("attack", "pair")
     expected = by_hand.step(
@@ -155,7 +155,7 @@ def test_compiled_steps_follow_eager_ones():
     compiled, method, _ = engine(attack="self", compile="yes")
     for number in range(2):
         losses = [
-            step.step(Batch(views()), progress=0.0, number=number, lr=1e-3)
+            step.step(Batch(views()), progress=0.0, global_step=number, lr=1e-3)
             for step in (eager, compiled)
         ]
     torch.testing.assert_close(losses[0].loss, losses[1].loss, rtol=1e-5, atol=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clae_fast.config import Config
+from clae_fast.config import Optimization
 from clae_fast.config.layers import resolve
 from clae_fast.training.build import build_method
 from clae_fast.training.lars import LARS
@@ -30,13 +30,13 @@ class TestOptimizer:
     def test_settings_arrive_and_1d_parameters_may_be_exempt(self, name, kind):
         module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         config = tiny(optimizer=name, lr=0.5, weight_decay=0.1, momentum=0.8)
-        optimizer = build_optimizer(config, module)
+        optimizer = build_optimizer(config.optimization, module)
         assert type(optimizer) is kind
         (group,) = optimizer.param_groups
         assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.5, 0.1, 4)
         assert group.get("momentum", 0.8) == 0.8
         config = tiny(optimizer=name, weight_decay=0.1, decay_1d=False)
-        groups = build_optimizer(config, module).param_groups
+        groups = build_optimizer(config.optimization, module).param_groups
         assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (3, 0.0)]
 
     @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lars"])
@@ -45,7 +45,9 @@ class TestOptimizer:
         found = []
         for skipped in (0, 1):
             weight = nn.Parameter(torch.ones(2, 3))
-            optimizer = build_optimizer(tiny(optimizer=name), nn.ParameterList([weight]))
+            optimizer = build_optimizer(
+                tiny(optimizer=name).optimization, nn.ParameterList([weight])
+            )
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
             for grad in grads[1 - skipped :]:
                 weight.grad = grad * scaler.scale(torch.ones(()))
@@ -56,7 +58,7 @@ class TestOptimizer:
 
     def test_shared_weights_are_optimised_once(self):
         method = build_method(tiny())
-        (group,) = build_optimizer(tiny(), method).param_groups
+        (group,) = build_optimizer(tiny().optimization, method).param_groups
         assert len({id(p) for p in group["params"]}) == len(group["params"])
         shared = set(method.encoder.parameters()) & set(method.adv_encoder.parameters())
         assert shared < set(group["params"])
@@ -64,7 +66,7 @@ class TestOptimizer:
 
 class TestSchedule:
     def factors(self, steps, **settings):
-        factor = lr_factor(Config(**settings), steps_per_epoch=2)
+        factor = lr_factor(Optimization(**settings), steps_per_epoch=2)
         return [factor(step) for step in range(steps)]
 
     def test_cosine_after_warm_up(self):
@@ -86,7 +88,7 @@ class TestSchedule:
 class TestState:
     def trained(self, **settings):
         module = nn.Linear(3, 2)
-        optimizer = build_optimizer(tiny(**settings), module)
+        optimizer = build_optimizer(tiny(**settings).optimization, module)
         module(torch.rand(4, 3)).sum().backward()
         optimizer.step()
         return module, optimizer
@@ -102,7 +104,7 @@ class TestState:
 
     def test_other_parameters_are_refused(self):
         _, optimizer = self.trained()
-        other = build_optimizer(tiny(), nn.Linear(3, 2, bias=False))
+        other = build_optimizer(tiny().optimization, nn.Linear(3, 2, bias=False))
         with pytest.raises(ValueError, match="the optimizer's parameters differ"):
             load_optimizer(optimizer, other.state_dict())
 

@@ -4,14 +4,13 @@ import importlib.metadata
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import clae_fast
-from clae_fast import data, evaluate, train
+from clae_fast import _native, _version, data, evaluate, train
 from clae_fast.config.layers import resolve
 from clae_fast.errors import RunFolderError
 from clae_fast.training import checkpoint, provenance
@@ -60,19 +59,21 @@ class TestDescription:
         assert json.loads(json.dumps(found)) == found
 
     def test_the_source_counts_wherever_it_is_installed(self, splits, tmp_path, monkeypatch):
-        (installed,) = (Path(place) for place in clae_fast.__path__[:1])
+        installed = provenance._PACKAGE
         copies = [tmp_path / name / "clae_fast" for name in ("a", "b")]
         digests = []
         for copy in copies:
             shutil.copytree(installed, copy, ignore=shutil.ignore_patterns("__pycache__"))
-            monkeypatch.setattr(clae_fast, "__path__", [str(copy)])
+            monkeypatch.setattr(provenance, "_PACKAGE", copy)
             digests.append(provenance.describe(CPU, splits)["source"])
         assert digests[0] == digests[1]
         with open(copies[1] / "step.py", "a") as file:
             file.write("# changed\n")
         changed = provenance.describe(CPU, splits)
         assert changed["source"] != digests[0]
-        (copies[1] / "_C.fake.so").write_bytes(b"other code")
+        other = tmp_path / "_C.fake.so"
+        other.write_bytes(b"other code")
+        monkeypatch.setattr(_native, "files", lambda: [other])
         assert provenance.describe(CPU, splits)["native"] != changed["native"]
 
     def test_labelled_images_are_told_apart_where_they_are_others(self, splits):
@@ -86,23 +87,23 @@ class TestDescription:
 class TestRecord:
     def test_nothing_changed_nothing_said(self, run, splits):
         now = provenance.describe(CPU, splits)
-        assert provenance.record(run, now, step=0) == []
+        assert provenance.record(run, now, global_step=0) == []
         assert versions(run) == now
-        assert provenance.record(run, now, step=5) == []
+        assert provenance.record(run, now, global_step=5) == []
         assert versions(run) == now
 
     def test_a_change_is_said_once_and_kept(self, run, splits):
         now = provenance.describe(CPU, splits)
-        provenance.record(run, now, step=0)
+        provenance.record(run, now, global_step=0)
         later = now | {"torch": "9.9", "source": "0" * 16, "machine": "another"}
-        said = provenance.record(run, later, step=5)
+        said = provenance.record(run, later, global_step=5)
         assert said == [
             f"source changed since this run last went on: it was {now['source']}, now it is "
             "0000000000000000",
             f"torch changed since this run last went on: it was {now['torch']}, now it is 9.9",
         ]
-        assert provenance.record(run, later, step=7) == []
-        (line,) = provenance.record(run, later | {"torch": now["torch"]}, step=8)
+        assert provenance.record(run, later, global_step=7) == []
+        (line,) = provenance.record(run, later | {"torch": now["torch"]}, global_step=8)
         assert line.startswith("torch changed")
         resumed = [
             {"step": 5, "source": "0" * 16, "torch": "9.9", "machine": "another"},
@@ -112,28 +113,28 @@ class TestRecord:
 
     def test_other_data_is_refused_unless_allowed(self, run, splits):
         now = provenance.describe(CPU, splits)
-        provenance.record(run, now, step=0)
+        provenance.record(run, now, global_step=0)
         other = now | {"data": now["data"] | {"train": "f" * 16}}
         with pytest.raises(ValueError, match=r"train part changed.*--allow-changed"):
-            provenance.record(run, other, step=5)
+            provenance.record(run, other, global_step=5)
         assert versions(run) == now
-        (line,) = provenance.record(run, other, step=5, allow_changed_data=True)
+        (line,) = provenance.record(run, other, global_step=5, allow_changed_data=True)
         assert line.startswith("the data set's train part changed since this run last went on")
-        assert provenance.record(run, other, step=6) == []
+        assert provenance.record(run, other, global_step=6) == []
 
     def test_what_version_0_1_did_not_record_is_no_change(self, run, splits):
         now = provenance.describe(CPU, splits)
         old = {name: now[name] for name in ("clae_fast", "commit", "torch", "python", "threads")}
         run.write_json("versions.json", old)
-        assert provenance.record(run, now, step=5) == []
-        (line,) = provenance.record(run, now | {"native": "x"}, step=6)
+        assert provenance.record(run, now, global_step=5) == []
+        (line,) = provenance.record(run, now | {"native": "x"}, global_step=6)
         assert line.startswith("native changed")
 
     @pytest.mark.parametrize("content", ["", "{", "[]"])
     def test_a_damaged_record_is_named(self, run, splits, content):
         (run.path / "versions.json").write_text(content)
         with pytest.raises(RunFolderError, match=r"versions\.json: "):
-            provenance.record(run, provenance.describe(CPU, splits), step=5)
+            provenance.record(run, provenance.describe(CPU, splits), global_step=5)
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_changed_code_is_noticed(tmp_path, monkeypatch, capsys):
     assert train.main([*TINY, "--out", str(run)]) == 0
     capsys.readouterr()
     version = clae_fast.__version__
-    monkeypatch.setattr(clae_fast, "__version__", "0.0.1")
+    monkeypatch.setattr(_version, "__version__", "0.0.1")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert train.main(["--resume", str(run)]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]

@@ -50,7 +50,7 @@ def fit(path, config, stops=()):
     left = list(stops)
 
     def train_step(self, views):
-        if left and self.step == left[0]:
+        if left and self.global_step == left[0]:
             left.pop(0)
             raise StopError
         return original(self, views)
@@ -165,7 +165,7 @@ def test_a_queue_in_buffers(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "queue", Queue)
     # the name is not among the choices of a configuration
     config = resolve(TINY | {"lr": 1e-3})
-    object.__setattr__(config, "method", "queue")
+    object.__setattr__(config.objective, "method", "queue")
     whole = fit(tmp_path / "whole", config)
     assert checkpoint.load(whole.checkpoint)["method"]["next"] == 0
     assert_same_run(whole, fit(tmp_path / "stopped", config, stops=(1, 4)))
@@ -252,7 +252,7 @@ def test_a_signal_ends_the_run_after_the_step_under_way(
     original, run = Trainer._train_step, tmp_path / "run"
 
     def train_step(self, batch):
-        if self.step == step - 1:
+        if self.global_step == step - 1:
             os.kill(os.getpid(), number)
         return original(self, batch)
 

@@ -85,8 +85,8 @@ class TestFit:
         assert [line["step"] for line in lines] == [3, 4, 6, 8]  # every third, and epoch ends
         assert [line["epoch"] for line in lines] == [0.75, 1, 1.5, 2]
         assert all(math.isfinite(line["loss"]) and line["adv_loss"] > 0 for line in lines)
-        factor = lr_factor(folder.config, 4)
-        expected = [folder.config.lr * factor(line["step"] - 1) for line in lines]
+        factor = lr_factor(folder.config.optimization, 4)
+        expected = [folder.config.optimization.lr * factor(line["step"] - 1) for line in lines]
         assert [line["lr"] for line in lines] == expected
 
     def test_tensorboard_has_the_same_numbers(self, folder):
@@ -105,7 +105,7 @@ class TestFit:
 
     def test_weights_moved_and_both_branches_saw_data(self, folder):
         config = folder.config
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         before = build_method(config).state_dict()
         after = checkpoint.load(folder.checkpoint)["method"]
         moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -131,7 +131,7 @@ def stop_before(monkeypatch, step):
     original = Trainer._train_step
 
     def train_step(self, views):
-        if self.step == step:
+        if self.global_step == step:
             raise StopError
         return original(self, views)
 
@@ -154,7 +154,7 @@ class TestResume:
         trainer = Trainer(folder.config)
         torch.manual_seed(12345)
         trainer.restore(folder)
-        assert trainer.step == {0: 0, 2: 0, 3: 3, 4: 4, 7: 6}[stopped]
+        assert trainer.global_step == {0: 0, 2: 0, 3: 3, 4: 4, 7: 6}[stopped]
         trainer.fit(folder)
         assert_same_run(whole, folder)
 
@@ -164,7 +164,7 @@ class TestResume:
             method.encoder.head.insert(0, nn.Dropout(0.5))
             return method
 
-        monkeypatch.setattr("clae_fast.training.trainer.build_method", build)
+        monkeypatch.setattr("clae_fast.training.build.build_method", build)
         config = tiny(attack="none", checkpoint_every=1)
         whole = fit(tmp_path / "whole", config)
         with monkeypatch.context() as patch:
@@ -201,7 +201,7 @@ class TestDivergence:
 
         def train_step(self, views):
             result = original(self, views)
-            if self.step == 7:
+            if self.global_step == 7:
                 next(self.method.parameters()).data.fill_(math.nan)
             return result
 
@@ -213,23 +213,23 @@ class TestDivergence:
 
 class TestAttack:
     def test_pixels_are_clamped(self):
-        attack = build_attack(Config(eps=0.1, step_size=0.2))
+        attack = build_attack(Config.from_dict({"eps": 0.1, "step_size": 0.2}))
         assert (attack.eps, attack.step_size, attack.lo, attack.hi) == (0.1, 0.2, 0.0, 1.0)
 
     def test_normalized_units_become_pixels_without_a_clamp(self):
         config = resolve({}, "clae-plain-cifar10")
         attack = build_attack(config)
-        assert attack.eps == attack.step_size == tuple(0.03 * std for std in config.std)
+        assert attack.eps == attack.step_size == tuple(0.03 * std for std in config.views.std)
         assert (attack.lo, attack.hi) == (None, None)
         longer = build_attack(resolve({"step_size": 0.06}, "clae-plain-cifar10"))
-        assert longer.step_size == tuple(0.06 * std for std in config.std)
+        assert longer.step_size == tuple(0.06 * std for std in config.views.std)
 
     def test_the_encoder_normalises_first(self):
         config = tiny(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
         x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         encoder = build_method(config).encoder.eval()
         normalize, backbone = encoder.backbone
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.views.mean, config.views.std))
         torch.testing.assert_close(normalize(x), (x - mean) / std)
         torch.testing.assert_close(encoder.features(x), backbone((x - mean) / std))
 
@@ -278,7 +278,7 @@ class TestKeptCheckpoints:
 
     def test_the_best_in_validation_stays(self, tmp_path, monkeypatch):
         accuracies = iter([50.0, 70.0, 60.0, 70.0])
-        monkeypatch.setattr("clae_fast.training.trainer.knn_accuracy", lambda *_: next(accuracies))
+        monkeypatch.setattr("clae_fast.training.watch.knn_accuracy", lambda *_: next(accuracies))
         config = tiny(epochs=8, limit=16, val_size=8, val_every=2)
         folder = fit(tmp_path / "run", config)
         assert kept(folder) == ["best.pt", "last.pt"]
@@ -334,7 +334,7 @@ class TestHeldOut:
     def test_they_are_taken_out_of_unlabelled_training_images_too(self):
         splits = data.load("digits", limit=32)
         few = splits._replace(labelled=splits.train.select(slice(0, 20)))
-        parts, held = hold_out(tiny(val_size=5), few)
+        parts, held = hold_out(tiny(val_size=5).run, few)
         assert [len(part) for part in (parts.train, parts.labelled, held)] == [27, 15, 5]
         assert not set(held.rows.tolist()) & set(parts.train.rows.tolist())
 
@@ -342,7 +342,7 @@ class TestHeldOut:
         assert Trainer(tiny()).held is None
 
     def test_too_many_are_named(self):
-        with pytest.raises(ValueError, match="val_size must be below the 32 labelled images, got"):
+        with pytest.raises(ValueError, match="val_size must be below the 32 labeled images, got"):
             Trainer(tiny(val_size=32))
 
 
@@ -362,7 +362,7 @@ class TestForeignCheckpoints:
         assert opened.config == folder.config
         trainer = Trainer(opened.config)
         trainer.restore(opened)
-        assert trainer.step == 8
+        assert trainer.global_step == 8
 
     @pytest.mark.parametrize(
         ("change", "message"),
