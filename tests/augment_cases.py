@@ -14,6 +14,18 @@ def photos(count, height, width, *, seed=0):
     return (((smooth - 0.5) * 1.5 + 0.5 + noise).clamp(0, 1) * 255).round().byte()
 
 
+def ragged(images, *, gap=0):
+    """Images, [3, H, W] each, one after another with some bytes in between."""
+    between = torch.full((gap,), 255).byte()
+    pieces, offsets, at = [between], [], gap
+    for image in images:
+        offsets.append(at)
+        pieces += [image.permute(1, 2, 0).flatten(), between]
+        at += image.numel() + gap
+    sizes = torch.tensor([list(image.shape[1:]) for image in images]).long().view(-1, 2)
+    return clae_fast.RaggedImages(torch.cat(pieces), torch.tensor(offsets).long(), sizes)
+
+
 def every_step(height, width, N=8):
     """A table that leaves nothing out, between samples, of boxes that touch every edge."""
     generator = torch.Generator().manual_seed(height + width)

@@ -44,5 +44,6 @@ LAYOUTS = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "transposed": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
     "sliced": lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
     "expanded": lambda t: t[:1].expand(t.shape),
 }

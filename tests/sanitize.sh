@@ -12,4 +12,5 @@ sanitized() {  # sanitized KINDS PYTEST_ARGUMENT...
 ops=$(cd csrc && ls ./*_simd.cpp | sed -E 's|./(.*)_simd.cpp|tests/ops/test_\1.py|')
 # shellcheck disable=SC2086
 sanitized address,undefined $ops tests/ops/test_properties.py -k "not triton and not reference"
-sanitized thread tests/ops/test_threads.py -k number_of_threads
+sanitized address,undefined tests/ops/test_contract.py -k native
+sanitized thread tests/ops/test_contract.py -k "number_of_threads and native"

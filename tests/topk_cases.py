@@ -19,8 +19,12 @@ def rows(N, M, D, dtype=torch.float32):
 
 
 def check(implementation, anchor, keys, k, exclude=None):
-    """Values to rounding, and each that of its key: nearly equal keys may change places."""
     values, indices = topk(implementation, anchor, keys, k, exclude=exclude)
+    assert_nearest(values, indices, anchor, keys, k, exclude)
+
+
+def assert_nearest(values, indices, anchor, keys, k, exclude=None):
+    """Values to rounding, and each that of its key: nearly equal keys may change places."""
     exact = F.normalize(anchor.double(), eps=1e-12) @ F.normalize(keys.double(), eps=1e-12).T
     if exclude is not None:
         exact.scatter_(1, exclude, -math.inf)

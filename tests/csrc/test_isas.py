@@ -5,11 +5,11 @@ import native_driver
 import pytest
 import topk_cases as topk
 import torch
-from op_cases import CASES, check, run
+from op_cases import ON_ROWS, check, run
 
 import clae_fast
 from clae_fast import _impl, _native, reference
-from clae_fast.testing import assert_bitwise_equal, projections
+from clae_fast.testing import assert_bitwise_equal
 
 ISAS = list(dict.fromkeys([*native_driver.isas(), "neon"]))
 
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
     pytest.mark.skipif(not _native.has_cpu(), reason="built with CLAE_FAST_BUILD=none"),
 ]
-every_op = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_op = pytest.mark.parametrize("case", ON_ROWS.values(), ids=ON_ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -61,32 +61,32 @@ def test_what_runs(isa):
 # vectors and tiles of every width end inside, at and beside these sizes; the largest has blocks
 @pytest.mark.parametrize(("N", "D"), [(1, 2), (2, 3), (7, 5), (17, 16), (33, 70), (131, 33)])
 def test_against_fp64(case, N, D, temperature):
-    operands = case.operands(*projections(N, D, noise=0.3))
-    check(case, operands, temperature, run(case, operands, temperature=temperature, impl="native"))
+    tensors = case.tensors(N, D, noise=0.3)
+    check(case, tensors, temperature, run(case, tensors, temperature=temperature, impl="native"))
 
 
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("N", "D"), [(5, 2), (21, 35), (67, 32)])
 def test_half_precision(case, N, D, dtype):
-    operands = case.operands(*projections(N, D, dtype=dtype))
-    check(case, operands, 0.1, run(case, operands, temperature=0.1, impl="native"))
+    tensors = case.tensors(N, D, dtype=dtype)
+    check(case, tensors, 0.1, run(case, tensors, temperature=0.1, impl="native"))
 
 
 @every_op
 def test_rows_around_the_norm_floor(case):
-    z0, z1 = projections(19, 6)
-    z0[0], z0[1], z0[2] = 0, 1e-13, z0[2] * 1e-6
-    z1[2], z1[3], z1[4] = 0, 1e-13, z1[4] * 1e-6
-    operands = case.operands(z0, z1)
-    check(case, operands, 0.5, run(case, operands, temperature=0.5, impl="native"))
+    tensors = case.tensors(19, 6)
+    for first, name in enumerate(case.rows):
+        z = tensors[name]
+        z[2 * first], z[2 * first + 1], z[2 * first + 2] = 0, 1e-13, z[2 * first + 2] * 1e-6
+    check(case, tensors, 0.5, run(case, tensors, temperature=0.5, impl="native"))
 
 
 @every_op
 def test_nan(case):
-    z0, z1 = projections(19, 6)
-    z0[3, 1] = torch.nan
-    first, *_ = run(case, case.operands(z0, z1), temperature=0.1, impl="native")
+    tensors = case.tensors(19, 6)
+    tensors[case.rows[0]][3, 1] = torch.nan
+    first, *_ = run(case, tensors, temperature=0.1, impl="native")
     assert first.isnan().all()
 
 

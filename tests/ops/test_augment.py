@@ -17,7 +17,7 @@ from clae_fast.data import RECIPES
 # behind everything else, so that clae_fast stays the installed one
 sys.path.append(str(Path(__file__).parents[2]))
 
-from augment_cases import check_native, photos
+from augment_cases import check_native, photos, ragged
 
 from benchmarks.torchvision_views import augmentation
 
@@ -202,16 +202,6 @@ def test_rows_dtypes_and_formats(dtype, memory_format, augment):
     assert views[0].untyped_storage().data_ptr() == views[1].untyped_storage().data_ptr()
 
 
-def test_strides_of_the_images(augment):
-    images, params, rows = batch()
-    expected = augment(images, params, rows=rows, size=9)
-    by_pixel = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    by_channel = images.transpose(0, 1).contiguous().transpose(0, 1)
-    for other in (by_pixel, by_channel, torch.cat([images, images], dim=3)[..., :25]):
-        views = augment(other, params, rows=rows, size=9)
-        assert all(map(torch.equal, views, expected))
-
-
 def test_a_view_is_a_function_of_its_sample(augment):
     images, params, rows = batch()
     whole = augment(images, params, rows=rows, size=14)
@@ -219,18 +209,6 @@ def test_a_view_is_a_function_of_its_sample(augment):
         part = augment(images, params[:, i : i + 1], rows=rows[i : i + 1], size=14)
         for view in (0, 1):
             assert torch.equal(part[view][0], whole[view][i])
-
-
-def ragged(images, *, gap=0):
-    """Images, [3, H, W] each, one after another with some bytes in between."""
-    between = torch.full((gap,), 255).byte()
-    pieces, offsets, at = [between], [], gap
-    for image in images:
-        offsets.append(at)
-        pieces += [image.permute(1, 2, 0).flatten(), between]
-        at += image.numel() + gap
-    sizes = torch.tensor([list(image.shape[1:]) for image in images]).long().view(-1, 2)
-    return clae_fast.RaggedImages(torch.cat(pieces), torch.tensor(offsets).long(), sizes)
 
 
 def mixed_batch(N=6):
@@ -307,28 +285,6 @@ def test_no_samples(augment):
     for data in (images, ragged(images), ragged(images[:0])):
         p, q = augment(data, params, rows=rows, size=8)
         assert p.shape == q.shape == (0, 3, 8, 8)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck(impl):
-    images, params, rows = batch(2)
-    _, data, own_params, own_rows = mixed_batch(2)
-    norm = [0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
-    for arguments in (
-        (images, None, None, params, rows, 8, True, torch.float16, True, norm, impl),
-        (images[:2], None, None, params, None, 8, False, torch.float32, False, [], impl),
-        (*data, own_params, own_rows, 8, False, torch.float32, False, [], impl),
-    ):
-        torch.library.opcheck(torch.ops.clae_fast.augment.default, arguments)
-
-
-@pytest.mark.parametrize("batch", [batch, lambda: mixed_batch()[1:]], ids=["whole", "ragged"])
-def test_compiles(batch):
-    images, params, rows = batch()
-    compiled = torch.compile(clae_fast.augment, backend="aot_eager", fullgraph=True)
-    options = {"rows": rows, "size": 16, "memory_format": torch.channels_last}
-    views = compiled(images, params, **options)
-    assert all(map(torch.equal, views, clae_fast.augment(images, params, **options)))
 
 
 @pytest.mark.parametrize(

@@ -2,75 +2,26 @@
 
 import pytest
 import torch
+from stem_cases import RANGE, STEMS, assert_stepped, operands
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 
 import clae_fast
 from clae_fast import _impl, reference
 from clae_fast.ops.stem_step import has_kernel, kernel_takes
-from clae_fast.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
-# kernel size to stride and padding
-STEMS = {3: {"stride": 1, "padding": 1}, 7: {"stride": 2, "padding": 3}}
-RANGE = {"alpha": 8 / 255, "eps": 8 / 255, "lo": 0.0, "hi": 1.0}
 every_size = pytest.mark.parametrize("size", STEMS)
 every_order = pytest.mark.parametrize("order", ["up", "down"])
-
-
-def operands(
-    size: int,
-    shape: tuple[int, int, int],  # N, H, W
-    C: int = 64,
-    *,
-    dtype: torch.dtype = torch.float16,
-    x_dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, weight and x, in channels_last; some of x near the ends of its range."""
-    N, H, W = shape
-    stride = STEMS[size]["stride"]
-    generator = torch.Generator().manual_seed(seed)
-    dy = torch.randn(N, C, (H - 1) // stride + 1, (W - 1) // stride + 1, generator=generator)
-    weight = torch.randn(C, 3, size, size, generator=generator)
-    x = torch.rand(N, 3, H, W, generator=generator)
-    layout = torch.channels_last
-    return (
-        dy.to(dtype, memory_format=layout),
-        weight.contiguous(memory_format=layout),
-        x.to(x_dtype, memory_format=layout),
-    )
 
 
 def check(device, dy, weight, x, *, size, **bounds) -> Tensor:
     """Runs the kernel and compares it with the gradient in fp64 of the same rounded numbers."""
     on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in bounds.items()}
-    x_adv = clae_fast.stem_step(
-        dy.to(device),
-        weight.to(device),
-        x.to(device),
-        impl="cuda",
-        **STEMS[size],
-        **on_device,
-    ).cpu()
-    stem = STEMS[size]["stride"], STEMS[size]["padding"]
-    exact_dy, exact_weight = dy.double(), weight.to(dy.dtype).double()
-    dx = conv2d_input(list(x.shape), exact_weight, exact_dy, *stem)
-    # of a sum in fp32, in any order
-    terms = dy.shape[1] * size * size
-    error = conv2d_input(list(x.shape), exact_weight.abs(), exact_dy.abs(), *stem)
-    sure = dx.abs() > error * terms * torch.finfo(torch.float32).eps
-    expected = reference.linf_step(x, dx, **bounds)
-    assert x_adv.stride() == torch.empty_like(x).stride()
-    assert_bitwise_equal(x_adv[sure], expected[sure])
-    # the gradient rounded to 16 bits
-    rounded = conv2d_input(list(x.shape), weight.to(dy.dtype), dy, *stem)
-    for other in (expected, reference.linf_step(x, rounded, **bounds)):
-        assert dx.abs()[x_adv == other].sum() >= 0.999 * dx.abs().sum()
-    eps = torch.as_tensor(bounds["eps"], dtype=torch.float64).reshape(-1, 1, 1)
-    assert ((x_adv.double() - x.double()).abs() <= eps).all()
+    operands = (dy.to(device), weight.to(device), x.to(device))
+    x_adv = clae_fast.stem_step(*operands, impl="cuda", **STEMS[size], **on_device).cpu()
+    assert_stepped(x_adv, dy, weight, x, **STEMS[size], **bounds)
     return x_adv
 
 
@@ -234,51 +185,3 @@ def test_an_implementation_asked_for_by_the_environment_is_not_fused(
     monkeypatch.setattr(_impl, "_DEFAULT", default)
     assert not has_kernel("auto", device)
     assert has_kernel("cuda", device)
-
-
-def test_opcheck_and_compile(cuda_device):
-    dy, weight, x = (operand.to(cuda_device) for operand in operands(3, (2, 3, 4)))
-    table = torch.rand(4, 3, device=cuda_device)
-    for bounds in (([0.1, 0.1, 0.0, 1.0], None), ([], table)):
-        torch.library.opcheck(torch.ops.clae_fast.stem_step.default, (dy, weight, x, *bounds))
-
-    def step(x):
-        return 2 * clae_fast.stem_step(dy, weight, 3 * x, impl="cuda", **STEMS[3], **RANGE)
-
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), step(x))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"dy": [1.0]}, TypeError, "dy must be a torch.Tensor, got list"),
-        ({"weight": torch.ones(64, 3, 3, 3).int()}, TypeError, "weight must be of dtype"),
-        (
-            {"x": torch.ones(2, 3, 4)},
-            ValueError,
-            r"x must have 4 dimensions, got shape \[2, 3, 4\]",
-        ),
-        ({"x": torch.ones(2, 4, 4, 4)}, ValueError, "weight must have the 4 channels of x"),
-        (
-            {"x": torch.ones(2, 3, 5, 4)},
-            ValueError,
-            r"dy must have .* \[2, 64, 5, 4\], got \[2, 64",
-        ),
-        ({"x": torch.ones(2, 3, 4, 4, device="meta")}, ValueError, "dy must be on the device of x"),
-        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
-        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
-        ({"stride": (1, 1)}, TypeError, "stride must be an integer, got tuple"),
-        ({"eps": -0.1}, ValueError, r"eps must be a number >= 0.0, got -0.1"),
-        ({"lo": 2.0}, ValueError, "lo must be at most hi"),
-        ({"impl": "native"}, RuntimeError, "stem_step has no implementation 'native'"),
-        ({"impl": "fastest"}, ValueError, "impl must be one of"),
-    ],
-)
-def test_bad_arguments(change, error, message):
-    dy, weight, x = operands(3, (2, 4, 4))
-    arguments = {"dy": dy, "weight": weight, "x": x, **STEMS[3], **RANGE, **change}
-    with pytest.raises(error, match=message):
-        clae_fast.stem_step(
-            arguments.pop("dy"), arguments.pop("weight"), arguments.pop("x"), **arguments
-        )

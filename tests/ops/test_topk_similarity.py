@@ -5,10 +5,8 @@ import torch
 from topk_cases import check, rows, topk
 from torch.nn import functional as F
 
-import clae_fast
 from clae_fast import reference
-from clae_fast.ops import _rows
-from clae_fast.testing import assert_bitwise_equal, implementations, running
+from clae_fast.testing import assert_bitwise_equal, implementations
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -54,12 +52,6 @@ def test_more_keys_than_a_tile_holds(implementation):
     check(implementation, keys[[0, -1, 10000]], keys, 100)
 
 
-@every_implementation
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_inputs(implementation, dtype):
-    check(implementation, *rows(19, 203, 33, dtype), 7)
-
-
 @every_one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 6, 70, 150])
@@ -103,25 +95,6 @@ def test_nan_is_above_all(implementation):
         assert values.isnan().sum() == 8 + k
 
 
-@every_implementation
-def test_rows_around_the_norm_floor(implementation):
-    anchor, keys = rows(9, 40, 6)
-    anchor[0], anchor[1], anchor[2] = 0, 1e-13, anchor[2] * 1e-6
-    keys[3], keys[4], keys[5] = 0, 1e-13, keys[5] * 1e-6
-    check(implementation, anchor, keys, 12)
-
-
-@every_implementation
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-def test_strided_inputs(implementation, layout):
-    strided = {
-        "transposed": lambda z: z.T.contiguous().T,
-        "sliced": lambda z: torch.cat([z, z], 1)[:, :10],
-        "expanded": lambda z: z[:, :1].expand(-1, 10),
-    }[layout]
-    check(implementation, *(strided(z) for z in rows(14, 37, 10)), 6)
-
-
 @pytest.mark.parametrize("implementation", [n for n in IMPLEMENTATIONS if n.startswith("native")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(implementation, dtype, threads):
@@ -154,94 +127,3 @@ def test_scale_of_rows_does_not_matter(implementation):
     values, indices = topk(implementation, *scaled, 9)
     assert_bitwise_equal(values, expected[0])
     assert_bitwise_equal(indices, expected[1])
-
-
-def test_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 4 * 40 + 1)
-    check("torch", *rows(13, 40, 6), 5, torch.arange(13)[:, None])
-
-
-def test_fp64_is_the_reference():
-    anchor, keys = rows(6, 11, 4, torch.float64)
-    values, indices = clae_fast.topk_similarity(anchor, keys, 3)
-    expected = reference.topk_similarity(anchor, keys, 3)
-    assert values.dtype == torch.float64
-    assert_bitwise_equal(values, expected[0])
-    assert_bitwise_equal(indices, expected[1])
-
-
-@every_one
-def test_result_is_a_constant(implementation):
-    anchor, keys = (z.requires_grad_() for z in rows(4, 6, 3))
-    assert not topk(implementation, anchor, keys, 2)[0].requires_grad
-
-
-# auto is what people run, the reference is ordinary torch and must be traceable too
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(impl, dynamic):
-    def nearest(anchor, keys, exclude):
-        options = {"exclude": exclude, "impl": impl}
-        values, indices = clae_fast.topk_similarity(3 * anchor, keys, 3, **options)
-        return 2 * values, indices + 1
-
-    torch.compiler.reset()
-    compiled = torch.compile(nearest, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for N in (6, 9):
-        arguments = *rows(N, 2 * N, 4), torch.arange(N)[:, None]
-        torch.testing.assert_close(compiled(*arguments), nearest(*arguments))
-
-
-@every_one
-def test_autocast_leaves_it_in_fp32(implementation):
-    anchor, keys = rows(6, 11, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        values, indices = topk(implementation, anchor, keys, 3)
-    expected = topk(implementation, anchor, keys, 3)
-    assert_bitwise_equal(values, expected[0])
-    assert_bitwise_equal(indices, expected[1])
-
-
-@every_implementation
-@pytest.mark.parametrize("exclude", [None, torch.zeros(5, 1, dtype=torch.int64)])
-def test_opcheck(implementation, exclude):
-    with running(implementation) as impl:
-        torch.library.opcheck(
-            torch.ops.clae_fast.topk_similarity.default, (*rows(5, 9, 4), 3, exclude, impl)
-        )
-
-
-INDEX = torch.zeros(4, 2, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"anchor": [1.0]}, TypeError, "anchor must be a torch.Tensor, got list"),
-        ({"anchor": torch.ones(4)}, ValueError, r"anchor must have shape .* got \[4\]"),
-        ({"anchor": torch.ones(0, 3)}, ValueError, r"anchor must have shape .* got \[0, 3\]"),
-        ({"keys": torch.ones(6, 3).long()}, TypeError, "keys must be of dtype"),
-        ({"keys": torch.ones(6, 3).half()}, TypeError, "keys must have the dtype of anchor"),
-        ({"keys": torch.ones(0, 3)}, ValueError, r"keys must have shape .* got \[0, 3\]"),
-        ({"keys": torch.ones(6, 2)}, ValueError, r"keys must .* got \[6, 2\] for \[4, 3\]"),
-        ({"keys": torch.ones(1, 3).expand(2**32, 3)}, ValueError, r"keys must .* M < 2\^32"),
-        ({"keys": torch.ones(6, 3, device="meta")}, ValueError, "keys must be on the device"),
-        ({"k": 0}, ValueError, "k must be from 1 to 6, .* got 0"),
-        ({"k": 7}, ValueError, "k must be from 1 to 6, .* got 7"),
-        ({"k": 5, "exclude": INDEX}, ValueError, "k must be from 1 to 4, .* got 5"),
-        ({"k": 2.0}, TypeError, "k must be an int, got float"),
-        ({"k": True}, TypeError, "k must be an int, got bool"),
-        ({"exclude": [0]}, TypeError, "exclude must be a torch.Tensor, got list"),
-        ({"exclude": INDEX.int()}, TypeError, "exclude must be of dtype int64, got torch.int32"),
-        ({"exclude": INDEX[0]}, ValueError, r"exclude must have shape .* N = 4 .* got \[2\]"),
-        ({"exclude": INDEX[:3]}, ValueError, r"exclude must have shape .* got \[3, 2\]"),
-        ({"exclude": INDEX.to("meta")}, ValueError, "exclude must be on the device of anchor"),
-        ({"exclude": INDEX + 6}, ValueError, "exclude must hold columns from 0 to 5, got 6"),
-        ({"exclude": INDEX - 1}, ValueError, "exclude must hold columns from 0 to 5, got -1"),
-        ({"impl": "triton"}, RuntimeError, "topk_similarity has no implementation 'triton'"),
-    ],
-)
-def test_bad_arguments(change, error, message):
-    arguments = {"anchor": torch.ones(4, 3), "keys": torch.ones(6, 3), "k": 2, **change}
-    with pytest.raises(error, match=message):
-        clae_fast.topk_similarity(**arguments)
