@@ -31,7 +31,7 @@ def _shorten(
     if not signature:
         return None
     found = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
-    return found.replace("=<factory>", "=...").replace(f"={ALONE!r}", "=ALONE"), returns
+    return found.replace("=<factory>", "=...").replace(f"={tuple(ALONE)}", "=ALONE"), returns
 
 
 def _correct(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
