@@ -364,6 +364,8 @@ def row_sums(
         constants(form),
         COLUMNS=form.STACKED or columns,
         **blocks(tiles, D),
+        # or the compiler spills for the sake of more programs than are launched
+        maxnreg=tiles.registers,
         **({} if INTERPRETED else {"launch_cooperative_grid": True}),
     )
     if INTERPRETED:
