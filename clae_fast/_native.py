@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -82,13 +82,15 @@ def nt_xent(
     z1: Tensor,  # [N, D]
     temperature: float,
     grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss in fp32 and, where wanted, its gradient in fp32, d z0 above d z1: [], [2N, D]."""
+) -> tuple[Tensor, Tensor]:
+    """The loss [] and the gradient [2N, D], d z0 above d z1, both in fp32.
+
+    As everywhere here, a gradient that is not wanted is a tensor of shape [0].
+    """
     z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
-    loss = torch.empty((), dtype=torch.float32)
-    dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
-    workspace = _workspace(_C.nt_xent_workspace(_isa, _DTYPES[z0.dtype], N, D, grad))
+    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
+    workspace = _workspace(z0, _C.nt_xent_workspace(_isa, _DTYPES[z0.dtype], N, D, grad))
     _C.nt_xent(
         _isa,
         _rows(z0),
@@ -98,7 +100,7 @@ def nt_xent(
         temperature,
         torch.get_num_threads(),
         loss.data_ptr(),
-        0 if dz is None else dz.data_ptr(),
+        dz.data_ptr(),
         workspace.data_ptr(),
     )
     return loss, dz
@@ -111,8 +113,8 @@ def tied_nt_xent(
     """The gradient in fp32, [N, D]."""
     z = _in_rows(z)
     N, D = z.shape
-    dz = torch.empty((N, D), dtype=torch.float32)
-    workspace = _workspace(_C.tied_nt_xent_workspace(_isa, _DTYPES[z.dtype], N, D))
+    (dz,) = _outputs(z, (N, D))
+    workspace = _workspace(z, _C.tied_nt_xent_workspace(_isa, _DTYPES[z.dtype], N, D))
     _C.tied_nt_xent(
         _isa,
         _rows(z),
@@ -137,21 +139,21 @@ def info_nce(
     grad_anchor: bool,
     grad_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and the wanted gradients in fp32, [N, D] and [M, D]; others have no elements."""
+    """The loss, [] or [N], and the gradients [N, D] and [M, D], all in fp32."""
     anchor, keys = _in_rows(anchor), _in_rows(keys)
-    positive, weight = (None if t is None else t.contiguous() for t in (positive, weight))
+    positive, weight = _in_one_piece(positive, weight)
     N, D = anchor.shape
     M = len(keys)
-    loss = torch.empty(() if mean else N, dtype=torch.float32)
-    danchor = torch.empty((N, D) if grad_anchor else 0, dtype=torch.float32)
-    dkeys = torch.empty((M, D) if grad_keys else 0, dtype=torch.float32)
+    loss, danchor, dkeys = _outputs(
+        anchor, () if mean else N, (N, D) if grad_anchor else 0, (M, D) if grad_keys else 0
+    )
     call = partial(
         _C.info_nce,
         _isa,
         _rows(anchor),
         _rows(keys),
-        0 if positive is None else positive.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
+        _address(positive),
+        _address(weight),
         N,
         M,
         D,
@@ -163,8 +165,7 @@ def info_nce(
         danchor.data_ptr(),
         dkeys.data_ptr(),
     )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
+    _run(call, anchor)
     return loss, danchor, dkeys
 
 
@@ -177,11 +178,10 @@ def hard_nt_xent(
     detach_weights: bool,
     grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient in fp32, [] and [2N, D]; [0] where it is not wanted."""
+    """As `nt_xent`."""
     z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
-    loss = torch.empty((), dtype=torch.float32)
-    dz = torch.empty((2 * N, D) if grad else 0, dtype=torch.float32)
+    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
     call = partial(
         _C.hard_nt_xent,
         _isa,
@@ -197,8 +197,7 @@ def hard_nt_xent(
         loss.data_ptr(),
         dz.data_ptr(),
     )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
+    _run(call, z0)
     return loss, dz
 
 
@@ -219,9 +218,7 @@ def bank_step(
     """The step in place."""
     anchor = _in_rows(anchor)
     keys = anchor if keys is None else _in_rows(keys)
-    positive, weight, losses = (
-        None if t is None else t.contiguous() for t in (positive, weight, losses)
-    )
+    positive, weight, losses = _in_one_piece(positive, weight, losses)
     N, D = anchor.shape
     call = partial(
         _C.bank_step,
@@ -230,9 +227,9 @@ def bank_step(
         velocity.data_ptr(),
         _rows(anchor),
         _rows(keys),
-        0 if positive is None else positive.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if losses is None else losses.data_ptr(),
+        _address(positive),
+        _address(weight),
+        _address(losses),
         len(bank),
         N,
         D,
@@ -243,8 +240,7 @@ def bank_step(
         weight_decay,
         torch.get_num_threads(),
     )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
+    _run(call, anchor)
 
 
 def uel(
@@ -252,14 +248,13 @@ def uel(
     z1: Tensor,  # [N, D]
     temperature: float,
     grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """As `nt_xent`."""
     z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
     threads = torch.get_num_threads()
-    loss = torch.empty((), dtype=torch.float32)
-    dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
-    workspace = _workspace(_C.uel_workspace(_isa, _DTYPES[z0.dtype], N, D, threads, grad))
+    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
+    workspace = _workspace(z0, _C.uel_workspace(_isa, _DTYPES[z0.dtype], N, D, threads, grad))
     _C.uel(
         _isa,
         _rows(z0),
@@ -269,7 +264,7 @@ def uel(
         temperature,
         threads,
         loss.data_ptr(),
-        0 if dz is None else dz.data_ptr(),
+        dz.data_ptr(),
         workspace.data_ptr(),
     )
     return loss, dz
@@ -283,16 +278,16 @@ def topk_similarity(
 ) -> tuple[Tensor, Tensor]:
     """The values in fp32 and their columns, [N, k] both."""
     anchor, keys = _in_rows(anchor), _in_rows(keys)
+    (exclude,) = _in_one_piece(exclude)
     N, D = anchor.shape
-    exclude = None if exclude is None else exclude.contiguous()
-    values = torch.empty((N, k), dtype=torch.float32)
+    (values,) = _outputs(anchor, (N, k))
     indices = torch.empty((N, k), dtype=torch.int64)
     call = partial(
         _C.topk_similarity,
         _isa,
         _rows(anchor),
         _rows(keys),
-        0 if exclude is None else exclude.data_ptr(),
+        _address(exclude),
         N,
         len(keys),
         D,
@@ -302,8 +297,7 @@ def topk_similarity(
         values.data_ptr(),
         indices.data_ptr(),
     )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
+    _run(call, anchor)
     return values, indices
 
 
@@ -319,7 +313,7 @@ def augment(
 ) -> None:
     """Both views of each sample to `out`; rows and crops are inside the images."""
     params = params.contiguous()
-    offsets, sizes, rows = (None if t is None else t.contiguous() for t in (offsets, sizes, rows))
+    offsets, sizes, rows = _in_one_piece(offsets, sizes, rows)
     strides = (ctypes.c_int64 * 4)(*(images.stride() if offsets is None else ()))
     numbers = (ctypes.c_float * 6)(*norm)
     call = partial(
@@ -327,10 +321,10 @@ def augment(
         _isa,
         images.data_ptr(),
         ctypes.addressof(strides),
-        0 if offsets is None else offsets.data_ptr(),
-        0 if sizes is None else sizes.data_ptr(),
+        _address(offsets),
+        _address(sizes),
         params.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
+        _address(rows),
         params.shape[1],
         out.shape[-1],
         bicubic,
@@ -340,8 +334,7 @@ def augment(
         torch.get_num_threads(),
         out.data_ptr(),
     )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
+    _run(call, out)
 
 
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
@@ -354,14 +347,12 @@ def nt_xent_cuda(
     z1: Tensor,  # [N, D]
     temperature: float,
     grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """As `nt_xent`, in one launch on the tensors' GPU; fp32, fp16 or bf16 in any strides."""
     N, D = z0.shape
-    loss = torch.empty((), dtype=torch.float32, device=z0.device)
-    dz = torch.empty((2 * N, D), dtype=torch.float32, device=z0.device) if grad else None
-    with torch.cuda.device(z0.device):
-        size = _C.nt_xent_cuda_workspace(N, D, grad)
-        workspace = torch.empty(size, dtype=torch.uint8, device=z0.device)
+    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
+    with _current_stream(z0) as stream:
+        workspace = _workspace(z0, _C.nt_xent_cuda_workspace(N, D, grad))
         _C.nt_xent_cuda(
             z0.data_ptr(),
             z1.data_ptr(),
@@ -374,9 +365,9 @@ def nt_xent_cuda(
             D,
             temperature,
             loss.data_ptr(),
-            0 if dz is None else dz.data_ptr(),
+            dz.data_ptr(),
             workspace.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
+            stream,
         )
     return loss, dz
 
@@ -485,10 +476,32 @@ def _in_rows(z: Tensor) -> Tensor:
     return z if z.stride(1) == 1 else z.contiguous()
 
 
+def _in_one_piece(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each of them contiguous, itself where it is that already."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def _rows(z: Tensor) -> tuple[int, int, int]:
     """What C++ knows of `z`, which has to outlive the call."""
     return z.data_ptr(), _DTYPES[z.dtype], z.stride(0)
 
 
-def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+def _address(tensor: Tensor | None) -> int:
+    """Where the elements of `tensor` are, which has to outlive the call; 0 where there are none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _outputs(z: Tensor, *shapes: int | tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Memory beside `z` for results in fp32; no elements have the address 0 in C++."""
+    return tuple(z.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _run(call: Callable[[int], int], z: Tensor) -> None:
+    """Asks a function of C++, by no workspace, how large it has to be, and calls it with one."""
+    workspace = _workspace(z, call(0))
+    call(workspace.data_ptr())
+
+
+def _workspace(z: Tensor, size: int) -> Tensor:
+    """Memory beside `z`, of `size` bytes."""
+    return z.new_empty(size, dtype=torch.uint8)

@@ -197,7 +197,7 @@ def small(suite: Suite) -> Iterator[Case]:
 def _hand_over(suite: Suite, n: int, D: int, bars: Sequence[Bar]) -> None:
     n = suite.size(n)
     inputs = [peers.views(n, D, suite.device, seed=seed) for seed in range(suite.sets(n * D * 4))]
-    op = torch.ops.clae_fast.nt_xent_fwd_bwd.default
+    op = torch.ops.clae_fast.nt_xent.default
     for index, T in enumerate(TEMPERATURES):
         candidates = {}
         for impl in suite.implementations("nt_xent", *inputs[0]):
@@ -205,7 +205,9 @@ def _hand_over(suite: Suite, n: int, D: int, bars: Sequence[Bar]) -> None:
             autograd = [partial(value_and_grad, loss, *z) for z in inputs]
             candidates[impl, "loss and gradient"] = Candidate(autograd, True)
             if impl != "reference":
-                alone = [partial(op, *(t.detach() for t in z), T, False, impl) for z in inputs]
+                alone = [
+                    partial(op, *(t.detach() for t in z), T, True, False, impl) for z in inputs
+                ]
                 candidates[impl, "op alone"] = Candidate(alone, True)
         for (impl, what), row in suite.measure(candidates).items():
             over = row.pop("over")

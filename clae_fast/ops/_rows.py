@@ -1,8 +1,6 @@
-"""What the ops on rows share: unit rows, their backward, row blocks, gradients of two views."""
+"""What the ops on rows share: unit rows, their backward, and blocks of rows."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +29,3 @@ def row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Ranges of rows such that a block of rows x columns is small, however large the matrix."""
     step = max(1, _BLOCK_ELEMENTS // columns)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def view_grads(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Backward of a loss of two views that saved dz [2N, D] first: the gradients that are wanted.
-
-    Scaled before the cast: a scaled loss is what keeps fp16 gradients from underflowing.
-    """
-    dz = ctx.saved_tensors[0]
-    N = len(dz) // 2
-    dz0 = (dz[:N] * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-    dz1 = (dz[N:] * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-    return dz0, dz1

@@ -13,6 +13,7 @@ from clae_fast._ragged import RaggedImages
 from clae_fast.ops.augment_params import COLUMNS, VIEWS
 from clae_fast.reference.augment import augment as reference
 
+_impl.declare("augment", native=_impl.ANY, triton=_impl.ANY)
 # images are [S, 3, H, W] or, with offsets and sizes, the pixels of RaggedImages; norm is none, or
 # the means of the three channels and their standard deviations
 torch.library.define(

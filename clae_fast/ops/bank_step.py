@@ -12,6 +12,7 @@ from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.bank_step import bank_step as reference
 
+_impl.declare("bank_step", native=_impl.ANY, triton=_impl.rows_of_at_most(1024), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::bank_step",
     "(Tensor(a!) bank, Tensor(b!) velocity, Tensor anchor, Tensor? keys, Tensor? positive,"

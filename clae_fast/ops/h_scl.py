@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.h_scl import h_scl as reference
 
+_impl.declare("h_scl", torch=_impl.ANY)
 torch.library.define(
     "clae_fast::h_scl",
     "(Tensor z, Tensor labels, float temperature, float beta, bool detach_weights, bool grad,"
@@ -93,37 +93,11 @@ def _h_scl_fake(
     detach_weights: bool,
     grad: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    loss = z.new_empty((), dtype=torch.float32)
-    return loss, loss.new_empty(z.shape if grad else (0,))
+) -> tuple[Tensor, ...]:
+    return uninitialized(z, (), z.shape if grad else 0)
 
 
 _h_scl = torch.ops.clae_fast.h_scl.default
-
-
-class _HSCL(torch.autograd.Function):
-    """Computes the gradient with the loss and keeps nothing else: dz, [n, D] in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        labels: Tensor,
-        temperature: float,
-        beta: float,
-        detach_weights: bool,
-        impl: str,
-    ) -> Tensor:
-        loss, dz = _h_scl(z, labels, temperature, beta, detach_weights, True, impl)
-        ctx.save_for_backward(dz)
-        ctx.dtype = z.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        (dz,) = ctx.saved_tensors
-        return (dz * dloss).to(ctx.dtype), None, None, None, None, None
 
 
 def h_scl(
@@ -177,11 +151,8 @@ def h_scl(
     _check.in_range("beta", beta, 0)
     _check.flag("detach_weights", detach_weights)
     impl = _impl.resolve("h_scl", impl, z)
-    settings = (temperature, beta, detach_weights)
     if impl == "reference":
         return reference(
             z, labels, temperature=temperature, beta=beta, detach_weights=detach_weights
         )
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _HSCL.apply(z, labels, *settings, impl)
-    return _h_scl(z, labels, *settings, False, impl)[0]
+    return fused(_h_scl, (z, labels), (temperature, beta, detach_weights, wants_grad(z), impl))

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
-from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward, view_grads
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.hard_nt_xent import hard_nt_xent as reference
 
+
+def _refuses_extra(*_: Tensor, extra: bool = False) -> str:
+    return "does not take extra logits: impl='torch' does" if extra else ""
+
+
+def _triton_refuses(z0: Tensor, *_: Tensor, extra: bool = False) -> str:
+    return _refuses_extra(extra=extra) or _impl.rows_of_at_most(256).refuses(z0)
+
+
+_impl.declare(
+    "hard_nt_xent",
+    native=_impl.Limits(_refuses_extra),
+    triton=_impl.Limits(_triton_refuses),
+    torch=_impl.ANY,
+)
 torch.library.define(
     "clae_fast::hard_nt_xent",
     "(Tensor z0, Tensor z1, Tensor? extra, float temperature, float beta, float tau_plus,"
@@ -149,46 +163,13 @@ def _hard_nt_xent_fake(
     grad: bool,
     exact: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     N, D = z0.shape
-    loss = z0.new_empty((), dtype=torch.float32)
-    dz = loss.new_empty((2 * N, D) if grad else (0,))
-    return loss, dz, loss.new_empty((0,) if extra is None or not grad else extra.shape)
+    dextra = 0 if extra is None or not grad else extra.shape
+    return uninitialized(z0, (), (2 * N, D) if grad else 0, dextra)
 
 
 _hard_nt_xent = torch.ops.clae_fast.hard_nt_xent.default
-
-
-class _HardNTXent(torch.autograd.Function):
-    """Computes the gradients with the loss and keeps nothing else, in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z0: Tensor,
-        z1: Tensor,
-        extra: Tensor | None,
-        temperature: float,
-        beta: float,
-        tau_plus: float,
-        detach_weights: bool,
-        exact: bool,
-        impl: str,
-    ) -> Tensor:
-        settings = (temperature, beta, tau_plus, detach_weights)
-        loss, dz, dextra = _hard_nt_xent(z0, z1, extra, *settings, True, exact, impl)
-        ctx.save_for_backward(dz, dextra)
-        ctx.dtype = z0.dtype
-        ctx.extra_dtype = None if extra is None else extra.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dextra = None
-        if ctx.needs_input_grad[2]:
-            dextra = (ctx.saved_tensors[1] * dloss).to(ctx.extra_dtype)
-        return *view_grads(ctx, dloss), dextra, None, None, None, None, None, None
 
 
 def hard_nt_xent(
@@ -249,7 +230,6 @@ def hard_nt_xent(
     _check.in_range("tau_plus", tau_plus, 0, 1)
     _check.flag("detach_weights", detach_weights)
     _check.flag("exact", exact)
-    op = "hard_nt_xent"
     if extra is not None:
         _check.tensor("extra", extra)
         _check.same_place("extra", extra, "z0", z0, dtype=False)
@@ -258,8 +238,7 @@ def hard_nt_xent(
                 f"extra must have shape [{2 * len(z0)}, k], as many rows as z0 and z1 together, "
                 f"got {list(extra.shape)}"
             )
-        op = "hard_nt_xent with extra"
-    impl = _impl.resolve(op, impl, z0, z1)
+    impl = _impl.resolve("hard_nt_xent", impl, z0, z1, extra=extra is not None)
     if impl == "reference":
         return reference(
             z0,
@@ -270,8 +249,6 @@ def hard_nt_xent(
             detach_weights=detach_weights,
             extra=extra,
         )
-    settings = (temperature, beta, tau_plus, detach_weights)
-    wanted = z0.requires_grad or z1.requires_grad or (extra is not None and extra.requires_grad)
-    if torch.is_grad_enabled() and wanted:
-        return _HardNTXent.apply(z0, z1, extra, *settings, exact, impl)
-    return _hard_nt_xent(z0, z1, extra, *settings, False, exact, impl)[0]
+    operands = (z0, z1, extra)
+    settings = (temperature, beta, tau_plus, detach_weights, wants_grad(*operands), exact, impl)
+    return fused(_hard_nt_xent, operands, settings, views=2)

@@ -10,9 +10,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.info_nce import info_nce as reference
 
+_impl.declare("info_nce", native=_impl.ANY, triton=_impl.rows_of_at_most(1024), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::info_nce",
     "(Tensor anchor, Tensor keys, Tensor? positive, Tensor? weight, float temperature,"
@@ -83,7 +85,8 @@ def _one_way(
     with torch.autocast(anchor.device.type, enabled=False):
         (u, u_norm), (v, v_norm) = unit_rows(anchor), unit_rows(keys)
         N, M = len(u), len(v)
-        partner = v[:N] if positive is None else v[positive]
+        positive_of = torch.arange(N, device=u.device) if positive is None else positive
+        partner = v[positive_of]
         s_positive = (u * partner).sum(1, keepdim=True).div_(temperature)  # [N, 1]
         losses, p_neg = torch.empty_like(s_positive), torch.empty_like(s_positive)
         du = torch.empty_like(u) if grad_anchor else u.new_empty(0)
@@ -91,10 +94,7 @@ def _one_way(
         for start, stop in row_blocks(N, M):
             rows = slice(start, stop)
             s = (u[rows] @ v.T).div_(temperature)
-            if positive is None:
-                s.diagonal(start).fill_(-torch.inf)
-            else:
-                s.scatter_(1, positive[rows, None], -torch.inf)
+            s.scatter_(1, positive_of[rows, None], -torch.inf)
             shift = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
             exp = s.sub_(shift).exp_()
             neg = exp.sum(1, keepdim=True)
@@ -138,74 +138,54 @@ def _info_nce_fake(
     grad_keys: bool,
     exact: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        anchor.new_empty(() if mean else anchor.shape[:1], dtype=torch.float32),
-        anchor.new_empty(anchor.shape if grad_anchor else (0,), dtype=torch.float32),
-        anchor.new_empty(keys.shape if grad_keys else (0,), dtype=torch.float32),
+) -> tuple[Tensor, ...]:
+    return uninitialized(
+        anchor,
+        () if mean else anchor.shape[:1],
+        anchor.shape if grad_anchor else 0,
+        keys.shape if grad_keys else 0,
     )
 
 
 _info_nce = torch.ops.clae_fast.info_nce.default
 
 
-class _MeanInfoNCE(torch.autograd.Function):
-    """Computes the wanted gradients with the loss and keeps nothing else."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        keys: Tensor,
-        positive: Tensor | None,
-        temperature: float,
-        symmetric: bool,
-        exact: bool,
-        impl: str,
-    ) -> Tensor:
-        options = (temperature, symmetric, True, *ctx.needs_input_grad[:2], exact, impl)
-        loss, danchor, dkeys = _info_nce(anchor, keys, positive, None, *options)
-        ctx.save_for_backward(danchor, dkeys)
-        ctx.dtype = anchor.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        danchor, dkeys = ctx.saved_tensors
-        danchor = (danchor * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        dkeys = (dkeys * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return danchor, dkeys, None, None, None, None, None
+def _mean_loss(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    temperature: float,
+    symmetric: bool,
+    exact: bool,
+    impl: str,
+) -> Tensor:
+    """The mean over the rows, in one direction or in both, with the wanted gradients."""
+    wanted = (wants_grad(anchor), wants_grad(keys))
+    settings = (temperature, symmetric, True, *wanted, exact, impl)
+    return fused(_info_nce, (anchor, keys, positive, None), settings)
 
 
-class _AnchorInfoNCE(torch.autograd.Function):
-    """The losses of the rows, each of which its own anchor's gradient belongs to."""
+def _row_losses(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    temperature: float,
+    exact: bool,
+    impl: str,
+) -> Tensor:  # [N]
+    """The losses of the rows in one direction.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        keys: Tensor,
-        positive: Tensor | None,
-        temperature: float,
-        exact: bool,
-        impl: str,
-    ) -> Tensor:
-        options = (temperature, False, False, True, False, exact, impl)
-        loss, danchor, _ = _info_nce(anchor, keys, positive, None, *options)
-        ctx.save_for_backward(danchor)
-        ctx.dtype = anchor.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        (danchor,) = ctx.saved_tensors
-        return (danchor * dloss[:, None]).to(ctx.dtype), None, None, None, None, None
+    A row's loss alone reaches its anchor, so that the gradient of the sum over the rows tells each
+    anchor's. What a key's gradient is made of is known in the backward pass only.
+    """
+    if wants_grad(keys):
+        return _RowLosses.apply(anchor, keys, positive, temperature, exact, impl)
+    settings = (temperature, False, False, wants_grad(anchor), False, exact, impl)
+    return fused(_info_nce, (anchor, keys, positive, None), settings)
 
 
-class _RowsInfoNCE(torch.autograd.Function):
-    """The losses of the rows, whose weights in a key's gradient are not known before backward."""
+class _RowLosses(torch.autograd.Function):
+    """Computes the losses of the rows, and the gradients when the rows' weights are there."""
 
     @staticmethod
     def forward(
@@ -218,20 +198,18 @@ class _RowsInfoNCE(torch.autograd.Function):
         impl: str,
     ) -> Tensor:
         ctx.save_for_backward(anchor, keys, positive)
-        ctx.options = (temperature, exact, impl)
-        return _info_nce(
-            anchor, keys, positive, None, temperature, False, False, False, False, exact, impl
-        )[0]
+        ctx.settings = (temperature, exact, impl)
+        settings = (temperature, False, False, False, False, exact, impl)
+        return _info_nce(anchor, keys, positive, None, *settings)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         anchor, keys, positive = ctx.saved_tensors
-        temperature, exact, impl = ctx.options
+        temperature, exact, impl = ctx.settings
         wanted = ctx.needs_input_grad[:2]
-        _, danchor, dkeys = _info_nce(
-            anchor, keys, positive, dloss, temperature, False, False, *wanted, exact, impl
-        )
+        settings = (temperature, False, False, *wanted, exact, impl)
+        _, danchor, dkeys = _info_nce(anchor, keys, positive, dloss, *settings)
         danchor = danchor.to(anchor.dtype) if wanted[0] else None
         dkeys = dkeys.to(keys.dtype) if wanted[1] else None
         return danchor, dkeys, None, None, None, None
@@ -323,32 +301,9 @@ def info_nce(
             reduction=reduction,
             symmetric=symmetric,
         )
-    mean = reduction == "mean"
-    if symmetric and not mean:
-        there = _rows_info_nce(anchor, keys, None, temperature, exact, impl)
-        return (there + _rows_info_nce(keys, anchor, None, temperature, exact, impl)) / 2
-    if not mean:
-        return _rows_info_nce(anchor, keys, positive, temperature, exact, impl)
-    if torch.is_grad_enabled() and (anchor.requires_grad or keys.requires_grad):
-        return _MeanInfoNCE.apply(anchor, keys, positive, temperature, symmetric, exact, impl)
-    return _info_nce(
-        anchor, keys, positive, None, temperature, symmetric, True, False, False, exact, impl
-    )[0]
-
-
-def _rows_info_nce(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    positive: Tensor | None,  # [N]
-    temperature: float,
-    exact: bool,
-    impl: str,
-) -> Tensor:
-    """The losses of the rows in one direction."""
-    if torch.is_grad_enabled() and keys.requires_grad:
-        return _RowsInfoNCE.apply(anchor, keys, positive, temperature, exact, impl)
-    if torch.is_grad_enabled() and anchor.requires_grad:
-        return _AnchorInfoNCE.apply(anchor, keys, positive, temperature, exact, impl)
-    return _info_nce(
-        anchor, keys, positive, None, temperature, False, False, False, False, exact, impl
-    )[0]
+    if reduction == "mean":
+        return _mean_loss(anchor, keys, positive, temperature, symmetric, exact, impl)
+    losses = _row_losses(anchor, keys, positive, temperature, exact, impl)
+    if symmetric:
+        losses = (losses + _row_losses(keys, anchor, None, temperature, exact, impl)) / 2
+    return losses

@@ -10,6 +10,7 @@ from clae_fast.ops import _bounds
 from clae_fast.ops._bounds import PerChannel
 from clae_fast.reference.linf_step import linf_step as reference
 
+_impl.declare("linf_step", native=_impl.ANY, triton=_impl.ANY, cuda=_impl.ANY)
 # bounds are alpha, eps, lo and hi, each one number or C; or none, and a table [4, C] of them
 torch.library.define(
     "clae_fast::linf_step",

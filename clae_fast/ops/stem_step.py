@@ -10,14 +10,44 @@ from clae_fast.ops import _bounds
 from clae_fast.ops._bounds import PerChannel
 from clae_fast.reference.stem_step import stem_step as reference
 
+# of csrc/stem_step.h: kernel size, stride and padding, and channels of dy
+_STEMS = ((3, 1, 1), (7, 2, 3))
+_CHANNELS = (64, 128, 192)
+
+
+def kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
+    """Whether the kernel takes a dy of `dtype` and these, which have four dimensions."""
+    C_out, C, height, width = weight.shape
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and weight.dtype in (torch.float32, dtype)
+        and x.dtype in (torch.float32, torch.float16)
+        and C_out in _CHANNELS
+        and C == 3
+        and height == width
+        and (height, stride, padding) in _STEMS
+        # what the kernel counts in 32 bits: numbers of images side by side, pixels of all in a row
+        and C_out * x.shape[2] * (x.shape[3] + 64) < 2**30
+        and len(x) * (x.shape[3] + 8) < 2**30
+    )
+
+
+def _cuda_refuses(dy: Tensor, x: Tensor, *, weight: Tensor, stride: int, padding: int) -> str:
+    if kernel_takes(dy.dtype, weight, x, stride, padding):
+        return ""
+    return (
+        f"takes 16-bit dy with {_CHANNELS} channels, fp32 or fp16 x with 3, and kernel size, "
+        f"stride, padding in {_STEMS}; got {dy.dtype}, {x.dtype}, a weight of "
+        f"{list(weight.shape)}, stride {stride}, padding {padding}"
+    )
+
+
+_impl.declare("stem_step", cuda=_impl.Limits(_cuda_refuses))
 # bounds are alpha, eps, lo and hi, each one number or 3; or none, and a table [4, 3] of them
 torch.library.define(
     "clae_fast::stem_step",
     "(Tensor dy, Tensor weight, Tensor x, float[] bounds, Tensor? table) -> Tensor",
 )
-# of csrc/stem_step.h: kernel size, stride and padding, and channels of dy
-_STEMS = ((3, 1, 1), (7, 2, 3))
-_CHANNELS = (64, 128, 192)
 
 
 @torch.library.impl("clae_fast::stem_step", ("cpu", "cuda"))
@@ -107,16 +137,8 @@ def stem_step(
     _check_convolution(dy, weight, x, stride, padding)
     _bounds.check(x, alpha, eps, lo, hi)
     dy, weight, x = dy.detach(), weight.detach(), x.detach()
-    takes = kernel_takes(dy.dtype, weight, x, stride, padding)
-    if _impl.requested(impl) == "auto" and not takes:
-        impl = "reference"
-    impl = _impl.resolve("stem_step", impl, dy, x)
-    if impl == "cuda" and not takes:
-        raise ValueError(
-            f"impl='cuda' takes 16-bit dy with {_CHANNELS} channels, fp32 or fp16 x with 3, and "
-            f"kernel size, stride, padding in {_STEMS}; got {dy.dtype}, {x.dtype}, a weight of "
-            f"{list(weight.shape)}, stride {stride}, padding {padding}"
-        )
+    convolution = {"weight": weight, "stride": stride, "padding": padding}
+    impl = _impl.resolve("stem_step", impl, dy, x, **convolution)
     if impl == "reference":
         return reference(
             dy, weight, x, stride=stride, padding=padding, alpha=alpha, eps=eps, lo=lo, hi=hi
@@ -128,23 +150,6 @@ def has_kernel(impl: str, device: torch.device) -> bool:
     """Whether a request `impl` means the kernel where it takes the operands."""
     wanted = _impl.requested(impl) in ("auto", "cuda")
     return wanted and "cuda" in _impl.available("stem_step", device.type)
-
-
-def kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
-    """Whether the kernel takes a dy of `dtype` and these, which have four dimensions."""
-    C_out, C, height, width = weight.shape
-    return (
-        dtype in (torch.float16, torch.bfloat16)
-        and weight.dtype in (torch.float32, dtype)
-        and x.dtype in (torch.float32, torch.float16)
-        and C_out in _CHANNELS
-        and C == 3
-        and height == width
-        and (height, stride, padding) in _STEMS
-        # what the kernel counts in 32 bits: numbers of images side by side, pixels of all in a row
-        and C_out * x.shape[2] * (x.shape[3] + 64) < 2**30
-        and len(x) * (x.shape[3] + 8) < 2**30
-    )
 
 
 def _check_convolution(dy: Tensor, weight: Tensor, x: Tensor, stride: int, padding: int) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.sup_con import sup_con as reference
 
+_impl.declare("sup_con", torch=_impl.ANY)
 torch.library.define(
     "clae_fast::sup_con",
     "(Tensor z, Tensor labels, float temperature, bool detach_columns, bool grad, str impl)"
@@ -76,31 +75,11 @@ def _sup_con_impl(
 @torch.library.register_fake("clae_fast::sup_con")
 def _sup_con_fake(
     z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, grad: bool, impl: str
-) -> tuple[Tensor, Tensor]:
-    loss = z.new_empty((), dtype=torch.float32)
-    return loss, loss.new_empty(z.shape if grad else (0,))
+) -> tuple[Tensor, ...]:
+    return uninitialized(z, (), z.shape if grad else 0)
 
 
 _sup_con = torch.ops.clae_fast.sup_con.default
-
-
-class _SupCon(torch.autograd.Function):
-    """Computes the gradient with the loss and keeps nothing else: dz, [n, D] in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, impl: str
-    ) -> Tensor:
-        loss, dz = _sup_con(z, labels, temperature, detach_columns, True, impl)
-        ctx.save_for_backward(dz)
-        ctx.dtype = z.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        (dz,) = ctx.saved_tensors
-        return (dz * dloss).to(ctx.dtype), None, None, None, None
 
 
 def sup_con(
@@ -151,6 +130,4 @@ def sup_con(
     impl = _impl.resolve("sup_con", impl, z)
     if impl == "reference":
         return reference(z, labels, temperature=temperature, detach_columns=detach_columns)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _SupCon.apply(z, labels, temperature, detach_columns, impl)
-    return _sup_con(z, labels, temperature, detach_columns, False, impl)[0]
+    return fused(_sup_con, (z, labels), (temperature, detach_columns, wants_grad(z), impl))

@@ -9,6 +9,7 @@ from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.tied_nt_xent import tied_nt_xent as reference
 
+_impl.declare("tied_nt_xent", native=_impl.ANY, triton=_impl.rows_of_at_most(1024), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::tied_nt_xent", "(Tensor z, float temperature, bool exact, str impl) -> Tensor"
 )

@@ -10,6 +10,7 @@ from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows
 from clae_fast.reference.topk_similarity import topk_similarity as reference
 
+_impl.declare("topk_similarity", native=_impl.ANY, torch=_impl.ANY)
 # a key's index shares 64 bits with its similarity
 _MAX_KEYS = 2**32 - 1
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
-from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward, view_grads
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
+from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.uel import uel as reference
 
+_impl.declare("uel", native=_impl.ANY, triton=_impl.rows_of_at_most(256), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::uel",
     "(Tensor z0, Tensor z1, float temperature, bool grad, bool exact, str impl)"
@@ -45,8 +44,7 @@ def _uel_impl(
 
         return uel(z0, z1, temperature, grad, exact)
     if impl == "native":
-        loss, dz = _native.uel(z0, z1, temperature, grad)
-        return loss, loss.new_empty(0) if dz is None else dz
+        return _native.uel(z0, z1, temperature, grad)
     with torch.autocast(z0.device.type, enabled=False):
         u, norm = unit_rows(torch.cat([z0, z1]))
         n, N = len(u), len(z0)
@@ -91,31 +89,12 @@ def _uel_impl(
 @torch.library.register_fake("clae_fast::uel")
 def _uel_fake(
     z0: Tensor, z1: Tensor, temperature: float, grad: bool, exact: bool, impl: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     N, D = z0.shape
-    loss = z0.new_empty((), dtype=torch.float32)
-    return loss, z0.new_empty((2 * N, D) if grad else (0,), dtype=torch.float32)
+    return uninitialized(z0, (), (2 * N, D) if grad else 0)
 
 
 _uel = torch.ops.clae_fast.uel.default
-
-
-class _UEL(torch.autograd.Function):
-    """Computes the gradient with the loss and keeps nothing else: dz, [2N, D] in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z0: Tensor, z1: Tensor, temperature: float, exact: bool, impl: str
-    ) -> Tensor:
-        loss, dz = _uel(z0, z1, temperature, True, exact, impl)
-        ctx.save_for_backward(dz)
-        ctx.dtype = z0.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *view_grads(ctx, dloss), None, None, None
 
 
 def uel(
@@ -166,6 +145,5 @@ def uel(
     impl = _impl.resolve("uel", impl, z0, z1)
     if impl == "reference":
         return reference(z0, z1, temperature=temperature)
-    if torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad):
-        return _UEL.apply(z0, z1, temperature, exact, impl)
-    return _uel(z0, z1, temperature, False, exact, impl)[0]
+    settings = (temperature, wants_grad(z0, z1), exact, impl)
+    return fused(_uel, (z0, z1), settings, views=2)

@@ -131,8 +131,8 @@ def op_samples():
     z0, z1 = projections(5, 4)
     native = _impl.resolve("nt_xent", "auto", z0)
     if native != "reference":
-        yield "nt_xent_fwd", (z0, z1, 0.5, False, native)
-        yield "nt_xent_fwd_bwd", (z0, z1, 0.5, False, native)
+        yield "nt_xent", (z0, z1, 0.5, False, False, native)
+        yield "nt_xent", (z0, z1, 0.5, True, False, native)
         x = torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
         grad, table = torch.randn(2, 3, 4, 5), torch.rand(4, 3)
         yield "linf_step", (x, grad, None, [0.1, 0.1, 0.0, 1.0], None, native)
