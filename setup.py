@@ -1,9 +1,13 @@
-"""Build clae_fast._C with ninja: C++ for the CPU always, CUDA too where nvcc is found.
+"""Build clae_fast._C with ninja: the C++ for the CPU, and the CUDA C++ where nvcc is found.
 
-Nothing here imports torch, and nothing in csrc/ includes it: one wheel serves every torch.
+Neither this file nor csrc/ needs torch, so one wheel serves every torch. Two environment variables
+choose what is built:
 
-    CLAE_FAST_BUILD=auto|cuda|cpu|none   auto takes CUDA when nvcc is there and says so in one line
+    CLAE_FAST_BUILD=auto|cuda|cpu|none   auto: for CUDA too if nvcc is there, and says if it is not
     CLAE_FAST_CUDA_ARCHS="80;90"         compute capabilities; PTX of the last one is always added
+
+Sources are found by their names. csrc/*.cpp is compiled once, csrc/*_simd.cpp once for each
+instruction set, and csrc/*.cu by nvcc.
 """
 
 import os
@@ -21,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent.resolve() / "csrc"
 
-# *_simd.cpp is compiled once for every instruction set; csrc/isa.cpp chooses one at run time.
+# The compiler's flags for each instruction set. csrc/isa.cpp finds out at run time which ones the
+# processor has.
 AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
 ISAS = {
     "x86_64": {
@@ -39,7 +44,7 @@ if BUILD not in ("auto", "cuda", "cpu", "none"):
 
 
 def find_nvcc() -> str | None:
-    """The nvcc to build with, None where CUDA is not wanted or, with auto, not there."""
+    """The nvcc to build with, or None if CUDA is not wanted or, with auto, not there."""
     if BUILD == "cpu":
         return None
     home = os.environ.get("CUDA_HOME")
@@ -52,7 +57,7 @@ def find_nvcc() -> str | None:
 
 
 def find_compiler() -> str:
-    """The command of the C++ compiler, once it and Python's headers are known to be there."""
+    """The command of the C++ compiler. Exits if it or Python's headers are missing."""
     compiler = os.environ.get("CXX") or "g++"
     otherwise = "or set CLAE_FAST_BUILD=none to do without compiled code"
     if shutil.which(shlex.split(compiler)[0]) is None:
@@ -63,7 +68,7 @@ def find_compiler() -> str:
 
 
 def cuda_archs() -> list[str]:
-    """Compute capabilities as nvcc writes them, e.g. ["80", "90"]."""
+    """The compute capabilities to build for, as nvcc writes them: ["80", "90"]."""
     text = os.environ.get("CLAE_FAST_CUDA_ARCHS", "80;90")
     archs = [arch.strip().replace(".", "") for arch in re.split(r"[;,]", text) if arch.strip()]
     if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
@@ -75,7 +80,7 @@ class NinjaBuildExt(build_ext):
     """Writes one build.ninja for the extension and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link `ext` (all of csrc/) to where setuptools wants it."""
+        """Compile all of csrc/ and link it to the file that setuptools wants."""
         import ninja
         import pybind11
 
@@ -130,7 +135,8 @@ class NinjaBuildExt(build_ext):
                 obj = ninja_path(objects_dir / f"{source.stem}.cu.o")
                 lines.append(f"build {obj}: nvcc {ninja_path(source)}")
                 objects.append(obj)
-            # nvcc links its own static cudart; a g++ link succeeds and then fails at import
+            # nvcc links its own static CUDA runtime. If g++ linked, the build would succeed and the
+            # import would fail.
             link = f"{quote(nvcc)} -shared --cudart=static $in -o $out"
             link += " -Xlinker=--exclude-libs,ALL"
         else:

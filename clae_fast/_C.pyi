@@ -4,8 +4,8 @@ cuda: bool
 # address, dtype, elements from row to row
 _Rows = tuple[int, int, int]
 
+# Where a workspace is 0, a function computes nothing and returns the bytes that it has to have.
 def isas() -> list[str]: ...
-def nt_xent_workspace(isa: str, dtype: int, N: int, D: int, grad: bool) -> int: ...
 def nt_xent(
     isa: str,
     z0: _Rows,
@@ -17,8 +17,7 @@ def nt_xent(
     loss: int,
     dz: int,
     workspace: int,
-) -> None: ...
-def tied_nt_xent_workspace(isa: str, dtype: int, N: int, D: int) -> int: ...
+) -> int: ...
 def tied_nt_xent(
     isa: str,
     z: _Rows,
@@ -28,7 +27,7 @@ def tied_nt_xent(
     threads: int,
     dz: int,
     workspace: int,
-) -> None: ...
+) -> int: ...
 def info_nce(
     isa: str,
     anchor: _Rows,
@@ -82,7 +81,6 @@ def bank_step(
     threads: int,
     workspace: int,
 ) -> int: ...
-def uel_workspace(isa: str, dtype: int, N: int, D: int, threads: int, grad: bool) -> int: ...
 def uel(
     isa: str,
     z0: _Rows,
@@ -94,7 +92,7 @@ def uel(
     loss: int,
     dz: int,
     workspace: int,
-) -> None: ...
+) -> int: ...
 def topk_similarity(
     isa: str,
     anchor: _Rows,
@@ -110,7 +108,6 @@ def topk_similarity(
     indices: int,
     workspace: int,
 ) -> int: ...
-def nt_xent_cuda_workspace(N: int, D: int, grad: bool) -> int: ...
 def nt_xent_cuda(
     z0: int,
     z1: int,
@@ -126,7 +123,7 @@ def nt_xent_cuda(
     dz: int,
     workspace: int,
     stream: int,
-) -> None: ...
+) -> int: ...
 def augment(
     isa: str,
     images: int,

@@ -90,8 +90,8 @@ def nt_xent(
     z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
     loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
-    workspace = _workspace(z0, _C.nt_xent_workspace(_isa, _DTYPES[z0.dtype], N, D, grad))
-    _C.nt_xent(
+    call = partial(
+        _C.nt_xent,
         _isa,
         _rows(z0),
         _rows(z1),
@@ -101,8 +101,8 @@ def nt_xent(
         torch.get_num_threads(),
         loss.data_ptr(),
         dz.data_ptr(),
-        workspace.data_ptr(),
     )
+    _run(call, z0)
     return loss, dz
 
 
@@ -114,8 +114,8 @@ def tied_nt_xent(
     z = _in_rows(z)
     N, D = z.shape
     (dz,) = _outputs(z, (N, D))
-    workspace = _workspace(z, _C.tied_nt_xent_workspace(_isa, _DTYPES[z.dtype], N, D))
-    _C.tied_nt_xent(
+    call = partial(
+        _C.tied_nt_xent,
         _isa,
         _rows(z),
         N,
@@ -123,8 +123,8 @@ def tied_nt_xent(
         temperature,
         torch.get_num_threads(),
         dz.data_ptr(),
-        workspace.data_ptr(),
     )
+    _run(call, z)
     return dz
 
 
@@ -252,21 +252,20 @@ def uel(
     """As `nt_xent`."""
     z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
-    threads = torch.get_num_threads()
     loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
-    workspace = _workspace(z0, _C.uel_workspace(_isa, _DTYPES[z0.dtype], N, D, threads, grad))
-    _C.uel(
+    call = partial(
+        _C.uel,
         _isa,
         _rows(z0),
         _rows(z1),
         N,
         D,
         temperature,
-        threads,
+        torch.get_num_threads(),
         loss.data_ptr(),
         dz.data_ptr(),
-        workspace.data_ptr(),
     )
+    _run(call, z0)
     return loss, dz
 
 
@@ -352,8 +351,8 @@ def nt_xent_cuda(
     N, D = z0.shape
     loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
     with _current_stream(z0) as stream:
-        workspace = _workspace(z0, _C.nt_xent_cuda_workspace(N, D, grad))
-        _C.nt_xent_cuda(
+        call = partial(
+            _C.nt_xent_cuda,
             z0.data_ptr(),
             z1.data_ptr(),
             _DTYPES[z0.dtype],
@@ -366,9 +365,8 @@ def nt_xent_cuda(
             temperature,
             loss.data_ptr(),
             dz.data_ptr(),
-            workspace.data_ptr(),
-            stream,
         )
+        _run(lambda workspace: call(workspace, stream), z0)
     return loss, dz
 
 
@@ -497,11 +495,6 @@ def _outputs(z: Tensor, *shapes: int | tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def _run(call: Callable[[int], int], z: Tensor) -> None:
-    """Asks a function of C++, by no workspace, how large it has to be, and calls it with one."""
-    workspace = _workspace(z, call(0))
+    """Calls a function of C++ with a workspace beside `z`, whose size it returns without one."""
+    workspace = z.new_empty(call(0), dtype=torch.uint8)
     call(workspace.data_ptr())
-
-
-def _workspace(z: Tensor, size: int) -> Tensor:
-    """Memory beside `z`, of `size` bytes."""
-    return z.new_empty(size, dtype=torch.uint8)

@@ -1,13 +1,17 @@
-// A view after another, each by one thread in memory that stays in its caches.
+// A thread makes one view after another, in memory that stays in its caches.
 //
-// Resizing is separable: a row of the view is the weighted sum of some rows of the crop, whole
-// lines of bytes in the order they lie in, and its pixels are weighted sums of that line's, all
-// channels of one in a vector. From there on the view is three planes of floats, on which the
-// colours work a vector of pixels after another, all steps of the order in registers. Contrast
-// splits the order in two, since it waits for the mean of the view. Blur is separable too: a
-// plane's rows are blurred along themselves into a ring of as many rows as the kernel is high.
+// Resizing is separable. For a row of the view, the rows of the crop that it covers are first added
+// up with weights: a line of bytes at a time, in the order in which they lie in memory. Then each
+// pixel is a weighted sum of that line's pixels, with all channels of a pixel in one vector.
 //
-// A view depends on its image and its parameters alone: threads do not show in the result.
+// From there on the view is three planes of floats. The color jitter takes a vector of pixels
+// through all of its steps in registers. Contrast needs the mean of the whole view, so it splits
+// the steps into those before it and the rest.
+//
+// Blur is separable too. The rows of a plane are blurred along themselves into a ring of as many
+// rows as the kernel is high, from which the blurred rows of the plane are made.
+//
+// A view depends on its image and its parameters alone, and so not on the number of threads.
 #include <math.h>
 #include <string.h>
 
@@ -21,10 +25,11 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// Pixels that are coloured or finished at a time: their three channels stay in the L1 cache.
+// How many pixels are colored or finished at a time. Their three channels stay in the L1 cache.
 constexpr int64_t kChunk = 1024;
 constexpr int64_t kColumns = 16;
 
+// Columns of the parameters. Four begin at kOrder and four at kFactors.
 enum Column {
   kTop,
   kLeft,
@@ -33,29 +38,30 @@ enum Column {
   kFlip,
   kOrder,
   kFactors = 9,
-  kGrey = 13,
+  kGrayscale = 13,
   kSigma,
   kSolarize
 };
+// Steps of the color jitter, by their numbers in the order.
 enum Color { kBrightness, kContrast, kSaturation, kHue };
 
-// For each pixel of a resized line the source pixels it is made of.
+// For each pixel of a resized line, the source pixels that it is made of.
 struct Taps {
   int64_t most;
   int32_t* first;  // [size]
-  int32_t* count;  // [size] up to `most`
+  int32_t* count;  // [size] at most `most`
   float* weights;  // [size, most] 0 from count on
 };
 
 struct Scratch {
   Taps y, x;
   float* line;       // a row of the view before it is resized along itself
-  float* planes[3];  // [size, size] in whole vectors
-  // of the blur
-  float* gauss;        // [radius + 1]
-  float* padded;       // a row of a plane with what is reflected at its ends
+  float* planes[3];  // [size, size] each, in whole vectors
+  // for the blur:
+  float* gauss;        // [radius + 1] weights by distance
+  float* padded;       // a row of a plane, reflected at both ends
   float* ring;         // [2 radius + 1, pitch] rows that are blurred along themselves
-  const float** rows;  // [2 radius + 1] of them, those around a row of the result
+  const float** rows;  // [2 radius + 1] the rows of the ring around one row of the result
   int64_t pitch;
   int64_t bytes;
 };
@@ -67,7 +73,7 @@ struct Image {
 
 int64_t blur_radius(int64_t size) { return size < 40 ? 1 : size / 20; }
 
-// Taps of the view's pixels for a crop of `length`, at most.
+// The most taps that a pixel of the view has for a crop of `length`.
 int64_t most_taps(int64_t length, int64_t size, bool bicubic) {
   const float scale = float(length) / float(size);
   return int64_t(ceilf((bicubic ? 4.f : 2.f) * (scale > 1.f ? scale : 1.f)));
@@ -91,7 +97,7 @@ Scratch carve(const AugmentArgs& args, unsigned char* base) {
     each->count = carver.take<int32_t>(size);
     each->weights = carver.take<float>(size * taps);
   }
-  // a vector of four is loaded at every tap of the last pixel, some past the line
+  // at every tap of the last pixel a vector of four floats is loaded, some of them past the line
   s.line = carver.take<float>(3 * (longest + taps) + 4);
   for (float*& plane : s.planes) plane = carver.take<float>(round_up(size * size, kWidth));
   s.pitch = round_up(size, kWidth);
@@ -103,7 +109,7 @@ Scratch carve(const AugmentArgs& args, unsigned char* base) {
   return s;
 }
 
-// What a source pixel at a distance counts; Keys' cubic has a = -1/2.
+// The weight of a source pixel at a distance. The cubic filter is Keys' with a = -1/2.
 CLAE_FAST_INLINE float filter(float distance, bool bicubic) {
   const float x = distance < 0.f ? -distance : distance;
   if (!bicubic) return x < 1.f ? 1.f - x : 0.f;
@@ -111,8 +117,9 @@ CLAE_FAST_INLINE float filter(float distance, bool bicubic) {
   return x < 2.f ? ((-0.5f * x + 2.5f) * x - 4.f) * x + 2.f : 0.f;
 }
 
-// Taps of `size` pixels over a crop of `length`, the last pixel first where `mirrored`; weights add
-// up to `sum`. The filter covers more pixels where it shrinks the crop, which is the antialiasing.
+// Finds the taps of `size` pixels over a crop of `length`, with the last pixel first where
+// `mirrored`. Weights add up to `sum`. Where the crop shrinks, the filter covers more pixels: that
+// is the antialiasing.
 void find_taps(int64_t length, int64_t size, bool bicubic, bool mirrored, float sum, Taps* taps) {
   const float scale = float(length) / float(size);
   const float stretch = scale > 1.f ? scale : 1.f;
@@ -122,8 +129,7 @@ void find_taps(int64_t length, int64_t size, bool bicubic, bool mirrored, float 
     const float center = scale * (float(i) + 0.5f);
     const int64_t low = int64_t(center - radius + 0.5f), high = int64_t(center + radius + 0.5f);
     const int64_t first = low < 0 ? 0 : low;
-    int64_t count = (high < length ? high : length) - first;
-    count = count < taps->most ? count : taps->most;
+    const int64_t count = smaller(smaller(high, length) - first, taps->most);
     const int64_t at = mirrored ? size - 1 - i : i;
     float* weights = taps->weights + at * taps->most;
     float total = 0.f;
@@ -138,7 +144,7 @@ void find_taps(int64_t length, int64_t size, bool bicubic, bool mirrored, float 
   }
 }
 
-// Adds a few lines' weighted bytes to `out`, or begins it with them.
+// Adds the weighted bytes of a few lines to `out`, or with `begin` sets it to them.
 template <int taps, int spread>
 void add_lines(const uint8_t* const* lines,
                const float* weights,
@@ -153,7 +159,8 @@ void add_lines(const uint8_t* const* lines,
   }
 }
 
-// The weighted sum of `taps` lines of bytes, the first from `bytes` on, `spread` apart in `out`.
+// Makes the weighted sum of `taps` lines of bytes, `row` bytes apart. Numbers are `stride` bytes
+// apart in a line, and `spread` apart in `out`.
 template <int spread>
 void weigh_lines(const uint8_t* bytes,
                  int64_t row,
@@ -182,7 +189,7 @@ void weigh_lines(const uint8_t* bytes,
   }
 }
 
-// Row y of the view before it is resized along itself: [width, 3].
+// Makes row y of the view before it is resized along itself: line [width, 3].
 void resize_down(const Image& crop, int64_t width, const Taps& taps, int64_t y, float* line) {
   const uint8_t* bytes = crop.pixels + taps.first[y] * crop.row;
   const float* weights = taps.weights + y * taps.most;
@@ -196,6 +203,7 @@ void resize_down(const Image& crop, int64_t width, const Taps& taps, int64_t y, 
   }
 }
 
+// Resizes the line along itself, to a row of each plane.
 void resize_along(const float* line, const Taps& taps, int64_t size, float* const* rows) {
   typedef float Pixel __attribute__((vector_size(16)));
   for (int64_t x = 0; x < size; ++x) {
@@ -216,9 +224,8 @@ struct Pixels {
   Vec r, g, b;
 };
 
-CLAE_FAST_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
-CLAE_FAST_INLINE Vec clamp(Vec x) { return smaller(maximum(x, Vec{}), splat(1.f)); }
-CLAE_FAST_INLINE Vec grey(const Pixels& p) { return 0.2989f * p.r + 0.587f * p.g + 0.114f * p.b; }
+CLAE_FAST_INLINE Vec clamp(Vec x) { return minimum(maximum(x, Vec{}), splat(1.f)); }
+CLAE_FAST_INLINE Vec gray(const Pixels& p) { return 0.2989f * p.r + 0.587f * p.g + 0.114f * p.b; }
 
 CLAE_FAST_INLINE Pixels load_pixels(const float* const* planes, int64_t at) {
   return {load(planes[0] + at), load(planes[1] + at), load(planes[2] + at)};
@@ -234,18 +241,18 @@ CLAE_FAST_INLINE void blend(Pixels& p, Vec other, float factor) {
   p = {clamp(p.r * factor + other), clamp(p.g * factor + other), clamp(p.b * factor + other)};
 }
 
-// A channel of a color; `hue` and where the channel's ramp begins are in sixths of a turn,
-// positive.
+// One channel of a color. `hue` is in sixths of a turn, as is `first`, which tells the channels
+// apart; both are positive.
 CLAE_FAST_INLINE Vec of_hue(Vec hue, float first, Vec high, Vec chroma) {
   Vec k = hue + first;
   k -= 6.f * __builtin_convertvector(__builtin_convertvector(k * (1.f / 6.f), IVec), Vec);
-  return high - chroma * clamp(smaller(k, 4.f - k));
+  return high - chroma * clamp(minimum(k, 4.f - k));
 }
 
 // Turns the hue by `shift` turns, from 0 to 1.
 CLAE_FAST_INLINE void turn_hue(Pixels& p, float shift) {
   const Vec high = maximum(p.r, maximum(p.g, p.b));
-  const Vec chroma = high - smaller(p.r, smaller(p.g, p.b));
+  const Vec chroma = high - minimum(p.r, minimum(p.g, p.b));
   const Vec inverse = 1.f / (chroma == Vec{} ? splat(1.f) : chroma);
   Vec hue = high == p.g ? (p.b - p.r) * inverse + 2.f : (p.r - p.g) * inverse + 4.f;
   hue = (high == p.r ? (p.g - p.b) * inverse : hue) + 6.f * shift;
@@ -268,7 +275,7 @@ CLAE_FAST_INLINE void recolor(Pixels& p, const Step* begin, const Step* end, flo
         blend(p, splat(mean), step->factor);
         break;
       case kSaturation:
-        blend(p, grey(p), step->factor);
+        blend(p, gray(p), step->factor);
         break;
       default:
         turn_hue(p, step->factor);
@@ -276,11 +283,10 @@ CLAE_FAST_INLINE void recolor(Pixels& p, const Step* begin, const Step* end, flo
   }
 }
 
-// A view's colours, those that change nothing left out: up to the contrast, which waits for the
-// mean, and from it on.
+// The steps of a view's color jitter, without those that change nothing.
 struct Colors {
   Step steps[4];
-  const Step* contrast;
+  const Step* contrast;  // the first step that needs the view's mean, or end
   const Step* end;
 
   explicit Colors(const float* params) {
@@ -300,8 +306,8 @@ struct Colors {
   Colors(const Colors&) = delete;
 };
 
-// The crop's values from `begin` to before `end`, whole vectors, cut to [0, 1] and with the first
-// colours. Returns the sum of the grey of those before `pixels`.
+// Clamps the values from `begin` to before `end`, whole vectors, to [0, 1], and takes the steps
+// before contrast. Returns the sum of the gray of those before `pixels`.
 double begin_colors(float* const* planes,
                     const Colors& colors,
                     int64_t begin,
@@ -314,7 +320,7 @@ double begin_colors(float* const* planes,
     p = {clamp(p.r), clamp(p.g), clamp(p.b)};
     recolor(p, colors.steps, colors.contrast, 0.f);
     store_pixels(p, planes, i);
-    const Vec light = grey(p);
+    const Vec light = gray(p);
     if (i + kWidth <= pixels) {
       sum += light;
     } else {
@@ -324,7 +330,7 @@ double begin_colors(float* const* planes,
   return double(horizontal_sum(sum)) + double(rest);
 }
 
-// Cuts the crop out, resizes it and begins its colours. Returns the sum of the view's grey.
+// Resizes the crop and takes the color steps before contrast. Returns the sum of the view's gray.
 double begin_view(const AugmentArgs& args,
                   const Image& image,
                   const float* params,
@@ -354,22 +360,22 @@ double begin_view(const AugmentArgs& args,
   return sum;
 }
 
-// The other colours and grey, in place.
+// Takes the other color steps, and the one to grayscale.
 void end_colors(float* const* planes,
                 const Colors& colors,
-                bool to_grey,
+                bool grayscale,
                 float mean,
                 int64_t begin,
                 int64_t end) {
   for (int64_t i = begin; i < end; i += kWidth) {
     Pixels p = load_pixels(planes, i);
     recolor(p, colors.contrast, colors.end, mean);
-    if (to_grey) p.r = p.g = p.b = grey(p);
+    if (grayscale) p.r = p.g = p.b = gray(p);
     store_pixels(p, planes, i);
   }
 }
 
-// The sum of row(0) and what lies at each distance to both sides of it, weighted by the distance.
+// The weighted sum of row(0) and of its neighbors on both sides, up to a distance of `radius`.
 template <class Row>
 CLAE_FAST_INLINE Vec blurred(const float* weights, int64_t radius, Row row) {
   Vec sum = weights[0] * row(0);
@@ -377,7 +383,7 @@ CLAE_FAST_INLINE Vec blurred(const float* weights, int64_t radius, Row row) {
   return sum;
 }
 
-// A row of a plane, blurred along itself and reflected at its ends.
+// Blurs a row of a plane along itself; it is reflected at its ends.
 void blur_along(const float* from, int64_t size, int64_t radius, const Scratch& s, float* to) {
   memcpy(s.padded + radius, from, sizeof(float) * size);
   for (int64_t d = 1; d <= radius; ++d) {
@@ -390,7 +396,7 @@ void blur_along(const float* from, int64_t size, int64_t radius, const Scratch& 
   }
 }
 
-// Gaussian blur of a plane in place.
+// Blurs a plane in place.
 void blur(float* plane, int64_t size, const Scratch& s) {
   const int64_t radius = blur_radius(size), height = 2 * radius + 1;
   for (int64_t below = 0; below < size + radius; ++below) {
@@ -408,8 +414,8 @@ void blur(float* plane, int64_t size, const Scratch& s) {
     float* to = plane + y * size;
     for (int64_t x = 0; x < size; x += kWidth) {
       const Vec sum = blurred(s.gauss, radius, [=](int64_t d) { return load(center[d] + x); });
-      // rows below are not in the ring yet
-      memcpy(to + x, &sum, sizeof(float) * (size - x < kWidth ? size - x : kWidth));
+      // a whole vector could overwrite the next row, which is not in the ring yet
+      memcpy(to + x, &sum, sizeof(float) * smaller(size - x, kWidth));
     }
   }
 }
@@ -434,7 +440,7 @@ struct Fp16 {
   static CLAE_FAST_INLINE uint16_t store(float value) { return nearest_fp16(value); }
 };
 
-// Up to kChunk finished pixels, those from `begin` on, to the view.
+// Writes up to kChunk finished pixels to the view, from pixel `begin` on.
 template <class T>
 void write(const float (*pixels)[kChunk],
            int64_t begin,
@@ -454,7 +460,7 @@ void write(const float (*pixels)[kChunk],
   }
 }
 
-// Solarization, the range and the normalization of the pixels from `begin` to before `end`.
+// Solarizes, clamps, normalizes and writes the pixels from `begin` to before `end`.
 void finish(const float* const* planes,
             int64_t begin,
             int64_t end,
@@ -473,7 +479,7 @@ void finish(const float* const* planes,
     }
   }
   const int64_t area = args.size * args.size;
-  const int64_t count = (end < area ? end : area) - begin;
+  const int64_t count = smaller(end, area) - begin;
   if (args.dtype == DType::fp16) {
     write<Fp16>(pixels, begin, count, args, static_cast<uint16_t*>(args.out) + view * 3 * area);
   } else {
@@ -499,36 +505,30 @@ void make_view(const AugmentArgs& args, int64_t view, Scratch* s) {
   const bool blurs = params[kSigma] != 0.f, solarize = params[kSolarize] != 0.f;
   const int64_t padded = round_up(size * size, kWidth);
   for (int64_t begin = 0; begin < padded; begin += kChunk) {
-    const int64_t end = begin + kChunk < padded ? begin + kChunk : padded;
-    end_colors(s->planes, colors, params[kGrey] != 0.f, mean, begin, end);
+    const int64_t end = smaller(begin + kChunk, padded);
+    end_colors(s->planes, colors, params[kGrayscale] != 0.f, mean, begin, end);
     if (!blurs) finish(s->planes, begin, end, solarize, args, view);
   }
   if (!blurs) return;
   find_gauss(params[kSigma], blur_radius(size), s->gauss);
   for (float* plane : s->planes) blur(plane, size, *s);
   for (int64_t begin = 0; begin < padded; begin += kChunk) {
-    const int64_t end = begin + kChunk < padded ? begin + kChunk : padded;
-    finish(s->planes, begin, end, solarize, args, view);
+    finish(s->planes, begin, smaller(begin + kChunk, padded), solarize, args, view);
   }
-}
-
-int team_of(const AugmentArgs& args) {
-  return args.threads < 2 * args.N ? args.threads : int(2 * args.N);
 }
 
 }  // namespace
 
-int64_t augment_workspace(const AugmentArgs& args) {
-  return team_of(args) * carve(args, nullptr).bytes;
-}
-
-void augment(const AugmentArgs& args) {
+int64_t augment(const AugmentArgs& args) {
+  const int threads = int(smaller(args.threads, 2 * args.N));
   const int64_t bytes = carve(args, nullptr).bytes;
-  parallel(team_of(args), [&](Team& team, int rank) {
+  if (!args.workspace) return threads * bytes;
+  parallel(threads, [&](Team& team, int rank) {
     Scratch s = carve(args, args.workspace + rank * bytes);
-    // both views of a sample are a thread's, and cost it what they cost another
+    // views are dealt out in turn, so that all threads get about the same work
     for (int64_t view = rank; view < 2 * args.N; view += team.size()) make_view(args, view, &s);
   });
+  return 0;
 }
 
 }  // namespace CLAE_FAST_ISA

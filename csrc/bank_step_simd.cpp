@@ -1,10 +1,14 @@
 // A step of the bank in two passes over its rows, neither of which stores a matrix of similarities.
 //
-// The first, which losses that are known make needless, sums exponentials for every anchor's
-// denominator: 2 N K D FLOPs. In the second a tile of the bank, its rows, meets all anchors again.
-// Its weights p c, with c what an anchor counts, are multiplied with the anchors while they are
-// hot, 4 N K D in all, and the tile's rows go through gradient, velocity and update before the next
-// tile comes. The positive's 1 - p is the share q of the negatives, of which nothing cancels.
+// p is the softmax of an anchor over its negatives and its positive, c what the anchor counts, and
+// q the share of its negatives. q is 1 - p of the positive, but it is computed from the negatives,
+// so that nothing cancels.
+//
+// The first pass sums exponentials for every anchor's denominator, in 2 N K D FLOPs. It is left out
+// where the anchors' losses are known. In the second pass a tile of the bank's rows meets all
+// anchors: their weights c p are multiplied with the anchors while these are in the cache, in
+// 4 N K D FLOPs. Then the tile's rows go through gradient, velocity and update before the next tile
+// comes.
 #include "bank_step.h"
 #include "row_sums.h"
 
@@ -13,16 +17,16 @@ namespace CLAE_FAST_ISA {
 namespace {
 
 struct Scratch {
-  int64_t groups, key_tiles, bank_tiles;
-  RowSums<Fp32> sums;  // of the anchors, over the negatives
-  float* log_den;      // [padded] to base 2
-  float* weight;       // [padded]
-  float* share;        // [padded] weight q
-  int* next;           // [2] the next task of either pass
+  int64_t key_tiles;   // of the sums' columns the first are keys, the others entries of the bank
+  RowSums<Fp32> sums;  // of the anchors, over their negatives
+  float* log_den;      // [padded] the denominator's logarithm to base 2
+  float* weight;       // [padded] c
+  float* share;        // [padded] c q
+  int* next;           // [2] the next task of each pass
   int64_t bytes;
 };
 
-// What every thread has of its own: a tile of columns, and the gradient of its rows.
+// Every thread has a tile of columns of its own, and the gradient of its rows.
 struct Tile {
   Packed<Fp32> rows;  // [kMaxBlock, D]
   float* du;          // [kMaxBlock, rows.width]
@@ -35,22 +39,12 @@ Tile carve_tile(Carver& carver, int64_t D) {
   return tile;
 }
 
-int64_t tile_bytes(int64_t D) {
-  Carver counted{nullptr};
-  carve_tile(counted, D);
-  return counted.bytes;
-}
-
-constexpr int64_t tiles_of(int64_t rows) { return (rows + kMaxBlock - 1) / kMaxBlock; }
-
 Scratch carve(const BankStepArgs& args) {
   Scratch s;
-  s.groups = (args.N + kGroup - 1) / kGroup;
   s.key_tiles = args.positive ? 0 : tiles_of(args.N);
-  s.bank_tiles = tiles_of(args.K);
-  const int64_t chunks = smaller(s.key_tiles + s.bank_tiles, (kTasks + s.groups - 1) / s.groups);
+  const int64_t tiles = s.key_tiles + tiles_of(args.K);
   Carver carver{args.workspace};
-  s.sums = carve_sums<Fp32>(carver, args.N, args.D, chunks, /*vectors=*/false);
+  s.sums = carve_sums<Fp32>(carver, args.N, args.D, tiles, /*vectors=*/false);
   s.log_den = carver.take<float>(s.sums.padded);
   s.weight = carver.take<float>(s.sums.padded);
   s.share = carver.take<float>(s.sums.padded);
@@ -61,7 +55,8 @@ Scratch carve(const BankStepArgs& args) {
 
 Rows bank_rows(const BankStepArgs& args) { return {args.bank, DType::fp32, args.D}; }
 
-// The positives of a block of anchors from I on, in the logits of a tile of the bank from J on.
+// Sets to -inf the positives of the anchors from I on, in the logits of the tile of the bank from J
+// on.
 void exclude_positives(const BankStepArgs& args,
                        int64_t I,
                        int64_t anchors,
@@ -74,7 +69,7 @@ void exclude_positives(const BankStepArgs& args,
   }
 }
 
-// Adds tile number t of all columns, keys and then bank, to the sums of anchors from I on.
+// Adds tile t of the columns, `k`, to the sums of the anchors from I on.
 void add_columns(const Scratch& s,
                  const BankStepArgs& args,
                  int64_t chunk,
@@ -84,14 +79,15 @@ void add_columns(const Scratch& s,
   const int64_t anchors = smaller(args.N - I, kMaxBlock);
   if (t >= s.key_tiles) {
     const int64_t J = (t - s.key_tiles) * kMaxBlock, entries = smaller(args.K - J, kMaxBlock);
-    add_tile(s.sums, chunk, I, anchors, k.rows, entries, args.temperature,
+    add_tile(s.sums, chunk, I, k.rows, entries, args.temperature,
              [&](float* y) { exclude_positives(args, I, anchors, J, entries, y); });
     return;
   }
   const int64_t n = args.N / args.views;
   const int64_t J = t * kMaxBlock, keys = smaller(args.N - J, kMaxBlock);
+  // no anchor and key of these blocks are of the same view
   if (J / n > (I + anchors - 1) / n || I / n > (J + keys - 1) / n) return;
-  add_tile(s.sums, chunk, I, anchors, k.rows, keys, args.temperature, [&](float* y) {
+  add_tile(s.sums, chunk, I, k.rows, keys, args.temperature, [&](float* y) {
     for (int64_t j = 0; j < keys; ++j) {
       for (int64_t i = 0; i < anchors; ++i) {
         const bool negative = (I + i) / n == (J + j) / n && I + i != J + j;
@@ -101,27 +97,16 @@ void add_columns(const Scratch& s,
   });
 }
 
-void sum_denominators(const Scratch& s, const BankStepArgs& args, const Tile& k) {
-  for (;;) {
-    const int64_t task = __atomic_fetch_add(s.next, 1, __ATOMIC_RELAXED);
-    if (task >= s.groups * s.sums.chunks) break;
-    const int64_t chunk = task / s.groups, begin = task % s.groups * kGroup;
-    const int64_t end = smaller(begin + kGroup, args.N);
-    clear(s.sums, chunk, begin, end);
-    const Range tiles = chunk_of(s.key_tiles + s.bank_tiles, s.sums, chunk);
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      if (t < s.key_tiles) {
-        pack_rows(k.rows, 0, kMaxBlock, args.keys, t * kMaxBlock, args.N);
-      } else {
-        const int64_t J = (t - s.key_tiles) * kMaxBlock;
-        pack_rows(k.rows, 0, kMaxBlock, bank_rows(args), J, args.K);
-      }
-      for (int64_t I = begin; I < end; I += kMaxBlock) add_columns(s, args, chunk, I, k, t);
-    }
+// Packs tile t of the columns.
+void pack_columns(const Scratch& s, const BankStepArgs& args, const Tile& k, int64_t t) {
+  if (t < s.key_tiles) {
+    pack_rows(k.rows, 0, kMaxBlock, args.keys, t * kMaxBlock, args.N);
+  } else {
+    pack_rows(k.rows, 0, kMaxBlock, bank_rows(args), (t - s.key_tiles) * kMaxBlock, args.K);
   }
 }
 
-// What the bank's gradient needs of an anchor; `k` has room for a row.
+// Makes what the bank's gradient needs of anchor i. The positive is packed into row 0 of `k`.
 void finish_anchor(const Scratch& s, const BankStepArgs& args, const Packed<Fp32>& k, int64_t i) {
   if (args.positive) {
     pack_row(k, 0, bank_rows(args), args.positive[i]);
@@ -144,15 +129,16 @@ void finish_anchor(const Scratch& s, const BankStepArgs& args, const Packed<Fp32
   s.share[i] = float(weight * q);
 }
 
-// du = sum over anchors of c p u for a tile of the bank from J on.
+// Sums c p u over the anchors, with their unit rows u, for the tile of the bank from J on.
 void sum_anchors(const Scratch& s, const BankStepArgs& args, const Tile& w, int64_t J) {
   alignas(64) float y[kMaxBlock * kMaxBlock];
+  const float scale = float(kLog2e / args.temperature);
   const Packed<Fp32>& u = s.sums.u;
   const int64_t entries = smaller(args.K - J, kMaxBlock), rows = round_up(entries, kRows);
   memset(w.du, 0, kMaxBlock * w.rows.width * sizeof *w.du);
   for (int64_t I = 0; I < args.N; I += kMaxBlock) {
     const int64_t anchors = smaller(args.N - I, kMaxBlock);
-    logits(w.rows, entries, u, I, anchors, args.temperature, y);
+    store_similarities(w.rows, 0, entries, u, I, anchors, scale, y, kMaxBlock);
     exclude_positives(args, I, anchors, J, entries, y);
     for (int64_t j = 0; j < rows; ++j) {
       for (int64_t i = 0; i < round_up(anchors, kCols); i += kWidth) {
@@ -171,6 +157,7 @@ void sum_anchors(const Scratch& s, const BankStepArgs& args, const Tile& w, int6
   }
 }
 
+// Moves the tile's rows by their gradient.
 void update(const BankStepArgs& args, const Tile& w, int64_t J) {
   const int64_t entries = smaller(args.K - J, kMaxBlock);
   for (int64_t j = 0; j < entries; ++j) {
@@ -187,25 +174,23 @@ void update(const BankStepArgs& args, const Tile& w, int64_t J) {
 
 }  // namespace
 
-int64_t bank_step_workspace(const BankStepArgs& args) {
-  return carve(args).bytes + args.threads * tile_bytes(args.D);
-}
-
-void bank_step(const BankStepArgs& args) {
+int64_t bank_step(const BankStepArgs& args) {
   const Scratch s = carve(args);
+  const int64_t tile_bytes = bytes_of([&](Carver& own) { carve_tile(own, args.D); });
+  if (!args.workspace) return s.bytes + args.threads * tile_bytes;
+
   s.next[0] = s.next[1] = 0;
   parallel(args.threads, [&](Team& team, int rank) {
-    Carver carver{args.workspace, s.bytes + rank * tile_bytes(args.D)};
-    const Tile tile = carve_tile(carver, args.D);
-    const Range blocks = share(s.sums.padded / kMaxBlock, team, rank);
-    const int64_t begin = blocks.begin * kMaxBlock, end = blocks.end * kMaxBlock;
-    pack_rows(s.sums.u, begin, end, args.anchor, begin, args.N);
-    pack_panels(s.sums.u, begin, end);
-    for (int64_t i = begin > args.N ? begin : args.N; i < end; ++i) {
-      s.log_den[i] = s.weight[i] = 0;
-    }
+    Carver own{args.workspace, s.bytes + rank * tile_bytes};
+    const Tile tile = carve_tile(own, args.D);
+    const Range packed = pack_share(s.sums, args.anchor, team, rank);
+    for (int64_t i = packed.begin; i < packed.end; ++i) s.log_den[i] = s.weight[i] = 0;
     team.barrier();
-    if (!args.losses) sum_denominators(s, args, tile);
+    if (!args.losses) {
+      add_tiles(
+          s.sums, s.next, [&](int64_t t) { pack_columns(s, args, tile, t); },
+          [&](int64_t chunk, int64_t I, int64_t t) { add_columns(s, args, chunk, I, tile, t); });
+    }
     team.barrier();
     const Range rows = share(args.N, team, rank);
     for (int64_t i = rows.begin; i < rows.end; ++i) finish_anchor(s, args, tile.rows, i);
@@ -218,6 +203,7 @@ void bank_step(const BankStepArgs& args) {
       update(args, tile, J);
     }
   });
+  return 0;
 }
 
 }  // namespace CLAE_FAST_ISA

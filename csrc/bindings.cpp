@@ -1,8 +1,11 @@
-// The only file that knows Python: raw addresses in, exceptions out, the GIL released.
+// The Python module `_C`, and the only file that knows Python. Python passes addresses as integers,
+// C++ exceptions become Python's, and an op runs without the GIL.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "augment.h"
 #include "bank_step.h"
@@ -18,284 +21,170 @@
 
 namespace py = pybind11;
 
+namespace clae_fast {
 namespace {
 
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// What Python passes for a field of an op's arguments: numbers as they are, ...
+template <class Field, bool = std::is_class_v<Field>>
+struct Passed {
+  using Type = Field;
+  static Field convert(Field value) { return value; }
+};
+
+// ... for memory its address, ...
+template <class Element>
+struct Passed<Element*, false> {
+  using Type = std::uintptr_t;
+  static Element* convert(std::uintptr_t address) { return reinterpret_cast<Element*>(address); }
+};
+
+// ... for a struct of numbers the address of an array of them, ...
+template <class Struct>
+struct Passed<Struct, true> {
+  using Type = std::uintptr_t;
+  static Struct convert(std::uintptr_t address) { return *reinterpret_cast<Struct*>(address); }
+};
+
+// ... for rows their address, dtype and the elements from row to row, ...
+template <>
+struct Passed<Rows> {
+  using Type = std::tuple<std::uintptr_t, int, int64_t>;
+  static Rows convert(const Type& rows) {
+    const auto [address, dtype, stride] = rows;
+    return {reinterpret_cast<const void*>(address), DType(dtype), stride};
+  }
+};
+
+// ... for a dtype its number, and for an instruction set its name.
+template <>
+struct Passed<DType> {
+  using Type = int;
+  static DType convert(int number) { return DType(number); }
+};
+
+template <>
+struct Passed<Isa> {
+  using Type = std::string;
+  static Isa convert(const std::string& name) { return parse_isa(name); }
+};
+
+// Makes `op` a function of the module, whose arguments are the given fields of Args in that order.
+template <class Result, class Args, class... Owners, class... Fields>
+void bind(py::module_& m, const char* name, Result (*op)(const Args&), Fields Owners::*... fields) {
+  m.def(name, [=](typename Passed<Fields>::Type... values) {
+    Args args{};
+    ((args.*fields = Passed<Fields>::convert(values)), ...);
+    py::gil_scoped_release nogil;
+    return op(args);
+  });
 }
 
-// address, dtype, elements from row to row
-using PyRows = std::tuple<std::uintptr_t, int, int64_t>;
-
-clae_fast::Rows rows(const PyRows& z) {
-  return {pointer<const void>(std::get<0>(z)), clae_fast::DType(std::get<1>(z)), std::get<2>(z)};
+void register_nt_xent(py::module_& m) {
+  using Args = TwoViewsArgs;
+  bind(m, "nt_xent", nt_xent, &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D,
+       &Args::temperature, &Args::threads, &Args::loss, &Args::dz, &Args::workspace);
+#ifdef CLAE_FAST_CUDA
+  using Cuda = NtXentCudaArgs;
+  bind(m, "nt_xent_cuda", nt_xent_cuda, &Cuda::z0, &Cuda::z1, &Cuda::dtype, &Cuda::row_stride0,
+       &Cuda::column_stride0, &Cuda::row_stride1, &Cuda::column_stride1, &Cuda::N, &Cuda::D,
+       &Cuda::temperature, &Cuda::loss, &Cuda::dz, &Cuda::workspace, &Cuda::stream);
+#endif
 }
 
-clae_fast::LinfStepArgs linf_step_args(std::uintptr_t x,
-                                       std::uintptr_t grad,
-                                       std::uintptr_t x0,
-                                       std::uintptr_t out,
-                                       int x_dtype,
-                                       int grad_dtype,
-                                       int64_t size,
-                                       std::uintptr_t bounds,
-                                       int64_t channels,
-                                       int64_t channel_stride) {
-  return {pointer<void>(x),
-          pointer<void>(grad),
-          pointer<void>(x0),
-          pointer<void>(out),
-          clae_fast::DType(x_dtype),
-          clae_fast::DType(grad_dtype),
-          size,
-          pointer<const float>(bounds),
-          channels,
-          channel_stride};
+void register_tied_nt_xent(py::module_& m) {
+  using Args = TiedNtXentArgs;
+  bind(m, "tied_nt_xent", tied_nt_xent, &Args::isa, &Args::z, &Args::N, &Args::D,
+       &Args::temperature, &Args::threads, &Args::dz, &Args::workspace);
+}
+
+void register_hard_nt_xent(py::module_& m) {
+  using Args = HardNtXentArgs;
+  bind(m, "hard_nt_xent", hard_nt_xent, &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D,
+       &Args::temperature, &Args::beta, &Args::tau_plus, &Args::detach_weights, &Args::threads,
+       &Args::loss, &Args::dz, &Args::workspace);
+}
+
+void register_info_nce(py::module_& m) {
+  using Args = InfoNceArgs;
+  bind(m, "info_nce", info_nce, &Args::isa, &Args::anchor, &Args::keys, &Args::positive,
+       &Args::weight, &Args::N, &Args::M, &Args::D, &Args::temperature, &Args::symmetric,
+       &Args::mean, &Args::threads, &Args::loss, &Args::danchor, &Args::dkeys, &Args::workspace);
+}
+
+void register_bank_step(py::module_& m) {
+  using Args = BankStepArgs;
+  bind(m, "bank_step", bank_step, &Args::isa, &Args::bank, &Args::velocity, &Args::anchor,
+       &Args::keys, &Args::positive, &Args::weight, &Args::losses, &Args::K, &Args::N, &Args::D,
+       &Args::views, &Args::temperature, &Args::lr, &Args::momentum, &Args::weight_decay,
+       &Args::threads, &Args::workspace);
+}
+
+void register_uel(py::module_& m) {
+  using Args = TwoViewsArgs;
+  bind(m, "uel", uel, &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D, &Args::temperature,
+       &Args::threads, &Args::loss, &Args::dz, &Args::workspace);
+}
+
+void register_topk_similarity(py::module_& m) {
+  using Args = TopkSimilarityArgs;
+  bind(m, "topk_similarity", topk_similarity, &Args::isa, &Args::anchor, &Args::keys,
+       &Args::exclude, &Args::N, &Args::M, &Args::D, &Args::E, &Args::k, &Args::threads,
+       &Args::values, &Args::indices, &Args::workspace);
+}
+
+void register_linf_step(py::module_& m) {
+  using Args = LinfStepArgs;
+  bind(m, "linf_step_cpu", linf_step, &Args::isa, &Args::x, &Args::grad, &Args::x0, &Args::out,
+       &Args::x_dtype, &Args::grad_dtype, &Args::size, &Args::bounds, &Args::channels,
+       &Args::channel_stride, &Args::threads);
+#ifdef CLAE_FAST_CUDA
+  using Cuda = LinfStepCudaArgs;
+  bind(m, "linf_step_cuda", linf_step_cuda, &Cuda::x, &Cuda::grad, &Cuda::x0, &Cuda::out,
+       &Cuda::x_dtype, &Cuda::grad_dtype, &Cuda::size, &Cuda::bounds, &Cuda::channels,
+       &Cuda::channel_stride, &Cuda::layout, &Cuda::bounds_on_device, &Cuda::stream);
+#endif
+}
+
+void register_stem_step([[maybe_unused]] py::module_& m) {
+#ifdef CLAE_FAST_CUDA
+  using Args = StemStepArgs;
+  bind(m, "stem_step_cuda", stem_step_cuda, &Args::dy, &Args::weight, &Args::x, &Args::out,
+       &Args::dy_dtype, &Args::weight_dtype, &Args::x_dtype, &Args::N, &Args::C, &Args::H, &Args::W,
+       &Args::size, &Args::strides, &Args::bounds, &Args::bounds_on_device, &Args::stream);
+#endif
+}
+
+void register_augment(py::module_& m) {
+  using Args = AugmentArgs;
+  bind(m, "augment", augment, &Args::isa, &Args::images, &Args::strides, &Args::offsets,
+       &Args::sizes, &Args::params, &Args::rows, &Args::N, &Args::size, &Args::bicubic, &Args::norm,
+       &Args::dtype, &Args::channels_last, &Args::threads, &Args::out, &Args::workspace);
 }
 
 }  // namespace
+}  // namespace clae_fast
 
 PYBIND11_MODULE(_C, m) {
+  using namespace clae_fast;
   m.attr("version") = CLAE_FAST_VERSION;
 #ifdef CLAE_FAST_CUDA
   m.attr("cuda") = true;
 #else
   m.attr("cuda") = false;
 #endif
-
   m.def("isas", [] {
     py::list names;
-    for (const auto& name : clae_fast::supported_isas()) names.append(name);
+    for (const auto& name : supported_isas()) names.append(name);
     return names;
   });
-
-  m.def("nt_xent_workspace",
-        [](const std::string& isa, int dtype, int64_t N, int64_t D, bool grad) {
-          return clae_fast::nt_xent_workspace(clae_fast::parse_isa(isa), clae_fast::DType(dtype), N,
-                                              D, grad);
-        });
-
-  m.def("nt_xent", [](const std::string& isa, const PyRows& z0, const PyRows& z1, int64_t N,
-                      int64_t D, float temperature, int threads, std::uintptr_t loss,
-                      std::uintptr_t dz, std::uintptr_t workspace) {
-    const auto chosen = clae_fast::parse_isa(isa);
-    py::gil_scoped_release nogil;
-    clae_fast::nt_xent(chosen,
-                       {rows(z0), rows(z1), N, D, temperature, threads, pointer<float>(loss),
-                        pointer<float>(dz), pointer<unsigned char>(workspace)});
-  });
-
-  m.def("tied_nt_xent_workspace", [](const std::string& isa, int dtype, int64_t N, int64_t D) {
-    return clae_fast::tied_nt_xent_workspace(clae_fast::parse_isa(isa), clae_fast::DType(dtype), N,
-                                             D);
-  });
-
-  m.def("tied_nt_xent",
-        [](const std::string& isa, const PyRows& z, int64_t N, int64_t D, float temperature,
-           int threads, std::uintptr_t dz, std::uintptr_t workspace) {
-          const auto chosen = clae_fast::parse_isa(isa);
-          py::gil_scoped_release nogil;
-          clae_fast::tied_nt_xent(chosen, {rows(z), N, D, temperature, threads, pointer<float>(dz),
-                                           pointer<unsigned char>(workspace)});
-        });
-
-  m.def("info_nce",
-        [](const std::string& isa, const PyRows& anchor, const PyRows& keys,
-           std::uintptr_t positive, std::uintptr_t weight, int64_t N, int64_t M, int64_t D,
-           float temperature, bool symmetric, bool mean, int threads, std::uintptr_t loss,
-           std::uintptr_t danchor, std::uintptr_t dkeys, std::uintptr_t workspace) {
-          const auto chosen = clae_fast::parse_isa(isa);
-          const clae_fast::InfoNceArgs args{rows(anchor),
-                                            rows(keys),
-                                            pointer<const int64_t>(positive),
-                                            pointer<const float>(weight),
-                                            N,
-                                            M,
-                                            D,
-                                            temperature,
-                                            symmetric,
-                                            mean,
-                                            threads,
-                                            pointer<float>(loss),
-                                            pointer<float>(danchor),
-                                            pointer<float>(dkeys),
-                                            pointer<unsigned char>(workspace)};
-          py::gil_scoped_release nogil;
-          // without a workspace the call tells how many bytes it takes
-          if (workspace == 0) return clae_fast::info_nce_workspace(chosen, args);
-          clae_fast::info_nce(chosen, args);
-          return int64_t(0);
-        });
-
-  m.def("hard_nt_xent",
-        [](const std::string& isa, const PyRows& z0, const PyRows& z1, int64_t N, int64_t D,
-           float temperature, float beta, float tau_plus, bool detach_weights, int threads,
-           std::uintptr_t loss, std::uintptr_t dz, std::uintptr_t workspace) {
-          const auto chosen = clae_fast::parse_isa(isa);
-          const clae_fast::HardNtXentArgs args{rows(z0),
-                                               rows(z1),
-                                               N,
-                                               D,
-                                               temperature,
-                                               beta,
-                                               tau_plus,
-                                               detach_weights,
-                                               threads,
-                                               pointer<float>(loss),
-                                               pointer<float>(dz),
-                                               pointer<unsigned char>(workspace)};
-          py::gil_scoped_release nogil;
-          if (workspace == 0) return clae_fast::hard_nt_xent_workspace(chosen, args);
-          clae_fast::hard_nt_xent(chosen, args);
-          return int64_t(0);
-        });
-
-  m.def("bank_step",
-        [](const std::string& isa, std::uintptr_t bank, std::uintptr_t velocity,
-           const PyRows& anchor, const PyRows& keys, std::uintptr_t positive, std::uintptr_t weight,
-           std::uintptr_t losses, int64_t K, int64_t N, int64_t D, int64_t views, float temperature,
-           float lr, float momentum, float weight_decay, int threads, std::uintptr_t workspace) {
-          const auto chosen = clae_fast::parse_isa(isa);
-          const clae_fast::BankStepArgs args{pointer<float>(bank),
-                                             pointer<float>(velocity),
-                                             rows(anchor),
-                                             rows(keys),
-                                             pointer<const int64_t>(positive),
-                                             pointer<const float>(weight),
-                                             pointer<const float>(losses),
-                                             K,
-                                             N,
-                                             D,
-                                             views,
-                                             temperature,
-                                             lr,
-                                             momentum,
-                                             weight_decay,
-                                             threads,
-                                             pointer<unsigned char>(workspace)};
-          py::gil_scoped_release nogil;
-          if (workspace == 0) return clae_fast::bank_step_workspace(chosen, args);
-          clae_fast::bank_step(chosen, args);
-          return int64_t(0);
-        });
-
-  m.def("uel_workspace",
-        [](const std::string& isa, int dtype, int64_t N, int64_t D, int threads, bool grad) {
-          return clae_fast::uel_workspace(clae_fast::parse_isa(isa), clae_fast::DType(dtype), N, D,
-                                          threads, grad);
-        });
-
-  m.def("uel", [](const std::string& isa, const PyRows& z0, const PyRows& z1, int64_t N, int64_t D,
-                  float temperature, int threads, std::uintptr_t loss, std::uintptr_t dz,
-                  std::uintptr_t workspace) {
-    const auto chosen = clae_fast::parse_isa(isa);
-    py::gil_scoped_release nogil;
-    clae_fast::uel(chosen, {rows(z0), rows(z1), N, D, temperature, threads, pointer<float>(loss),
-                            pointer<float>(dz), pointer<unsigned char>(workspace)});
-  });
-
-  m.def("topk_similarity",
-        [](const std::string& isa, const PyRows& anchor, const PyRows& keys, std::uintptr_t exclude,
-           int64_t N, int64_t M, int64_t D, int64_t E, int64_t k, int threads,
-           std::uintptr_t values, std::uintptr_t indices, std::uintptr_t workspace) {
-          const auto chosen = clae_fast::parse_isa(isa);
-          const clae_fast::TopkSimilarityArgs args{rows(anchor),
-                                                   rows(keys),
-                                                   pointer<const int64_t>(exclude),
-                                                   N,
-                                                   M,
-                                                   D,
-                                                   E,
-                                                   k,
-                                                   threads,
-                                                   pointer<float>(values),
-                                                   pointer<int64_t>(indices),
-                                                   pointer<unsigned char>(workspace)};
-          py::gil_scoped_release nogil;
-          if (workspace == 0) return clae_fast::topk_similarity_workspace(chosen, args);
-          clae_fast::topk_similarity(chosen, args);
-          return int64_t(0);
-        });
-
-  m.def("linf_step_cpu",
-        [](const std::string& isa, std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,
-           std::uintptr_t out, int x_dtype, int grad_dtype, int64_t size, std::uintptr_t bounds,
-           int64_t channels, int64_t channel_stride, int threads) {
-          const auto chosen = clae_fast::parse_isa(isa);
-          py::gil_scoped_release nogil;
-          clae_fast::linf_step_cpu(chosen,
-                                   linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size,
-                                                  bounds, channels, channel_stride),
-                                   threads);
-        });
-
-  m.def("augment",
-        [](const std::string& isa, std::uintptr_t images, std::uintptr_t strides,
-           std::uintptr_t offsets, std::uintptr_t sizes, std::uintptr_t params, std::uintptr_t rows,
-           int64_t N, int64_t size, bool bicubic, std::uintptr_t norm, int dtype,
-           bool channels_last, int threads, std::uintptr_t out, std::uintptr_t workspace) {
-          const auto chosen = clae_fast::parse_isa(isa);
-          const clae_fast::AugmentArgs args{pointer<const uint8_t>(images),
-                                            pointer<const int64_t>(strides),
-                                            pointer<const int64_t>(offsets),
-                                            pointer<const int64_t>(sizes),
-                                            pointer<const float>(params),
-                                            pointer<const int64_t>(rows),
-                                            N,
-                                            size,
-                                            bicubic,
-                                            pointer<const float>(norm),
-                                            clae_fast::DType(dtype),
-                                            channels_last,
-                                            threads,
-                                            pointer<void>(out),
-                                            pointer<unsigned char>(workspace)};
-          py::gil_scoped_release nogil;
-          if (workspace == 0) return clae_fast::augment_workspace(chosen, args);
-          clae_fast::augment(chosen, args);
-          return int64_t(0);
-        });
-
-#ifdef CLAE_FAST_CUDA
-  m.def("nt_xent_cuda_workspace", [](int64_t N, int64_t D, bool grad) {
-    return clae_fast::nt_xent_cuda_workspace(N, D, grad);
-  });
-
-  m.def("nt_xent_cuda", [](std::uintptr_t z0, std::uintptr_t z1, int dtype, int64_t row_stride0,
-                           int64_t column_stride0, int64_t row_stride1, int64_t column_stride1,
-                           int64_t N, int64_t D, float temperature, std::uintptr_t loss,
-                           std::uintptr_t dz, std::uintptr_t workspace, std::uintptr_t stream) {
-    py::gil_scoped_release nogil;
-    clae_fast::nt_xent_cuda(
-        {pointer<const void>(z0), pointer<const void>(z1), clae_fast::DType(dtype), row_stride0,
-         column_stride0, row_stride1, column_stride1, N, D, temperature, pointer<float>(loss),
-         pointer<float>(dz), pointer<unsigned char>(workspace)},
-        pointer<void>(stream));
-  });
-
-  m.def("linf_step_cuda", [](std::uintptr_t x, std::uintptr_t grad, std::uintptr_t x0,
-                             std::uintptr_t out, int x_dtype, int grad_dtype, int64_t size,
-                             std::uintptr_t bounds, int64_t channels, int64_t channel_stride,
-                             std::uintptr_t layout, bool bounds_on_device, std::uintptr_t stream) {
-    py::gil_scoped_release nogil;
-    clae_fast::linf_step_cuda(linf_step_args(x, grad, x0, out, x_dtype, grad_dtype, size, bounds,
-                                             channels, channel_stride),
-                              *pointer<const clae_fast::LinfLayout>(layout), bounds_on_device,
-                              pointer<void>(stream));
-  });
-
-  m.def("stem_step_cuda", [](std::uintptr_t dy, std::uintptr_t weight, std::uintptr_t x,
-                             std::uintptr_t out, int dy_dtype, int weight_dtype, int x_dtype, int N,
-                             int C, int H, int W, int size, std::uintptr_t strides,
-                             std::uintptr_t bounds, bool bounds_on_device, std::uintptr_t stream) {
-    py::gil_scoped_release nogil;
-    clae_fast::stem_step_cuda(
-        {pointer<void>(dy), pointer<void>(weight), pointer<void>(x), pointer<void>(out),
-         clae_fast::DType(dy_dtype), clae_fast::DType(weight_dtype), clae_fast::DType(x_dtype), N,
-         C, H, W, size, *pointer<const clae_fast::StemStrides>(strides),
-         pointer<const float>(bounds)},
-        bounds_on_device, pointer<void>(stream));
-  });
-#endif
+  register_nt_xent(m);
+  register_tied_nt_xent(m);
+  register_hard_nt_xent(m);
+  register_info_nce(m);
+  register_bank_step(m);
+  register_uel(m);
+  register_topk_similarity(m);
+  register_linf_step(m);
+  register_stem_step(m);
+  register_augment(m);
 }

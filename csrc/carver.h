@@ -1,26 +1,33 @@
-// Arrays out of one piece of scratch memory; for *_simd.cpp alone.
+// Takes arrays out of an op's workspace; for *_simd.cpp alone.
 #pragma once
 
-#include <cstdint>
+#include "simd.h"
 
 namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// Takes arrays out of a workspace, or counts their bytes where there is none yet.
+// Takes one array after another. Without a workspace it counts their bytes; the arrays that it then
+// returns must not be used.
 struct Carver {
-  unsigned char* base;
+  unsigned char* workspace;
   int64_t bytes = 0;
 
   template <class Element>
   Element* take(int64_t count) {
-    unsigned char* pointer = base + bytes;
+    unsigned char* pointer = workspace + bytes;
     bytes += round_up(count * int64_t(sizeof(Element)), 64);
     return reinterpret_cast<Element*>(pointer);
   }
 };
+
+// The bytes that carve(carver) takes.
+template <class Carve>
+int64_t bytes_of(Carve carve) {
+  Carver counter{nullptr};
+  carve(counter);
+  return counter.bytes;
+}
 
 }  // namespace
 }  // namespace CLAE_FAST_ISA

@@ -2,7 +2,7 @@
 
 namespace clae_fast {
 
-// The dtypes of _DTYPES in clae_fast/_native.py.
+// The numbers are those of _DTYPES in clae_fast/_native.py.
 enum class DType : int { fp32, fp16, bf16 };
 
 }  // namespace clae_fast

@@ -1,13 +1,13 @@
-// InfoNCE in one of three ways, by what is wanted of it.
+// InfoNCE in one of three ways, depending on which gradients are wanted.
 //
-// Where keys have no gradient, as in a queue, one pass over them keeps, for every anchor, its
-// largest logit so far, m, the sum of 2^(y - m) over the negatives and the sum of 2^(y - m) k, with
-// k the unit row of a key: 4 N M D FLOPs for loss and gradient, and no key is stored but a tile's.
-// Where they have one, the softmax of as many anchors as fit a panel serves both gradients: 6 N M
-// D. In both directions, a tile of the symmetric matrix over anchors and keys serves all: 8 N M D.
+//  1. Keys have no gradient, as in a queue. One pass over the keys keeps the sums of row_sums.h for
+//     every anchor. Loss and gradient take 4 N M D FLOPs, and of the keys only a tile is stored.
+//  2. Keys have a gradient. A panel holds the softmax of as many anchors as fit into it, and serves
+//     both gradients. They take 6 N M D FLOPs.
+//  3. Both directions are wanted. The tiles of symmetric.h over anchors and keys serve them all, in
+//     8 N M D FLOPs.
 #include "info_nce.h"
 #include "row_sums.h"
-#include "softmax.h"
 #include "symmetric.h"
 
 namespace clae_fast {
@@ -20,31 +20,10 @@ int64_t positive_of(const InfoNceArgs& args, int64_t i) {
 
 double weight_of(const InfoNceArgs& args, int64_t i) { return args.weight ? args.weight[i] : 1.; }
 
-// What takes the gradient by cosines of a row that counts 1 to that of the loss.
+// The gradient by the logits of a row's own loss is multiplied with this to become the gradient by
+// the cosines of the whole loss, for a row that counts 1.
 double share_of_row(const InfoNceArgs& args) {
   return 1 / ((args.mean ? double(args.N) : 1.) * double(args.temperature));
-}
-
-template <class T>
-struct Pass {
-  int64_t groups, tiles;
-  RowSums<T> sums;  // of the anchors, over the negatives
-  double* loss;     // [N]
-  int* next;        // [1] the next task
-  Carver carver;    // of what follows: a tile of keys for every thread
-};
-
-template <class T>
-Pass<T> carve_pass(const InfoNceArgs& args) {
-  Pass<T> p;
-  p.groups = (args.N + kGroup - 1) / kGroup;
-  p.tiles = (args.M + kMaxBlock - 1) / kMaxBlock;
-  const int64_t chunks = smaller(p.tiles, (kTasks + p.groups - 1) / p.groups);
-  p.carver = {args.workspace};
-  p.sums = carve_sums<T>(p.carver, args.N, args.D, chunks, args.danchor);
-  p.loss = p.carver.template take<double>(args.N);
-  p.next = p.carver.template take<int>(1);
-  return p;
 }
 
 template <class T>
@@ -53,16 +32,16 @@ void pack_keys(const Packed<T>& k, const InfoNceArgs& args, int64_t J) {
   if (args.danchor) pack_pairs(k, 0, kMaxBlock);
 }
 
-// Adds a tile of keys to the sums of a block of anchors.
+// Adds the tile of keys from J on, `k`, to the sums of the anchors from I on.
 template <class T>
-void add_keys(const Pass<T>& p,
+void add_keys(const RowSums<T>& s,
               const InfoNceArgs& args,
               int64_t chunk,
               int64_t I,
               const Packed<T>& k,
               int64_t J) {
   const int64_t keys = smaller(args.M - J, kMaxBlock), anchors = smaller(args.N - I, kMaxBlock);
-  add_tile(p.sums, chunk, I, anchors, k, keys, args.temperature, [&](float* y) {
+  add_tile(s, chunk, I, k, keys, args.temperature, [&](float* y) {
     for (int64_t i = 0; i < anchors; ++i) {
       const int64_t positive = positive_of(args, I + i);
       if (J <= positive && positive < J + keys) y[(positive - J) * kMaxBlock + i] = -INFINITY;
@@ -70,15 +49,14 @@ void add_keys(const Pass<T>& p,
   });
 }
 
-// Loss and gradient of one anchor from the sums of all chunks; `k` has room for a row.
+// Stores the gradient of one anchor and returns its loss, from the sums of all chunks. The positive
+// is packed into row 0 of `k`.
 template <class T>
-void finish_anchor(const Pass<T>& p, const InfoNceArgs& args, const Packed<T>& k, int64_t i) {
-  const RowSums<T>& s = p.sums;
+double finish_anchor(const RowSums<T>& s, const InfoNceArgs& args, const Packed<T>& k, int64_t i) {
   pack_row(k, 0, args.keys, positive_of(args, i));
   const double log_pos = cosine(s.u, i, k, 0) * (kLog2e / args.temperature);
   const RowLoss row = row_loss(log_sum(s, i), log_pos);
-  p.loss[i] = row.loss;
-  if (!args.danchor) return;
+  if (!args.danchor) return row.loss;
   float* du = s.du + i * s.u.width;
   for (int64_t c = 0; c < s.chunks; ++c) {
     const float* part = s.du + (c * s.padded + i) * s.u.width;
@@ -88,64 +66,48 @@ void finish_anchor(const Pass<T>& p, const InfoNceArgs& args, const Packed<T>& k
   for (int64_t d = 0; d < args.D; ++d) du[d] -= float(row.q) * unit(k, 0, d);
   const double scale = share_of_row(args) * weight_of(args, i);
   store_raw_grad(s.u, i, du, scale, args.danchor + i * args.D);
+  return row.loss;
 }
 
 void store_loss(const InfoNceArgs& args, const double* loss) {
-  if (!args.mean) {
+  if (args.mean) {
+    args.loss[0] = mean_loss(loss, args.N, args.N);
+  } else {
     for (int64_t i = 0; i < args.N; ++i) args.loss[i] = float(loss[i]);
-    return;
   }
-  double total = 0;
-  for (int64_t i = 0; i < args.N; ++i) total += loss[i];
-  args.loss[0] = float(total / double(args.N));
 }
 
 template <class T>
-void run_pass(const InfoNceArgs& args) {
-  Pass<T> p = carve_pass<T>(args);
-  *p.next = 0;
-  const int64_t tile_bytes = [&] {
-    Carver counted{nullptr};
-    carve_rows<T>(counted, kMaxBlock, args.D);
-    return counted.bytes;
-  }();
+int64_t run_pass(const InfoNceArgs& args) {
+  Carver carver{args.workspace};
+  const auto s = carve_sums<T>(carver, args.N, args.D, tiles_of(args.M), args.danchor);
+  double* loss = carver.take<double>(args.N);
+  int* next = carver.take<int>(1);
+  // every thread has a tile of keys
+  const auto carve_tile = [&](Carver& own) { return carve_rows<T>(own, kMaxBlock, args.D); };
+  const int64_t tile_bytes = bytes_of(carve_tile);
+  if (!args.workspace) return carver.bytes + args.threads * tile_bytes;
+
+  *next = 0;
   parallel(args.threads, [&](Team& team, int rank) {
-    Carver carver{args.workspace, p.carver.bytes + rank * tile_bytes};
-    const Packed<T> k = carve_rows<T>(carver, kMaxBlock, args.D);
-    const Range blocks = share(p.sums.padded / kMaxBlock, team, rank);
-    const int64_t begin_row = blocks.begin * kMaxBlock, end_row = blocks.end * kMaxBlock;
-    pack_rows(p.sums.u, begin_row, end_row, args.anchor, begin_row, args.N);
-    pack_panels(p.sums.u, begin_row, end_row);
+    Carver own{args.workspace, carver.bytes + rank * tile_bytes};
+    const Packed<T> k = carve_tile(own);
+    pack_share(s, args.anchor, team, rank);
     team.barrier();
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(p.next, 1, __ATOMIC_RELAXED);
-      if (task >= p.groups * p.sums.chunks) break;
-      const int64_t chunk = task / p.groups, begin = task % p.groups * kGroup;
-      const int64_t end = smaller(begin + kGroup, args.N);
-      clear(p.sums, chunk, begin, end);
-      const Range tiles = chunk_of(p.tiles, p.sums, chunk);
-      for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-        pack_keys(k, args, t * kMaxBlock);
-        for (int64_t I = begin; I < end; I += kMaxBlock) {
-          add_keys(p, args, chunk, I, k, t * kMaxBlock);
-        }
-      }
-    }
+    add_tiles(
+        s, next, [&](int64_t t) { pack_keys(k, args, t * kMaxBlock); },
+        [&](int64_t chunk, int64_t I, int64_t t) {
+          add_keys(s, args, chunk, I, k, t * kMaxBlock);
+        });
     team.barrier();
     const Range rows = share(args.N, team, rank);
-    for (int64_t i = rows.begin; i < rows.end; ++i) finish_anchor(p, args, k, i);
+    for (int64_t i = rows.begin; i < rows.end; ++i) loss[i] = finish_anchor(s, args, k, i);
   });
-  store_loss(args, p.loss);
+  store_loss(args, loss);
+  return 0;
 }
 
-template <class T>
-int64_t pass_workspace(const InfoNceArgs& args) {
-  Carver carver = carve_pass<T>(args).carver;
-  for (int rank = 0; rank < args.threads; ++rank) carve_rows<T>(carver, kMaxBlock, args.D);
-  return carver.bytes;
-}
-
-// The most numbers of a panel.
+// How many numbers a panel has at most.
 constexpr int64_t kPanel = int64_t(1) << 21;
 
 struct Panel {
@@ -153,12 +115,12 @@ struct Panel {
   int64_t padded_n, padded_m, rows;
   Packed<Fp32> u;  // [padded_n, D] of the anchors
   Packed<Fp32> v;  // [padded_m, D] of the keys
-  float* p;        // [rows, padded_m] softmax of some anchors, 0 at the positives
-  float* q;        // [padded_n] sum of a row of p
+  float* p;        // [rows, padded_m] the softmax of some anchors, 0 at their positives
+  float* q;        // [padded_n] the sum of each row of p
   double* loss;    // [N]
   float* du;       // [rows, u.width]
   float* dv;       // [padded_m, v.width]
-  int* next;       // [2 N / rows] the next task of every loop over tasks
+  int* next;       // [2 N / rows] the next task of each loop over tasks
   int64_t bytes;
 };
 
@@ -182,18 +144,13 @@ Panel carve_panel(const InfoNceArgs& args) {
   return s;
 }
 
-// The softmax, the loss and the gradient of a block of anchors, whose panel begins at `first`.
+// Makes the softmax, the loss and the gradient of the block of anchors from I on. The panel's first
+// row is that of anchor `first`.
 void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64_t I) {
   const float scale = float(kLog2e / args.temperature);
   const int64_t rows = smaller(args.N - I, s.block);
   float* panel = s.p + (I - first) * s.padded_m;
-  for (int64_t j = 0; j < args.M; j += kCols) {
-    for (int64_t i = 0; i < s.block; i += kRows) {
-      Vec y[kRows][kVecs];
-      similarities(s.u, I + i, s.v, j, scale, 0.f, y);
-      store_tile(y, panel + i * s.padded_m + j, s.padded_m);
-    }
-  }
+  store_similarities(s.u, I, s.block, s.v, 0, args.M, scale, panel, s.padded_m);
   const int64_t width = round_up(args.M, kCols);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = panel + i * s.padded_m;
@@ -202,8 +159,7 @@ void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64
     row[positive] = -INFINITY;
     Vec top = splat(-INFINITY);
     for (int64_t j = 0; j < width; j += kWidth) top = maximum(top, load(row + j));
-    float peak = top[0];
-    for (int l = 1; l < kWidth; ++l) peak = peak < top[l] ? top[l] : peak;
+    const float peak = horizontal_maximum(top);
     const Vec from = splat(peak == -INFINITY ? 0.f : peak);  // -inf - -inf would be NaN
     double neg = 0;
     for (int64_t j = 0; j < width; j += s.block) {
@@ -237,17 +193,17 @@ void softmax_block(const Panel& s, const InfoNceArgs& args, int64_t first, int64
   }
 }
 
-void run_panels(const InfoNceArgs& args) {
+int64_t run_panels(const InfoNceArgs& args) {
   const Panel s = carve_panel(args);
+  if (!args.workspace) return s.bytes;
   memset(s.next, 0, 2 * (s.padded_n / s.rows + 1) * sizeof *s.next);
   parallel(args.threads, [&](Team& team, int rank) {
-    const Range n = share(s.padded_n / s.block, team, rank);
-    pack_rows(s.u, n.begin * s.block, n.end * s.block, args.anchor, n.begin * s.block, args.N);
-    const Range m = share(s.padded_m / s.block, team, rank);
-    const int64_t begin = m.begin * s.block, end = m.end * s.block;
-    pack_rows(s.v, begin, end, args.keys, begin, args.M);
-    pack_panels(s.v, begin, end);
-    memset(s.dv + begin * s.v.width, 0, (end - begin) * s.v.width * sizeof *s.dv);
+    const Range n = share(s.padded_n, team, rank, s.block);
+    pack_rows(s.u, n.begin, n.end, args.anchor, n.begin, args.N);
+    const Range m = share(s.padded_m, team, rank, s.block);
+    pack_rows(s.v, m.begin, m.end, args.keys, m.begin, args.M);
+    pack_panels(s.v, m.begin, m.end);
+    memset(s.dv + m.begin * s.v.width, 0, (m.end - m.begin) * s.v.width * sizeof *s.dv);
     team.barrier();
     int* next = s.next;
     for (int64_t first = 0; first < args.N; first += s.rows, next += 2) {
@@ -267,7 +223,7 @@ void run_panels(const InfoNceArgs& args) {
       team.barrier();
     }
     const Range rows = share(args.M, team, rank);
-    // in the order of the anchors, whichever thread has their key
+    // a key that is several anchors' positive takes them in their order, on one thread
     for (int64_t i = 0; i < args.N; ++i) {
       const int64_t j = positive_of(args, i);
       if (j < rows.begin || j >= rows.end) continue;
@@ -279,8 +235,11 @@ void run_panels(const InfoNceArgs& args) {
     }
   });
   store_loss(args, s.loss);
+  return 0;
 }
 
+// Whether symmetric.h serves the call. It does so in one direction too where rows stay bf16, which
+// a panel does not support.
 bool in_tiles(const InfoNceArgs& args) {
   const bool plain = args.mean && !args.positive && !args.weight;
   return args.symmetric || (args.dkeys && plain && stays_bf16(args.anchor.dtype));
@@ -288,25 +247,14 @@ bool in_tiles(const InfoNceArgs& args) {
 
 }  // namespace
 
-int64_t info_nce_workspace(const InfoNceArgs& args) {
+int64_t info_nce(const InfoNceArgs& args) {
   if (in_tiles(args)) {
-    return symmetric_workspace(args.anchor.dtype, args.N + args.M, args.D,
-                               args.danchor || args.dkeys);
+    return symmetric({args, args.anchor, args.keys, args.N, args.N + args.M, args.D,
+                      /*positive=*/args.N, args.symmetric ? Pairs::both_ways : Pairs::one_way,
+                      args.temperature, args.loss, args.danchor, args.dkeys});
   }
-  if (args.dkeys) return carve_panel(args).bytes;
-  return stays_bf16(args.anchor.dtype) ? pass_workspace<Bf16>(args) : pass_workspace<Fp32>(args);
-}
-
-void info_nce(const InfoNceArgs& args) {
-  if (in_tiles(args)) {
-    symmetric({args.anchor, args.keys, args.N, args.N + args.M, args.D, /*positive=*/args.N,
-               args.symmetric ? Pairs::both_ways : Pairs::one_way, args.temperature, args.threads,
-               args.loss, args.danchor, args.dkeys, args.workspace});
-  } else if (args.dkeys) {
-    run_panels(args);
-  } else {
-    stays_bf16(args.anchor.dtype) ? run_pass<Bf16>(args) : run_pass<Fp32>(args);
-  }
+  if (args.dkeys) return run_panels(args);
+  return stays_bf16(args.anchor.dtype) ? run_pass<Bf16>(args) : run_pass<Fp32>(args);
 }
 
 }  // namespace CLAE_FAST_ISA

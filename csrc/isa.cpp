@@ -10,7 +10,7 @@ struct Named {
   Isa isa;
 };
 
-// Worst first.
+// What this build has and this processor can run, worst first.
 std::vector<Named> supported() {
 #if defined(__aarch64__)
   return {{"neon", Isa::neon}};

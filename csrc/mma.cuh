@@ -1,11 +1,19 @@
-// What kernels of csrc/ need from PTX, one function per instruction. Tests without a GPU replace
-// this file by its emulation, so all inline assembly and dynamic shared memory stay here.
+// The PTX instructions that the kernels of csrc/ need, one function for each. Without a GPU, tests
+// replace this file by an emulation: so all inline assembly and dynamic shared memory stay here.
 //
-// Fragments are laid out over a warp's lanes as the PTX ISA says: with g = lane / 4, t = lane % 4,
+// A matrix operand is spread over the lanes of a warp in fragments. With g = lane / 4 and
+// t = lane % 4, the registers of a lane hold these (row, column) elements:
 //
-//     a[0] (g, 2t..2t+1)      a[1] (g + 8, 2t..)      a[2] (g, 2t + 8..)    a[3] (g + 8, 2t + 8..)
-//     b[0] (2t..2t+1, g)      b[1] (2t + 8.., g)
-//     d[0], d[1] (g, 2t..)    d[2], d[3] (g + 8, 2t..)
+// clang-format off
+//
+//     a[0]  (g,     2t), (g,     2t + 1)        a[2]  (g,     2t + 8), (g,     2t + 9)
+//     a[1]  (g + 8, 2t), (g + 8, 2t + 1)        a[3]  (g + 8, 2t + 8), (g + 8, 2t + 9)
+//
+//     b[0]  (2t, g), (2t + 1, g)                b[1]  (2t + 8, g), (2t + 9, g)
+//
+//     d[0]  (g, 2t)    d[1]  (g, 2t + 1)        d[2]  (g + 8, 2t)    d[3]  (g + 8, 2t + 1)
+//
+// clang-format on
 #ifndef CLAE_FAST_MMA_CUH
 #define CLAE_FAST_MMA_CUH
 
@@ -17,13 +25,13 @@
 
 namespace clae_fast {
 
-// The launch's dynamic shared memory, aligned to 128 bytes.
+// The dynamic shared memory of the launch, aligned to 128 bytes.
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char clae_fast_dynamic_shared[];
   return clae_fast_dynamic_shared;
 }
 
-// d [16, 8] += a [16, 16] b [16, 8], with Half __half or __nv_bfloat16.
+// d [16, 8] += a [16, 16] b [16, 8]. Half is __half or __nv_bfloat16.
 template <class Half>
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<Half, __half>) {
@@ -44,23 +52,9 @@ __device__ inline unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// 8 x 8 matrices of 16-bit numbers from shared memory, one a register. `row` is the address of row
-// lane % 8 of matrix lane / 8, 16 bytes long and aligned. Register i of a lane gets columns
-// 2t..2t+1 of row g of matrix i, with _trans rows 2t..2t+1 of column g.
-__device__ inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-__device__ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
+// These two load 8 x 8 matrices of 16-bit numbers from shared memory, one into each register. A
+// lane passes the address of row lane % 8 of matrix lane / 8: 16 bytes, aligned to 16. Register i
+// gets columns 2t and 2t + 1 of row g of matrix i, and with _trans rows 2t and 2t + 1 of column g.
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -75,31 +69,24 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// Starts a copy of 4, 8 or 16 aligned bytes from global to shared memory, zeros where not `valid`;
-// `global` is not read then.
-template <int bytes>
+// Starts to copy 16 aligned bytes from global to shared memory, past L1: nobody reads the same
+// bytes again. If not `valid`, it writes zeros and does not read `global`.
 __device__ inline void cp_async(void* shared, const void* global, bool valid = true) {
-  if constexpr (bytes == 16) {  // past L1: what is staged in shared memory is not read again
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(valid ? 16 : 0)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
-                 "l"(global), "n"(bytes), "r"(valid ? bytes : 0)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
 }
 
-// Closes the group of the copies that this thread has started since the last one.
+// Closes a group: the copies that this thread has started since it closed the last one.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for this thread's groups, but for the last `pending` ones.
+// Waits until all of this thread's groups have arrived but the last `pending` ones.
 template <int pending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// 2^x with a relative error of about 2^-22; 0 for a subnormal result.
+// 2^x with a relative error of about 2^-22. Where the result would be subnormal, it is 0.
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -13,9 +13,9 @@
 namespace clae_fast {
 namespace {
 
-// Linking libgomp would put a second copy of it, with threads of its own, beside torch's in many
-// builds of torch. Its entry points are looked up in the process instead; LLVM's and Intel's
-// runtimes have them too.
+// Entry points of an OpenMP runtime. This module does not link libgomp: many builds of torch bring
+// a copy of their own, and a second one would have a second pool of threads. Instead the entry
+// points are looked up in the process. LLVM's and Intel's runtimes have the same ones.
 struct OpenMP {
   void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
   int (*in_parallel)() = nullptr;
@@ -30,6 +30,7 @@ void look_up(void* library, const char* name, Function*& function) {
   function = reinterpret_cast<Function*>(dlsym(library, name));
 }
 
+// Adds a loaded library to the paths if it is an OpenMP runtime.
 int add_runtime(dl_phdr_info* info, size_t, void* paths) {
   const char* file = std::strrchr(info->dlpi_name, '/');
   if (file && (std::strstr(file, "libgomp") || std::strstr(file, "libomp") ||
@@ -40,7 +41,7 @@ int add_runtime(dl_phdr_info* info, size_t, void* paths) {
 }
 
 OpenMP find_openmp() {
-  // nothing is opened before the list is whole: the loader's locks have an order
+  // the loader holds a lock while it lists libraries; opening one then could deadlock
   std::vector<std::string> paths;
   dl_iterate_phdr(add_runtime, &paths);
   OpenMP found;
@@ -52,7 +53,7 @@ OpenMP find_openmp() {
     look_up(library, "omp_in_parallel", candidate.in_parallel);
     look_up(library, "omp_get_thread_num", candidate.thread_num);
     look_up(library, "omp_get_num_threads", candidate.num_threads);
-    // other packages bring copies that torch does not use
+    // other packages may bring a runtime too, which torch does not use
     const bool of_torch =
         path.find("/torch/") != path.npos || path.find("/torch.libs/") != path.npos;
     if (candidate.complete() && (of_torch || !found.complete())) found = candidate;
@@ -70,7 +71,7 @@ bool has_threads() {
   return count > 1;
 }
 
-// A forked child has none of its parent's threads, and the runtime would wait for them for ever.
+// A forked child has none of its parent's threads, but its runtime would wait for them for ever.
 bool had_threads = false;
 bool lost_threads = false;
 const int registered = pthread_atfork([] { had_threads = has_threads(); },
@@ -90,7 +91,7 @@ struct Job {
 
 void run_job(void* context) {
   const Job& job = *static_cast<Job*>(context);
-  // fewer than asked for where the runtime has a limit; every thread finds the same number
+  // a runtime with a limit starts fewer threads than asked for; all threads see the same number
   job.team->set_size(openmp().num_threads());
   job.body(job.context, *job.team, openmp().thread_num());
 }

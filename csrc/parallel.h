@@ -1,12 +1,12 @@
-// Loops over threads, on the threads that torch has already: its OpenMP runtime's.
+// Runs loops on the threads of torch's OpenMP runtime, so that the process has no second pool.
 #pragma once
 
 #include <cstdint>
 
 namespace clae_fast {
 
-// The threads that run one function together. Nothing is inline: the linker could keep a copy that
-// was compiled for more than this processor has.
+// The threads that run one function together. No member is inline, because the linker could keep a
+// copy that was compiled for an instruction set that this processor lacks.
 class Team {
  public:
   int size() const;
@@ -20,14 +20,15 @@ class Team {
   int passed_ = 0;
 };
 
-// Runs body(context, team, rank) once for every rank below team.size(), itself in the caller, and
-// returns when all have returned. The team has up to `threads` members, and one alone where more
-// would hang or crowd: without an OpenMP runtime in the process, inside a parallel region, and in
-// a process forked from one that had threads.
+// Runs body(context, team, rank) once for every rank below team.size(), one of them in the calling
+// thread, and returns when all have returned. The team has at most `threads` members. It has only
+// one where the process has no OpenMP runtime, where the caller is itself in a parallel region, and
+// where the process was forked from one that had threads: there more threads would hang or crowd
+// each other.
 void run_team(int threads, void (*body)(void* context, Team& team, int rank), void* context);
 
-// The same for a callable body(team, rank). A lambda inside an instruction set's namespace keeps
-// this instance in it.
+// The same for a callable body(team, rank). If the body is a lambda of an instruction set's
+// namespace, then this instance belongs to that namespace too.
 template <class Body>
 inline void parallel(int threads, Body body) {
   run_team(
@@ -40,12 +41,13 @@ struct Range {
   int64_t begin, end;
 };
 
-// What of `count` items falls to a thread of the team.
-static inline Range share(int64_t count, const Team& team, int rank) {
-  return {count * rank / team.size(), count * (rank + 1) / team.size()};
+// The part of `count` items that a thread of the team works on, in whole blocks of `block` items.
+static inline Range share(int64_t count, const Team& team, int rank, int64_t block = 1) {
+  const int64_t blocks = count / block;
+  return {blocks * rank / team.size() * block, blocks * (rank + 1) / team.size() * block};
 }
 
-// For the body of a loop that waits for another thread: lets it run after a while.
+// Call this in a loop that waits for another thread: after many spins it yields the processor.
 void relax(int spins);
 
 }  // namespace clae_fast

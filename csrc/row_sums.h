@@ -1,8 +1,13 @@
-// Sums of exponentials over columns that go by, for rows that stay; for *_simd.cpp alone.
+// Sums of exponentials for a set of rows, while tiles of columns go by; for *_simd.cpp alone.
 //
-// For every row its largest logit so far, m, the sum of 2^(y - m) over the columns, and where it is
-// wanted the sum of 2^(y - m) k, with k the unit row of a column. What is summed over columns is
-// summed down the lanes, and a tile of columns needs no other form than its rows.
+// With base-2 logits y and the unit row k of a column, a row keeps
+//
+//     peak      the largest y so far
+//     sum       the sum of 2^(y - peak) over the columns
+//     du        the sum of 2^(y - peak) k, where it is wanted
+//
+// Logits are stored transposed, [columns, rows]. A vector then holds several rows, every sum stays
+// in its lane, and a tile of columns is used as its rows lie, without panels.
 #pragma once
 
 #include "parallel.h"
@@ -13,40 +18,53 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// Rows and their sums that stay in the L2 cache while columns go by.
+// How many rows a group has. They and their sums stay in the L2 cache while columns go by.
 constexpr int64_t kGroup = 4 * kMaxBlock;
-// Chunks of columns are for threads to share. Their number does not depend on that of the threads,
-// and so neither does a result.
+// Threads share the work in tasks of one group of rows and one chunk of columns. Every chunk has
+// sums of its own, and how many chunks there are does not depend on the number of threads: so
+// neither do the results.
 constexpr int64_t kTasks = 32;
+
+constexpr int64_t tiles_of(int64_t columns) { return (columns + kMaxBlock - 1) / kMaxBlock; }
 
 template <class T>
 struct RowSums {
-  int64_t padded, chunks;
-  Packed<T> u;  // [padded, D] of the rows
-  float* du;    // [chunks, padded, u.width] sum of 2^(y - peak) k, null where it is not wanted
-  double* sum;  // [chunks, padded] sum of 2^(y - peak)
-  float* peak;  // [chunks, padded]
+  int64_t N;       // rows
+  int64_t padded;  // rows, in whole blocks
+  int64_t groups;  // of rows
+  int64_t tiles;   // of columns
+  int64_t chunks;  // of tiles
+  Packed<T> u;     // [padded, D] the rows
+  float* du;       // [chunks, padded, u.width], null where it is not wanted
+  double* sum;     // [chunks, padded]
+  float* peak;     // [chunks, padded]
 };
 
 template <class T>
-RowSums<T> carve_sums(Carver& carver, int64_t N, int64_t D, int64_t chunks, bool vectors) {
+RowSums<T> carve_sums(Carver& carver, int64_t N, int64_t D, int64_t tiles, bool vectors) {
   RowSums<T> s;
+  s.N = N;
   s.padded = round_up(N, kMaxBlock);
-  s.chunks = chunks;
+  s.groups = (N + kGroup - 1) / kGroup;
+  s.tiles = tiles;
+  s.chunks = smaller(tiles, (kTasks + s.groups - 1) / s.groups);
   s.u = carve_rows<T>(carver, s.padded, D);
-  s.du = vectors ? carver.take<float>(chunks * s.padded * s.u.width) : nullptr;
-  s.sum = carver.take<double>(chunks * s.padded);
-  s.peak = carver.take<float>(chunks * s.padded);
+  s.du = vectors ? carver.take<float>(s.chunks * s.padded * s.u.width) : nullptr;
+  s.sum = carver.take<double>(s.chunks * s.padded);
+  s.peak = carver.take<float>(s.chunks * s.padded);
   return s;
 }
 
-// The tiles of a chunk, of all.
+// Packs the part of the rows that a thread of the team works on.
 template <class T>
-Range chunk_of(int64_t tiles, const RowSums<T>& s, int64_t chunk) {
-  return {chunk * tiles / s.chunks, (chunk + 1) * tiles / s.chunks};
+Range pack_share(const RowSums<T>& s, const Rows& source, const Team& team, int rank) {
+  const Range rows = share(s.padded, team, rank, kMaxBlock);
+  pack_rows(s.u, rows.begin, rows.end, source, rows.begin, s.N);
+  pack_panels(s.u, rows.begin, rows.end);
+  return rows;
 }
 
-// Begins a chunk's sums of the rows from `begin` to `end`.
+// Sets a chunk's sums of the rows from `begin` to `end` to those of no columns.
 template <class T>
 void clear(const RowSums<T>& s, int64_t chunk, int64_t begin, int64_t end) {
   const int64_t first = chunk * s.padded + begin, count = round_up(end - begin, kMaxBlock);
@@ -57,41 +75,22 @@ void clear(const RowSums<T>& s, int64_t chunk, int64_t begin, int64_t end) {
   if (s.du) memset(s.du + first * s.u.width, 0, count * s.u.width * sizeof *s.du);
 }
 
-// Base-2 logits of a tile of columns, the rows of `y`, against a block of rows from I on.
-template <class T>
-void logits(const Packed<T>& k,
-            int64_t keys,
-            const Packed<T>& u,
-            int64_t I,
-            int64_t anchors,
-            float temperature,
-            float* y) {
-  const float scale = float(kLog2e / temperature);
-  for (int64_t i = 0; i < round_up(anchors, kCols); i += kCols) {
-    for (int64_t j = 0; j < round_up(keys, kRows); j += kRows) {
-      Vec tile[kRows][kVecs];
-      similarities(k, j, u, I + i, scale, 0.f, tile);
-      store_tile(tile, y + j * kMaxBlock + i, kMaxBlock);
-    }
-  }
-}
-
-// Adds a tile of columns to the sums of a block of rows from I on, but for what `exclude` sets to
-// -inf in their logits, [columns, kMaxBlock].
+// Adds a tile of `keys` columns, `k`, to a chunk's sums of the block of rows from I on. In the
+// logits y [keys, kMaxBlock], exclude(y) sets to -inf what must not be added.
 template <class T, class Exclude>
 void add_tile(const RowSums<T>& s,
               int64_t chunk,
               int64_t I,
-              int64_t anchors,
               const Packed<T>& k,
               int64_t keys,
               float temperature,
               Exclude exclude) {
   alignas(64) float y[kMaxBlock * kMaxBlock];
   Weights<T> w;
+  const int64_t anchors = smaller(s.N - I, kMaxBlock);
   const int64_t rows = round_up(keys, kRows), columns = round_up(anchors, kCols);
-  logits(k, keys, s.u, I, anchors, temperature, y);
-  // what lies behind the last column
+  store_similarities(k, 0, keys, s.u, I, anchors, float(kLog2e / temperature), y, kMaxBlock);
+  // rows of y that are no column
   for (int64_t at = keys * kMaxBlock; at < rows * kMaxBlock; ++at) y[at] = -INFINITY;
   exclude(y);
   const Vec lowest = splat(-INFINITY);
@@ -130,7 +129,24 @@ void add_tile(const RowSums<T>& s,
                       round_up(s.u.D, kCols));
 }
 
-// Of row i over all columns, the logarithm to base 2.
+// Adds all tiles to the sums of all rows. Every thread of the team calls this, and they take tasks
+// until none is left. pack(t) makes tile t ready; add(chunk, I, t) adds it to the rows from I on.
+template <class T, class Pack, class Add>
+void add_tiles(const RowSums<T>& s, int* next, Pack pack, Add add) {
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    if (task >= s.groups * s.chunks) return;
+    const int64_t chunk = task / s.groups, begin = task % s.groups * kGroup;
+    const int64_t end = smaller(begin + kGroup, s.N);
+    clear(s, chunk, begin, end);
+    for (int64_t t = chunk * s.tiles / s.chunks; t < (chunk + 1) * s.tiles / s.chunks; ++t) {
+      pack(t);
+      for (int64_t I = begin; I < end; I += kMaxBlock) add(chunk, I, t);
+    }
+  }
+}
+
+// The logarithm to base 2 of row i's sum over all columns.
 template <class T>
 double log_sum(const RowSums<T>& s, int64_t i) {
   float peak = -INFINITY;

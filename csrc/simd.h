@@ -1,8 +1,10 @@
-// Vectors of the instruction set a *_simd.cpp is compiled for, by the compiler's vector extension.
+// Vectors of the instruction set that a *_simd.cpp is compiled for, in the compiler's vector
+// extension.
 //
-// Everything here and in *_simd.cpp has internal linkage or lives in the instruction set's own
-// namespace, and no inline function of the standard library is used: the linker would merge its
-// copies and could keep one that this processor cannot run.
+// The linker keeps one copy of an inline function. If copies for several instruction sets had the
+// same name, it could keep one that this processor cannot run. So everything here and in *_simd.cpp
+// has internal linkage or lives in the namespace of its instruction set, and nothing there calls an
+// inline function of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +18,8 @@
 namespace clae_fast {
 namespace CLAE_FAST_ISA {
 
-// The tests set CLAE_FAST_WIDTH and CLAE_FAST_DOT_BF16 to run, on any processor, what these would.
+// Tests set CLAE_FAST_WIDTH and CLAE_FAST_DOT_BF16, and so run on any processor the code that
+// another instruction set would run.
 #if defined(CLAE_FAST_WIDTH)
 constexpr int kWidth = CLAE_FAST_WIDTH;
 #elif defined(__AVX512F__)
@@ -26,6 +29,9 @@ constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
 #endif
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 typedef float Vec __attribute__((vector_size(kWidth * 4), may_alias));
 typedef int32_t IVec __attribute__((vector_size(kWidth * 4), may_alias));
@@ -45,7 +51,7 @@ constexpr bool kDotBf16 = true;
 constexpr bool kDotBf16 = false;
 #endif
 
-// acc and the products of both bf16 numbers in each lane.
+// A lane holds two bf16 numbers; adds both of their products to the lane of acc.
 CLAE_FAST_INLINE Vec dot_bf16(Vec acc, IVec a, IVec b) {
 #if defined(__AVX512BF16__)
   return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -57,13 +63,21 @@ CLAE_FAST_INLINE Vec dot_bf16(Vec acc, IVec a, IVec b) {
 }
 
 CLAE_FAST_INLINE Vec maximum(Vec a, Vec b) { return a < b ? b : a; }
+CLAE_FAST_INLINE Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 
-// Is a bit set in any lane?
+// Whether a bit is set in any lane.
 CLAE_FAST_INLINE bool any(IVec v) {
   typedef int64_t Pairs __attribute__((vector_size(kWidth * 4)));
   int64_t bits = 0;
   for (int l = 0; l < kWidth / 2; ++l) bits |= ((Pairs)v)[l];
   return bits != 0;
+}
+
+// The largest lane.
+CLAE_FAST_INLINE float horizontal_maximum(Vec v) {
+  float largest = v[0];
+  for (int l = 1; l < kWidth; ++l) largest = largest < v[l] ? v[l] : largest;
+  return largest;
 }
 
 CLAE_FAST_INLINE float horizontal_sum(Vec v) {
@@ -72,7 +86,8 @@ CLAE_FAST_INLINE float horizontal_sum(Vec v) {
   return sum;
 }
 
-// 2^y for y <= 127, relative error 1e-7; exactly 0 below -126 where `flush`. NaN stays NaN.
+// 2^y for y <= 127 with a relative error of 1e-7. With `flush` it is exactly 0 below -126. NaN
+// stays NaN.
 template <bool flush>
 CLAE_FAST_INLINE Vec exp2(Vec y) {
   // adding 1.5 * 2^23 leaves the nearest integer in the low bits
@@ -86,7 +101,7 @@ CLAE_FAST_INLINE Vec exp2(Vec y) {
   p = p * f + 2.402264625e-01f;
   p = p * f + 6.931471825e-01f;
   p = p * f + 1.000000000e+00f;
-  // unsigned, since lanes that a caller masks may lie outside and wrap around
+  // unsigned, because lanes that the caller will mask may be out of range and wrap around
   const Vec result = (Vec)((UVec)p + ((UVec)shifted << 23));
   return flush ? (y < splat(-126.f) ? Vec{} : result) : result;
 }

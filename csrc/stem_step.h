@@ -1,30 +1,31 @@
-// The step of linf_step along the input gradient of an encoder's first convolution, which is not
-// stored:
+// The move of linf_step along the input gradient of an encoder's first convolution. That gradient
+// is never stored:
 //
 //     out = clip(clip(x + alpha sign(dx), x - eps, x + eps), lo, hi)
 //     dx[n, c, y, x] = sum over o, i, j, Y, X of weight[o, c, i, j] dy[n, o, Y, X]
 //                      where y = stride Y - padding + i, x = stride X - padding + j
 //
-// with 3 input channels, a kernel of 3 and stride and padding 1, or of 7, stride 2 and padding 3.
+// The convolution has 3 input channels and either a kernel of 3, stride 1 and padding 1, or a
+// kernel of 7, stride 2 and padding 3.
 #pragma once
 
 #include <cstdint>
 
-#include "linf_step.h"
+#include "dtype.h"
 
 namespace clae_fast {
 
-// In elements, of [N, C, H, W].
+// Strides of [N, C, H, W], in elements.
 struct StemStrides {
   int weight[4];
-  int x[4];  // of out too
+  int x[4];  // out has the same
 };
 
 struct StemStepArgs {
-  const void* dy;      // [N, dy_H, dy_W, C] of dy_dtype, fp16 or bf16, on 16-byte boundaries
-  const void* weight;  // [C, 3, size, size] of weight_dtype, rounded to dy_dtype on the way
+  const void* dy;      // [N, dy_H, dy_W, C] of dy_dtype, fp16 or bf16, aligned to 16 bytes
+  const void* weight;  // [C, 3, size, size] of weight_dtype; the kernel rounds it to dy_dtype
   const void* x;       // [N, 3, H, W] of x_dtype, fp32 or fp16
-  void* out;           // as x
+  void* out;           // like x
   DType dy_dtype;
   DType weight_dtype;  // fp32 or dy_dtype
   DType x_dtype;
@@ -32,13 +33,14 @@ struct StemStepArgs {
   int C;  // 64, 128 or 192
   int H;
   int W;
-  int size;  // of the kernel, 3 or 7
+  int size;  // of the convolution's kernel: 3 or 7
   StemStrides strides;
-  const float* bounds;  // [4, 3]: alpha, eps, lo, hi of each channel
+  const float* bounds;    // [4, 3]: alpha, eps, lo, hi of each channel
+  bool bounds_on_device;  // otherwise they are on the host
+  void* stream;           // a cudaStream_t of the current device
 };
 
-// Enqueues one kernel on `stream`, a cudaStream_t, of the current device. The bounds lie on the
-// device or on the host. Throws std::runtime_error.
-void stem_step_cuda(const StemStepArgs& args, bool bounds_on_device, void* stream);
+// Enqueues one kernel. Throws std::runtime_error.
+void stem_step_cuda(const StemStepArgs& args);
 
 }  // namespace clae_fast

@@ -2,49 +2,49 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
+#include "cuda_check.h"
 #include "linf_step.cuh"
 #include "mma.cuh"
 #include "stem_step.h"
 
-// The gradient is a matrix product on tensor cores, of which the sum over kernel rows is left to
-// the accumulators.
+// The gradient is a matrix product on tensor cores. Its accumulators also add up the kernel's rows.
 //
-// A position is a pair of neighbouring pixels of x in a row. What dY's row r adds to a position in
-// all the rows of x that it reaches depends on a window of 4 dY pixels, so on 4 C numbers, the
-// length of the product's sums; zero weights stand for taps that miss. The matrix of dY has a row
-// for each position and serves kernels of 3 and 7 alike: windows of neighbouring positions are 2
-// and 1 pixels apart.
+// A position is a pair of neighboring pixels in a row of x. Row r of dY reaches several rows of x.
+// What it adds to a position in all of them depends on a window of 4 pixels of dY, and so on 4 C
+// numbers: that is the depth of the product. Where a pixel of dY does not reach a pixel of x, the
+// weight is 0. The left operand has one row for each position. It is made alike for kernels of 3
+// and of 7; the windows of neighboring positions are 2 pixels apart for 3, and 1 pixel for 7.
 //
-// The product's columns are 6, a position's pixels by channels, for each row of x. As dY's row
-// advances, rows of x enter and leave; each keeps its columns, one slot of a ring of kRows, until
-// it has all of its kernel rows and its signs are taken. The weights turn instead: the columns of
-// slot s hold kernel row (s - kStride r + const) mod kRows, of which the last is zeros.
+// For each row of x the product has 6 columns: the 2 pixels of a position times 3 channels. As r
+// advances, rows of x enter and leave. Each keeps its columns, one slot of a ring of kRows, until
+// all rows of the kernel have been added and its signs are taken. The weights turn instead: the
+// columns of slot s hold kernel row (s - kStride r + const) mod kRows, the last of which is all
+// zeros.
 //
-// A warp walks down the rows with kPositions of the positions of all images, which lie side by
-// side, zeros between them. No warp waits for another after the weights are packed.
+// The positions of all images lie side by side, with zeros between images. A warp walks down the
+// rows with kPositions of them. Once the weights are packed, no warp waits for another.
 
 namespace clae_fast {
 namespace {
 
-constexpr int kStages = 2;        // dY rows in shared memory, one of them on its way
-constexpr int kWindow = 4;        // dY pixels that a position depends on in a row
-constexpr int kChunk = 64;        // channels of a stage
-constexpr int kPixelBytes = 128;  // of a chunk
-constexpr int kSteps = kChunk / 16;
+constexpr int kStages = 2;           // rows of dY in shared memory, one of them on its way
+constexpr int kWindow = 4;           // pixels in a row of dY that a position depends on
+constexpr int kChunk = 64;           // channels of a stage
+constexpr int kPixelBytes = 128;     // bytes of a chunk's channels in one pixel
+constexpr int kSteps = kChunk / 16;  // matrix products along a chunk
 constexpr int kNowhere = -1;
-constexpr int kFirstRow = 1;  // of dY, the first to end a row of x: kPadding / kStride
+constexpr int kFirstRow = 1;  // the first row of dY that completes a row of x: kPadding / kStride
 
 template <int kSize>
 struct Stem {
   static constexpr int kStride = kSize == 3 ? 1 : 2;
   static constexpr int kPadding = kSize / 2;
-  static constexpr int kMaxWarps = 8;         // of a block: what registers allow at kSize 7
-  static constexpr int kApart = 2 / kStride;  // dY pixels from position to position
-  // matrix tiles of a warp. Tile t has positions t, t + kTiles, ...: so a tile's window at an
-  // offset is, but for that offset, another tile's, and a fragment serves both.
+  static constexpr int kMaxWarps = 8;         // of a block: registers allow no more at kSize 7
+  static constexpr int kApart = 2 / kStride;  // pixels of dY from one position to the next
+  // Matrix tiles of a warp. Tile t has the positions t, t + kTiles, ... So the same pixels of dY
+  // are at one offset of one tile's windows and at another offset of another tile's, and one
+  // fragment serves both.
   static constexpr int kTiles = 4 / kApart;
   static constexpr int kFragments = kApart * (kTiles - 1) + kWindow;
   static constexpr int kPositions = 16 * kTiles;
@@ -52,8 +52,8 @@ struct Stem {
   static constexpr int kRows = kSize + 1;  // the ring of rows of x
   static constexpr int kColumns = 6 * kRows;
   static constexpr int kColumnTiles = kColumns / 8;
-  static constexpr int kNumbers = kPositions * 6 / 32;  // of a row of x, a lane's
-  // dY rows that a row of x depends on above the one that ends it
+  static constexpr int kNumbers = kPositions * 6 / 32;  // numbers of a row of x that a lane has
+  // rows of dY that a row of x depends on, above the one that completes it
   static constexpr int kReach = (kSize - 1) / kStride;
   static constexpr int kWeightBytes = kSteps * kWindow * kColumns * 4 * int(sizeof(uint2));
 };
@@ -62,30 +62,25 @@ struct Stem {
 template <int kSize>
 struct alignas(128) Workspace {
   unsigned char stages[kStages][Stem<kSize>::kPixels * kPixelBytes];
-  // offsets in row 0 of the images from the group's first one on, -1 between them: of the pixels
-  // of dY, and of the numbers of x in the order of pixels and channels
+  // The offsets in row 0, from the group's first image on, of its pixels of dY and of its numbers
+  // of x, in the order of pixels and channels. kNowhere between images.
   int pixels[Stem<kSize>::kPixels];
   int numbers[Stem<kSize>::kPositions * 6];
   signed char signs[Stem<kSize>::kStride][Stem<kSize>::kPositions * 6];
 };
 
-// [4, 3] on the device, else by value.
-struct Bounds {
-  const float* table;
-  float values[4][3];
-};
-
-// A step of the walk ends kStride rows of x. The steps of all positions, group by group, are dealt
-// out to the warps in runs of equal length.
+// A step of a walk completes kStride rows of x. The steps of all groups of positions, one group
+// after another, are dealt out to the warps in runs of equal length.
 struct Schedule {
   int dy_H;
   int dy_W;
-  int pitch;  // dY pixels from image to image
+  int pitch;  // pixels of dY from one image to the next
   int steps;  // of a group of kPositions
   int all;    // steps of all groups
   int each;   // steps of a warp
 };
 
+// Two numbers of type Half in a register.
 template <class Half>
 __device__ uint32_t pack(float a, float b) {
   if constexpr (std::is_same_v<Half, __half>) {
@@ -96,8 +91,9 @@ __device__ uint32_t pack(float a, float b) {
   }
 }
 
-// packed [C / 16, kWindow, kColumns, 4]: the fragments of the 16 channels by 8 columns that a
-// product takes, in kernel row order. A lane's four weights are one element.
+// Packs the weights into [C / 16, kWindow, kColumns, 4], with columns in the order of kernel rows.
+// A product takes fragments of 16 channels by 8 columns, and an element holds the four weights that
+// one lane has of a fragment.
 template <class Half, class W, int kSize>
 __device__ void pack_weights(const StemStepArgs& args, uint2* packed) {
   using S = Stem<kSize>;
@@ -114,7 +110,7 @@ __device__ void pack_weights(const StemStepArgs& args, uint2* packed) {
       const int offset = i / (4 * S::kColumns) % kWindow;
       const int channel = i / (4 * S::kColumns * kWindow) * 16 + i % 4 * 2;
       const int row = column / 6, phase = column % 6 / 3, c = column % 3;
-      // of dY's pixel kApart p + offset - 1 and x's pixel 2 p + phase
+      // the tap that takes pixel kApart p + offset - 1 of dY to pixel 2 p + phase of x
       const int tap = phase + S::kPadding + S::kStride * (1 - offset);
       hits[b] = i < count && row < kSize && tap >= 0 && tap < kSize;
       const int at = channel * strides[0] + c * strides[1] + row * strides[2] + tap * strides[3];
@@ -135,31 +131,19 @@ __device__ void pack_weights(const StemStepArgs& args, uint2* packed) {
   }
 }
 
-// copied [3]: alpha, eps, lo and hi of each channel.
-__device__ void copy_bounds(const Bounds& bounds, float4* copied) {
-  const int c = threadIdx.x;
-  if (c >= 3) return;
-  const auto bound = [&](int row) {
-    if (bounds.table) return bounds.table[3 * row + c];
-    const float* values = bounds.values[row];
-    // selected, because arguments that are indexed at run time go through local memory
-    return c == 0 ? values[0] : c == 1 ? values[1] : values[2];
-  };
-  copied[c] = make_float4(bound(0), bound(1), bound(2), bound(3));
-}
-
-// The image and the column of a pixel of dY, counted over all images and what is between them.
+// The image of a pixel of dY and its column there.
 struct Pixel {
   int image;
   int column;
 };
 
+// Finds a pixel by its number in a row of all images, counting what is between them.
 __device__ Pixel locate(const Schedule& schedule, int pixel) {
   const unsigned image = unsigned(pixel) / unsigned(schedule.pitch);
   return {int(image), int(pixel - image * schedule.pitch)};
 }
 
-// Finds a group's pixels and numbers. Returns its first image.
+// Finds the offsets of a group's pixels and numbers. Returns its first image.
 template <int kSize>
 __device__ int locate_group(const StemStepArgs& args,
                             const Schedule& schedule,
@@ -188,8 +172,8 @@ __device__ int locate_group(const StemStepArgs& args,
   return image;
 }
 
-// Starts to copy a chunk of a row of dY, which begins at `dy` in the group's first image. The
-// 16-byte parts of a pixel are permuted, so that the rows of a fragment, every fourth pixel, lie in
+// Starts to copy a chunk of a row of dY. In the group's first image it begins at `dy`. The 16-byte
+// parts of a pixel are permuted, so that the rows of a fragment, every fourth pixel, are in
 // different banks.
 template <int kSize>
 __device__ void start_copy(const uint16_t* dy, const Workspace<kSize>& work, unsigned char* stage) {
@@ -205,11 +189,12 @@ __device__ void start_copy(const uint16_t* dy, const Workspace<kSize>& work, uns
   for (int k = 0; k < kCopies; ++k) {
     const int i = k * 4 + first;
     if (i >= Stem<kSize>::kPixels) continue;
-    cp_async<16>(stage + i * kPixelBytes + (part ^ k % 8) * 16, dy + max(pixels[k], 0) + part * 8,
-                 pixels[k] != kNowhere);
+    cp_async(stage + i * kPixelBytes + (part ^ k % 8) * 16, dy + max(pixels[k], 0) + part * 8,
+             pixels[k] != kNowhere);
   }
 }
 
+// Multiplies a chunk of a row of dY with its weights, and adds the products to the sums.
 template <class Half, int kSize>
 __device__ void multiply(const unsigned char* stage,
                          const uint2* weights,  // [kSteps, kWindow, kColumns, 4]
@@ -247,7 +232,7 @@ __device__ void multiply(const unsigned char* stage,
   }
 }
 
-// The signs of the rows of x that the step ends, in the order of x's pixels and channels.
+// Takes the signs of the rows of x that the step completes, in the order of pixels and channels.
 template <int kSize>
 __device__ void take_signs(
     int turn,
@@ -257,7 +242,7 @@ __device__ void take_signs(
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < S::kColumnTiles; ++j) {
-    // columns 2 pair and 2 pair + 1 of the step's rows
+    // the lane has columns 2 pair and 2 pair + 1 of the step's rows
     const int pair = j * 4 + lane % 4 - turn * S::kStride * 3;
     if (pair < 0 || pair >= S::kStride * 3) continue;
 #pragma unroll
@@ -272,8 +257,8 @@ __device__ void take_signs(
   }
 }
 
-// Empties the slots that rows of x enter with the next step. They are those before the slots of the
-// rows that leave with this one, by one: what a zero weight added to them may be NaN.
+// Clears the slots that rows of x will enter with the next step: the ones before the slots of the
+// rows that leave with this step. They may hold NaN, which a zero weight times infinity has added.
 template <int kSize>
 __device__ void clear_slots(int turn,
                             float (&sums)[Stem<kSize>::kTiles][Stem<kSize>::kColumnTiles][4]) {
@@ -290,7 +275,7 @@ __device__ void clear_slots(int turn,
   }
 }
 
-// Reads a lane's numbers of a row of x, for take_step.
+// Reads a lane's numbers of a row of x, for take_move().
 template <class X, int kSize>
 __device__ void read(const X* row, const Workspace<kSize>& work, X (&x)[Stem<kSize>::kNumbers]) {
 #pragma unroll
@@ -300,22 +285,20 @@ __device__ void read(const X* row, const Workspace<kSize>& work, X (&x)[Stem<kSi
   }
 }
 
-// Writes a row of out. Bounds are those of a lane's numbers 0, 1 and 2, and so of the later ones.
+// Writes a lane's numbers of a row of out. Number k has the bounds of number k % 3.
 template <class X, int kSize>
-__device__ void take_step(const X (&x)[Stem<kSize>::kNumbers],
+__device__ void take_move(const X (&x)[Stem<kSize>::kNumbers],
                           const Workspace<kSize>& work,
                           const signed char* signs,
-                          const float4 (&bounds)[3],
+                          const ChannelBounds (&bounds)[3],
                           X* row) {
 #pragma unroll
   for (int k = 0; k < Stem<kSize>::kNumbers; ++k) {
     const int i = k * 32 + threadIdx.x % 32;
     const int at = work.numbers[i];
     if (at == kNowhere) continue;
-    const float4 bound = bounds[k % 3];
-    const float centre = load(x[k]);
-    const float moved = stepped(centre, signs[i], centre, bound.x, bound.y, bound.z, bound.w);
-    store(row + at, moved, centre);
+    const float center = load(x[k]);
+    store(row + at, stepped(center, signs[i], center, bounds[k % 3]), center);
   }
 }
 
@@ -323,7 +306,7 @@ template <class Half, class X, int kSize>
 __global__ void __launch_bounds__(Stem<kSize>::kMaxWarps * 32, 1)
     stem_step_kernel(StemStepArgs args, Bounds given, Schedule schedule) {
   using S = Stem<kSize>;
-  __shared__ float4 channels[3];
+  __shared__ ChannelBounds channels[3];
   unsigned char* shared = dynamic_shared();
   const int chunks = args.C / kChunk;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -332,7 +315,7 @@ __global__ void __launch_bounds__(Stem<kSize>::kMaxWarps * 32, 1)
 
   int begin = (int(blockIdx.x) * warps + warp) * schedule.each;
   const int end = min(begin + schedule.each, schedule.all);
-  // of the group's first image
+  // the operands from the group's first image on
   const uint16_t* dy = nullptr;
   const X* x = nullptr;
   X* out = nullptr;
@@ -352,11 +335,11 @@ __global__ void __launch_bounds__(Stem<kSize>::kMaxWarps * 32, 1)
   } else {
     pack_weights<Half, Half, kSize>(args, weights);
   }
-  copy_bounds(given, channels);
+  if (threadIdx.x < 3) channels[threadIdx.x] = bounds_of(given, threadIdx.x);
   __syncthreads();
   const int lane = threadIdx.x % 32;
-  const float4 bounds[3] = {channels[lane % 3], channels[(lane + 32) % 3],
-                            channels[(lane + 64) % 3]};
+  const ChannelBounds bounds[3] = {channels[lane % 3], channels[(lane + 32) % 3],
+                                   channels[(lane + 64) % 3]};
 
   while (begin < end) {
     const int first = kFirstRow + begin % schedule.steps;
@@ -365,12 +348,12 @@ __global__ void __launch_bounds__(Stem<kSize>::kMaxWarps * 32, 1)
     X numbers[S::kStride][S::kNumbers];
     int stage = 0, turn = 0;
     for (int row = first - S::kReach; row < first + count; ++row) {
-      // of the rows of x that end here
+      // the first of the rows of x that are complete after this row of dY
       const int top = S::kStride * row - S::kPadding;
       const auto ends = [&](int y) { return row >= first && y >= 0 && y < args.H; };
 #pragma unroll
       for (int y = top; y < top + S::kStride; ++y) {
-        // early, to have it when the signs are there
+        // early, so that x has arrived when the signs are known
         if (ends(y)) read(x + int64_t(y) * args.strides.x[2], work, numbers[y - top]);
       }
       for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -395,7 +378,7 @@ __global__ void __launch_bounds__(Stem<kSize>::kMaxWarps * 32, 1)
 #pragma unroll
       for (int y = top; y < top + S::kStride; ++y) {
         if (!ends(y)) continue;
-        take_step(numbers[y - top], work, work.signs[y - top], bounds,
+        take_move(numbers[y - top], work, work.signs[y - top], bounds,
                   out + int64_t(y) * args.strides.x[2]);
       }
       __syncwarp();
@@ -407,27 +390,23 @@ __global__ void __launch_bounds__(Stem<kSize>::kMaxWarps * 32, 1)
   }
 }
 
-template <class Half, class X, int kSize>
-cudaError_t launch(const StemStepArgs& args, const Bounds& bounds, cudaStream_t stream) {
-  using S = Stem<kSize>;
-  int device, multiprocessors, shared;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
+constexpr char kOp[] = "stem_step";
 
+template <class Half, class X, int kSize>
+void launch(const StemStepArgs& args) {
+  using S = Stem<kSize>;
+  const int multiprocessors = device_attribute(kOp, cudaDevAttrMultiProcessorCount);
+  const int shared = device_attribute(kOp, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int weight_bytes = args.C / kChunk * S::kWeightBytes;
-  // the bounds and what the system takes
+  // 1024 bytes are for the bounds and for what the system takes
   const int left = shared - 1024 - weight_bytes;
   const int warps = std::min<int>(S::kMaxWarps, left / int(sizeof(Workspace<kSize>)));
-  if (warps < 1) return cudaErrorInvalidConfiguration;
+  if (warps < 1) check(kOp, cudaErrorInvalidConfiguration);
 
   Schedule schedule;
   schedule.dy_H = (args.H - 1) / S::kStride + 1;
   schedule.dy_W = (args.W - 1) / S::kStride + 1;
-  // two pixels or more of zeros on each side of an image, for a window's
+  // at least two pixels of zeros on each side of an image, which windows reach into
   const int pitch = (args.W + 1) / 2 + S::kStride;
   schedule.pitch = pitch * S::kApart;
   schedule.steps = (args.H - 1 + S::kPadding) / S::kStride;
@@ -442,37 +421,28 @@ cudaError_t launch(const StemStepArgs& args, const Bounds& bounds, cudaStream_t 
   config.gridDim = unsigned((schedule.all + share - 1) / share);
   config.blockDim = unsigned(32 * warps);
   config.dynamicSmemBytes = weight_bytes + warps * sizeof(Workspace<kSize>);
-  config.stream = stream;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(config.dynamicSmemBytes));
-  if (error != cudaSuccess) return error;
-  return cudaLaunchKernelEx(&config, kernel, args, bounds, schedule);
+  config.stream = static_cast<cudaStream_t>(args.stream);
+  check(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  int(config.dynamicSmemBytes)));
+  const Bounds bounds(args.bounds, args.bounds_on_device, 3);
+  check(kOp, cudaLaunchKernelEx(&config, kernel, args, bounds, schedule));
 }
 
 template <class Half, class X>
-cudaError_t launch_for_size(const StemStepArgs& args, const Bounds& bounds, cudaStream_t stream) {
-  return args.size == 3 ? launch<Half, X, 3>(args, bounds, stream)
-                        : launch<Half, X, 7>(args, bounds, stream);
+void launch_for_size(const StemStepArgs& args) {
+  args.size == 3 ? launch<Half, X, 3>(args) : launch<Half, X, 7>(args);
 }
 
 template <class Half>
-cudaError_t launch_for_x(const StemStepArgs& args, const Bounds& bounds, cudaStream_t stream) {
-  return args.x_dtype == DType::fp32 ? launch_for_size<Half, float>(args, bounds, stream)
-                                     : launch_for_size<Half, __half>(args, bounds, stream);
+void launch_for_x(const StemStepArgs& args) {
+  args.x_dtype == DType::fp32 ? launch_for_size<Half, float>(args)
+                              : launch_for_size<Half, __half>(args);
 }
 
 }  // namespace
 
-void stem_step_cuda(const StemStepArgs& args, bool bounds_on_device, void* stream) {
-  Bounds bounds{bounds_on_device ? args.bounds : nullptr, {}};
-  if (!bounds_on_device) std::copy_n(args.bounds, 12, bounds.values[0]);
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = args.dy_dtype == DType::fp16
-                                ? launch_for_x<__half>(args, bounds, queue)
-                                : launch_for_x<__nv_bfloat16>(args, bounds, queue);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("stem_step: ") + cudaGetErrorString(error));
-  }
+void stem_step_cuda(const StemStepArgs& args) {
+  args.dy_dtype == DType::fp16 ? launch_for_x<__half>(args) : launch_for_x<__nv_bfloat16>(args);
 }
 
 }  // namespace clae_fast

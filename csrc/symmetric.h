@@ -1,26 +1,59 @@
-// NT-Xent's sums and gradient in tiles of the symmetric similarity matrix; for *_simd.cpp alone.
+// The sums and the gradient of NT-Xent, in tiles of the symmetric similarity matrix; for *_simd.cpp
+// alone. nt_xent, tied_nt_xent and hard_nt_xent run it, and InfoNCE in both directions.
 //
-// With unit rows u, s_ij = u_i.u_j / T, E_ij = exp(s_ij - 1/T) over the negatives of row i, p the
-// positive's row, c how often a negative counts, neg_i = c sum_j E_ij, pos_i = E_ip:
-//   loss_i = softplus(log neg_i - log pos_i),  q_i = neg_i / (neg_i + pos_i)
-//   d loss / d u_i = 1/(nT) [ sum_j E_ij (r_i + r_j) u_j - q u_p ],  r = 1/(neg + pos)
-// with q = q_i + q_p where p is another row. InfoNCE is the same with anchors and keys for rows and
-// pairs of one of each alone; a row without a loss has r = q = 0. A tile above the diagonal serves
-// its rows and its columns: n^2 D FLOPs for the loss, 3 n^2 D more for the gradient. Below T =
-// 0.023 exp(-2/T) leaves fp32's range: row maxima instead of the shift.
+// u are the unit rows, n of them with a loss, and p is the row of the positive of row i. Sums run
+// over the negatives j of row i, each of which counts c times.
 //
-// Hard negatives, m of them, have weights W_ij = E_ij^beta, a share tau of them are positives:
-//   mean_i = sum_j W_ij E_ij / sum_j W_ij,  neg_i = m max((mean_i - tau pos_i) / (1 - tau),
-//   e^(-2/T)) q_i = (neg_i + m tau / (1 - tau) pos_i) / (neg_i + pos_i) r_i = m (1 + beta) / ((1 -
-//   tau) (neg_i + pos_i) sum_j W_ij),  v_i = r_i mean_i beta / (1 + beta)
-// and W_ij (E_ij (r_i + r_j) - v_i - v_j) takes the place of E_ij (r_i + r_j). With constant
-// weights r has no factor 1 + beta, and v is 0. Where the maximum is the second, r = v = 0 and q_i
-// = neg_i / (neg_i + pos_i). Sums of W E come near the end of fp32's range below
-// T = 0.03 (1 + beta), which leaves room for the factors of r.
+// clang-format off
 //
-// Two tiles that share no block of rows may run side by side. Tiles are ordered as the rounds of a
-// tournament and each waits only for the earlier ones of its own two blocks, so every sum has one
-// order, whatever the number of threads.
+//     s_ij   = u_i . u_j / T
+//     E_ij   = exp(s_ij - 1/T)
+//     neg_i  = c sum_j E_ij
+//     pos_i  = E_ip
+//     loss_i = softplus(log neg_i - log pos_i)
+//
+//     q_i = neg_i / (neg_i + pos_i)
+//     r_i = 1 / (neg_i + pos_i)
+//     q   = q_i + q_p    where p is another row
+//     q   = q_i          where p = i
+//
+//     d loss / d u_i = 1/(n T) (sum_j E_ij (r_i + r_j) u_j - q u_p)
+//
+// clang-format on
+//
+// InfoNCE is the same where the rows are anchors and keys, and only pairs of one of each count. A
+// row without a loss has r = q = 0.
+//
+// Hard negatives: each of the m negatives of a row has a weight W, and a share tau of them are
+// taken to be positives.
+//
+// clang-format off
+//
+//     W_ij   = E_ij^beta
+//     mean_i = sum_j W_ij E_ij / sum_j W_ij
+//     neg_i  = m max((mean_i - tau pos_i) / (1 - tau), exp(-2/T))
+//
+//     q_i = (neg_i + m tau / (1 - tau) pos_i) / (neg_i + pos_i)
+//     r_i = m (1 + beta) / ((1 - tau) (neg_i + pos_i) sum_j W_ij)
+//     v_i = r_i mean_i beta / (1 + beta)
+//
+// clang-format on
+//
+// In the gradient W_ij (E_ij (r_i + r_j) - v_i - v_j) takes the place of E_ij (r_i + r_j). Where
+// the weights are constants, r has no factor 1 + beta and v is 0. Where the maximum is exp(-2/T), r
+// = v = 0 and q_i = neg_i / (neg_i + pos_i).
+//
+// There are two forms of the sums. The fixed form subtracts 1/T from every logit, as above. For T <
+// 0.023, exp(-2/T) is below fp32's range; with weights, sums of W E come near the end of that range
+// for T < 0.03 (1 + beta), which leaves room for the factors of r. Then the online form is taken:
+// it subtracts each row's largest logit so far.
+//
+// A tile above the diagonal serves its rows and, transposed, its columns. The loss takes n^2 D
+// FLOPs and the gradient 3 n^2 D more.
+//
+// Two tiles that share no block of rows may be computed at the same time. Tiles are ordered as the
+// rounds of a tournament, and a tile waits only for the earlier tiles of its own two blocks. So
+// every sum is added in one order, whatever the number of threads.
 #pragma once
 
 #include "parallel.h"
@@ -31,9 +64,10 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-constexpr double kMinShift = 0.023, kMinHardShift = 0.03;
+// Temperatures from which the fixed form is taken; the second one is multiplied with 1 + beta.
+constexpr double kMinFixed = 0.023, kMinHardFixed = 0.03;
 
-// A smaller block gives the threads more tiles to share where rows are few.
+// The rows of a block. Where rows are few, a smaller block gives the threads more tiles to share.
 inline int block_rows(int64_t n) {
   return n < 1024 && kMaxBlock / 2 % kCols == 0 && kMaxBlock / 2 % kRows == 0 ? kMaxBlock / 2
                                                                               : kMaxBlock;
@@ -41,68 +75,79 @@ inline int block_rows(int64_t n) {
 
 // Which pairs are negatives, and which rows have a loss.
 enum class Pairs {
-  all,        // every other row but the positive
-  twice,      // the same, each counted twice
-  both_ways,  // rows of `first` with rows of `second`
+  all,        // all other rows but the positive are negatives
+  twice,      // the same, and each counts twice
+  both_ways,  // rows of `first` have those of `second` as negatives, and the other way round
   one_way,    // the same, but rows of `second` have no loss
 };
 
-// What makes negatives hard; nothing does where all is 0.
+// Negatives are not hard where all of this is 0.
 struct Hardness {
   float beta;     // concentration of the weights
   float tau;      // share of positives among the negatives
-  bool constant;  // no gradient through the weights
+  bool constant;  // whether the gradient takes the weights for constants
 };
 
-// The rows of `first` above those of `second`, if there are two views.
-struct SymmetricArgs {
+// The rows are those of `first` above those of `second`.
+struct SymmetricArgs : CpuArgs {
   Rows first;   // [N, D]
   Rows second;  // [n - N, D]
   int64_t N;
   int64_t n;
   int64_t D;
-  int64_t positive;  // distance of a row's positive: N, or 0 for itself
+  int64_t positive;  // distance between a row and its positive: N, or 0 for the row itself
   Pairs pairs;
   float temperature;
-  int threads;
-  float* loss;     // [1], null where it is not wanted
-  float* dfirst;   // [N, D], null where it is not wanted
-  float* dsecond;  // [n - N, D], null where it is not wanted
-  unsigned char* workspace;
+  float* loss;     // [1], may be null
+  float* dfirst;   // [N, D], may be null
+  float* dsecond;  // [n - N, D], may be null
   Hardness hardness = {};
 };
 
+inline SymmetricArgs two_views(const TwoViewsArgs& args) {
+  float* dz1 = args.dz ? args.dz + args.N * args.D : nullptr;
+  return {args,       args.z0,          args.z1,   args.N,  2 * args.N, args.D, /*positive=*/args.N,
+          Pairs::all, args.temperature, args.loss, args.dz, dz1};
+}
+
 template <class T>
 struct Scratch {
-  int64_t n, D, offset, padded, blocks;
-  int block;
-  bool crossed;  // an anchor's negatives are keys alone, and the other way round
+  int64_t n, D;
+  int64_t offset;  // distance between a row and its positive
+  int64_t padded;  // rows, in whole blocks
+  int64_t blocks;
+  int block;     // rows of a block
+  bool crossed;  // only pairs of a row above `offset` and one below it are negatives
   float beta;
+  // y is a row's base-2 logit, and peak the largest one over its negatives
   Packed<T> u;   // [padded, D]
   float* du;     // [padded, u.width]
-  double* neg;   // [padded] sum of W E, or of 2^((1 + beta) (y - peak))
-  double* mass;  // [padded] sum of W, or of 2^(beta (y - peak)), if beta is not 0
+  double* neg;   // [padded] sum of W E; in the online form of 2^((1 + beta) (y - peak))
+  double* mass;  // [padded] sum of W; in the online form of 2^(beta (y - peak)); with weights only
   double* loss;  // [padded]
-  float* peak;   // [padded] row maximum of y over the negatives, online form
-  float* r;      // [padded] 1 / (neg + pos); online form: its log2
-  float* v;      // [padded] the same of W alone, if beta is not 0
+  float* peak;   // [padded] in the online form only
+  float* r;      // [padded] in the online form its log2
+  float* v;      // [padded] likewise, with weights only
   float* q;      // [padded]
-  int* next;     // [2] the next tile of a pass
-  int* done;     // [2, blocks] tiles finished of a block, in each pass
+  int* next;     // [2] the next tile of each pass
+  int* done;     // [2, blocks] how many tiles of a block are finished in each pass
   int64_t bytes;
 };
 
 template <class T>
-Scratch<T> carve(int64_t n, int64_t D, bool grad, bool weighted, unsigned char* base) {
+Scratch<T> carve(const SymmetricArgs& args, bool weighted) {
   Scratch<T> s;
-  s.n = n;
-  s.D = D;
-  s.block = block_rows(n);
-  s.blocks = (n + s.block - 1) / s.block;
+  s.n = args.n;
+  s.D = args.D;
+  s.offset = args.positive;
+  s.crossed = args.pairs == Pairs::both_ways || args.pairs == Pairs::one_way;
+  s.beta = args.hardness.beta;
+  s.block = block_rows(s.n);
+  s.blocks = (s.n + s.block - 1) / s.block;
   s.padded = s.blocks * s.block;
-  Carver carver{base};
-  s.u = carve_rows<T>(carver, s.padded, D);
-  s.du = carver.take<float>(grad ? s.padded * s.u.width : 0);
+  Carver carver{args.workspace};
+  s.u = carve_rows<T>(carver, s.padded, s.D);
+  s.du = carver.take<float>(args.dfirst || args.dsecond ? s.padded * s.u.width : 0);
   s.neg = carver.take<double>(s.padded);
   s.mass = carver.take<double>(weighted ? s.padded : 0);
   s.loss = carver.take<double>(s.padded);
@@ -121,7 +166,8 @@ int64_t positive_of(const Scratch<T>& s, int64_t row) {
   return row < s.offset ? row + s.offset : row - s.offset;
 }
 
-// All ones where (row, column) is a negative pair inside the matrix.
+// For the pairs of row i and kWidth columns from j on: all bits set where the pair is a negative
+// one inside the matrix.
 template <class T>
 CLAE_FAST_INLINE IVec negatives(const Scratch<T>& s, int64_t i, int64_t j) {
   IVec column = {};
@@ -134,8 +180,8 @@ CLAE_FAST_INLINE IVec negatives(const Scratch<T>& s, int64_t i, int64_t j) {
   return others & (row < s.offset ? is_key : ~is_key);
 }
 
-// Are all of the rows from i and all of the columns from j on the same side of `offset`, or all on
-// different sides?
+// Whether `rows` rows from i on and `cols` columns from j on are all on the same side of `offset`,
+// or, without `same`, the rows all on one side and the columns all on the other.
 template <class T>
 bool on_sides(const Scratch<T>& s, int64_t i, int64_t rows, int64_t j, int64_t cols, bool same) {
   const bool above = i + rows <= s.offset, below = i >= s.offset;
@@ -143,7 +189,7 @@ bool on_sides(const Scratch<T>& s, int64_t i, int64_t rows, int64_t j, int64_t c
   return same ? (above && left) || (below && right) : (above && right) || (below && left);
 }
 
-// Does the register tile at (i, j) hold anything but negatives?
+// Whether the register tile at (i, j) has any pair that is not a negative one.
 template <class T>
 bool is_special(const Scratch<T>& s, int64_t i, int64_t j) {
   auto crosses = [&](int64_t shift) { return j < i + shift + kRows && i + shift < j + kCols; };
@@ -151,7 +197,7 @@ bool is_special(const Scratch<T>& s, int64_t i, int64_t j) {
          j + kCols > s.n || (s.crossed && !on_sides(s, i, kRows, j, kCols, false));
 }
 
-// Sets a register tile to 0 at all but negative pairs.
+// Sets a register tile to 0 except at negative pairs.
 template <class T>
 CLAE_FAST_INLINE void keep_negatives(const Scratch<T>& s,
                                      int64_t i,
@@ -165,7 +211,7 @@ CLAE_FAST_INLINE void keep_negatives(const Scratch<T>& s,
   }
 }
 
-// log2(e^(s - 1/T)) of a register tile; the online form leaves out the shift.
+// The base-2 logits of a register tile: log2(exp(s - 1/T)), in the online form log2(exp(s)).
 template <class T, bool online>
 CLAE_FAST_INLINE void logits(const Scratch<T>& s,
                              float scale,
@@ -175,7 +221,8 @@ CLAE_FAST_INLINE void logits(const Scratch<T>& s,
   similarities(s.u, i, s.u, j, scale, online ? 0.f : -scale, y);
 }
 
-// Adds a tile's W E, and W, to its rows' sums and, off the diagonal, to its columns'.
+// The fixed form: adds a tile's W E, and with weights its W, to the sums of its rows and, off the
+// diagonal, to those of its columns.
 template <class T, bool weighted>
 void sum_tile_fixed(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
   Vec row_sum[kMaxBlock] = {}, row_mass[weighted ? kMaxBlock : 1] = {};
@@ -224,7 +271,7 @@ void sum_tile_fixed(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
   }
 }
 
-// The same with a running maximum of every row and column.
+// The online form of the same, with a running maximum of every row and column.
 template <class T, bool weighted>
 void sum_tile_online(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
   alignas(64) float tile[kMaxBlock * kMaxBlock];
@@ -248,9 +295,9 @@ void sum_tile_online(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
     const float* row = tile + i * kMaxBlock;
     Vec top = splat(lowest);
     for (int64_t j = 0; j < cols; j += kWidth) top = maximum(top, load(row + j));
-    float peak = s.peak[I + i];
-    for (int l = 0; l < kWidth; ++l) peak = peak < top[l] ? top[l] : peak;
-    if (peak == lowest) continue;  // no negative yet: -inf - -inf would be NaN
+    const float highest = horizontal_maximum(top);
+    const float peak = s.peak[I + i] < highest ? highest : s.peak[I + i];
+    if (peak == lowest) continue;  // no negative yet, and -inf - -inf would be NaN
     Vec sum = {}, mass = {};
     for (int64_t j = 0; j < cols; j += kWidth) {
       const Vec below = load(row + j) - peak;
@@ -283,15 +330,15 @@ void sum_tile_online(const Scratch<T>& s, float scale, int64_t I, int64_t J) {
   }
 }
 
-// Does any row of the block at I have a gradient that is wanted?
+// Whether the gradient of any row of the block at I is wanted.
 template <class T>
 bool is_wanted(const Scratch<T>& s, const SymmetricArgs& args, int64_t I) {
   return (I < args.N && args.dfirst) || (I + s.block > args.N && args.dsecond);
 }
 
-// Adds G U to the tile's rows of dU and, off the diagonal, G^T U to its columns' rows, with G what
-// u_j is multiplied with above. Where rows have factors f, G_ij f_i f_j takes G's place and
-// dU_i / f_i comes out.
+// Makes the tile G of the factors of u_j in the gradient. Adds G U to the gradients of the tile's
+// rows and, off the diagonal, G^T U to those of its columns. Where unit rows are rows of U times
+// factors f, it takes G_ij f_i f_j for G, and the gradient comes out divided by f_i.
 template <class T, bool online, bool weighted>
 void grad_tile(const Scratch<T>& s, const SymmetricArgs& args, float scale, int64_t I, int64_t J) {
   Weights<T> w;
@@ -342,10 +389,12 @@ void grad_tile(const Scratch<T>& s, const SymmetricArgs& args, float scale, int6
                       cells<T>(rows), s.du + J * u.width, u.width, cols, width);
 }
 
-// Takes tiles in the tournament's order until none is left.
+// Computes all tiles of a pass. Every thread of the team calls this, and they take tiles until none
+// is left: first those on the diagonal, then round after round of a tournament in which every block
+// plays every other.
 template <class T, class Tile>
 void play(const Scratch<T>& s, int pass, Tile tile) {
-  const int64_t players = s.blocks + s.blocks % 2;  // an odd one out plays nobody
+  const int64_t players = s.blocks + s.blocks % 2;  // an odd number gets a player that is no block
   const int64_t matches = players / 2;
   const int64_t total = s.blocks + (players - 1) * matches;
   int* done = s.done + pass * s.blocks;
@@ -389,7 +438,8 @@ void pack_block(const Scratch<T>& s, const SymmetricArgs& args, int64_t I) {
   pack_pairs(s.u, I, I + s.block);
 }
 
-// The same of a row with hard negatives, from the logarithms to base 2 of mean_i mass_i and pos_i.
+// finish_row() of a row with hard negatives. log_sum and log_pos are the base-2 logarithms of
+// mean_i mass_i and of pos_i.
 template <class T, bool online>
 void finish_hard_row(const Scratch<T>& s,
                      const Hardness& hardness,
@@ -400,9 +450,9 @@ void finish_hard_row(const Scratch<T>& s,
   const double beta = hardness.beta, tau = hardness.tau;
   const double log_count = log2(double(s.n - 2));
   const double log_mass = beta > 0 ? log2(s.mass[i]) + (online ? beta * s.peak[i] : 0.) : log_count;
-  // of sums of 2^((1 + beta) y), of which log_sum has one peak already
+  // the sum is of 2^((1 + beta) (y - peak)), and log_sum makes up for one peak already
   const double log_mean = log_sum + (online ? beta * s.peak[i] : 0.) - log_mass;
-  // a mean is never below the floor
+  // the mean of negatives is never below the floor exp(-2/T)
   const double floor = (online ? -1 : -2) * scale;
   const double false_share = tau * ::exp2(log_pos - log_mean);
   const double log_true =
@@ -421,7 +471,7 @@ void finish_hard_row(const Scratch<T>& s,
   s.v[i] = float(online ? log_v : ::exp2(log_v));
 }
 
-// loss_i, q_i, r_i and v_i of one row from its sums over the negatives.
+// loss_i, q_i, r_i and v_i of a row from its sums over the negatives.
 template <class T, bool online>
 void finish_row(const Scratch<T>& s, const SymmetricArgs& args, double scale, int64_t i) {
   if (args.pairs == Pairs::one_way && i >= args.N) {
@@ -447,7 +497,8 @@ void finish_row(const Scratch<T>& s, const SymmetricArgs& args, double scale, in
 // How many rows have a loss.
 int64_t losses(const SymmetricArgs& args) { return args.pairs == Pairs::one_way ? args.N : args.n; }
 
-// dz_i from dU_i: the positive's share, then back through the normalisation.
+// The gradient of raw row i: subtracts the share of its positive from the gradient of its unit row,
+// and passes the result back through the normalization.
 template <class T>
 void finish_grad(const Scratch<T>& s, const SymmetricArgs& args, int64_t i) {
   const int64_t p = positive_of(s, i);
@@ -468,17 +519,17 @@ void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
   memset(s.next, 0, 2 * sizeof *s.next);
   memset(s.done, 0, 2 * s.blocks * sizeof *s.done);
   parallel(args.threads, [&](Team& team, int rank) {
-    const Range blocks = share(s.blocks, team, rank), rows = share(s.n, team, rank);
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_block(s, args, b * s.block);
-      for (int64_t i = b * s.block; i < (b + 1) * s.block; ++i) {
-        s.neg[i] = 0;
-        s.peak[i] = -INFINITY;
-        s.r[i] = 0;
-        if (weighted) s.mass[i] = s.v[i] = 0;
-      }
-      if (!grad) continue;
-      memset(s.du + b * s.block * s.u.width, 0, s.block * s.u.width * sizeof(float));
+    const Range packed = share(s.padded, team, rank, s.block), rows = share(s.n, team, rank);
+    for (int64_t I = packed.begin; I < packed.end; I += s.block) pack_block(s, args, I);
+    for (int64_t i = packed.begin; i < packed.end; ++i) {
+      s.neg[i] = 0;
+      s.peak[i] = -INFINITY;
+      s.r[i] = 0;
+      if (weighted) s.mass[i] = s.v[i] = 0;
+    }
+    if (grad) {
+      const int64_t numbers = (packed.end - packed.begin) * s.u.width;
+      memset(s.du + packed.begin * s.u.width, 0, numbers * sizeof *s.du);
     }
     team.barrier();
     play(s, 0, [&](int64_t I, int64_t J) {
@@ -496,34 +547,25 @@ void run_symmetric(const Scratch<T>& s, const SymmetricArgs& args) {
       if (i < args.N ? args.dfirst : args.dsecond) finish_grad(s, args, i);
     }
   });
-  if (!args.loss) return;
-  double total = 0;
-  for (int64_t i = 0; i < s.n; ++i) total += s.loss[i];
-  args.loss[0] = float(total / double(losses(args)));
+  if (args.loss) args.loss[0] = mean_loss(s.loss, s.n, losses(args));
 }
 
 template <class T, bool weighted>
-void run_symmetric(const SymmetricArgs& args) {
-  auto s = carve<T>(args.n, args.D, args.dfirst || args.dsecond, weighted, args.workspace);
-  s.offset = args.positive;
-  s.crossed = args.pairs == Pairs::both_ways || args.pairs == Pairs::one_way;
-  s.beta = args.hardness.beta;
+int64_t run_symmetric(const SymmetricArgs& args) {
+  const auto s = carve<T>(args, weighted);
+  if (!args.workspace) return s.bytes;
   const bool hard = args.hardness.beta > 0 || args.hardness.tau > 0;
-  args.temperature < (hard ? kMinHardShift * (1 + s.beta) : kMinShift)
+  args.temperature < (hard ? kMinHardFixed * (1 + s.beta) : kMinFixed)
       ? run_symmetric<T, true, weighted>(s, args)
       : run_symmetric<T, false, weighted>(s, args);
+  return 0;
 }
 
-// Bytes of scratch: O(n D), never O(n^2).
-int64_t symmetric_workspace(DType dtype, int64_t n, int64_t D, bool grad, bool weighted = false) {
-  return stays_bf16(dtype) ? carve<Bf16>(n, D, grad, weighted, nullptr).bytes
-                           : carve<Fp32>(n, D, grad, weighted, nullptr).bytes;
-}
-
+// Negatives have weights only where `weighted`, and beta is not 0.
 template <bool weighted = false>
-void symmetric(const SymmetricArgs& args) {
-  stays_bf16(args.first.dtype) ? run_symmetric<Bf16, weighted>(args)
-                               : run_symmetric<Fp32, weighted>(args);
+int64_t symmetric(const SymmetricArgs& args) {
+  return stays_bf16(args.first.dtype) ? run_symmetric<Bf16, weighted>(args)
+                                      : run_symmetric<Fp32, weighted>(args);
 }
 
 }  // namespace

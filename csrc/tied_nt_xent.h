@@ -1,26 +1,19 @@
-// The gradient of NT-Xent where both views are the same rows, in one call.
+// The gradient of NT-Xent where both views are the same rows.
 #pragma once
 
-#include <cstdint>
-
-#include "isa.h"
-#include "rows.h"
+#include "args.h"
 
 namespace clae_fast {
 
-struct TiedNtXentArgs {
+struct TiedNtXentArgs : CpuArgs {
   Rows z;  // [N, D]
   int64_t N;
   int64_t D;
   float temperature;
-  int threads;
-  float* dz;                 // [N, D] contiguous
-  unsigned char* workspace;  // [tied_nt_xent_workspace(...)] bytes, 64-byte aligned
+  float* dz;  // [N, D] contiguous
 };
 
-// Bytes of scratch: O(N D), never O(N^2).
-int64_t tied_nt_xent_workspace(Isa isa, DType dtype, int64_t N, int64_t D);
-
-void tied_nt_xent(Isa isa, const TiedNtXentArgs& args);
+// The workspace grows as O(N D), never O(N^2).
+int64_t tied_nt_xent(const TiedNtXentArgs& args);
 
 }  // namespace clae_fast

@@ -1,7 +1,8 @@
-// Rows made ready to be multiplied, and their products in register tiles; for *_simd.cpp alone.
+// Normalizes rows, lays them out for matrix products and multiplies them in register tiles; for
+// *_simd.cpp alone.
 //
-// Products run over cells of 32 bits: one fp32 number, or two bf16 numbers that are neighbours
-// along the depth of the product, which some processors multiply and add at once.
+// A product runs over cells of 32 bits. A cell holds one fp32 number, or two bf16 numbers that are
+// neighbors along the product's depth: some processors multiply and add both at once.
 #pragma once
 
 #include <math.h>
@@ -9,16 +10,17 @@
 
 #include <cstdint>
 
+#include "args.h"
 #include "carver.h"
 #include "half.h"
-#include "rows.h"
 #include "simd.h"
 
 namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// The register tile: kRows x kCols accumulators, with room for one row of vectors and a broadcast.
+// A register tile has kRows x kCols accumulators. It leaves registers for a row of vectors and for
+// one broadcast number.
 #if defined(__ARM_NEON)
 constexpr int kRows = 8, kVecs = 3;
 #else
@@ -26,15 +28,14 @@ constexpr int kRows = kWidth == 16 ? 12 : 6, kVecs = 2;
 #endif
 constexpr int kCols = kVecs * kWidth;
 
-// The most rows and columns of a tile in memory; it and its rows stay in the L2 cache.
+// The most rows and columns of a tile in memory. The tile and the rows it is made of fit into the
+// L2 cache.
 constexpr int kMaxBlock = 96;
 static_assert(kMaxBlock % kRows == 0 && kMaxBlock % kCols == 0, "a block holds whole tiles");
 
-constexpr double kEps = 1e-12;  // of F.normalize
+constexpr double kEps = 1e-12;  // F.normalize's: a shorter row is divided by this
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Rows in fp32, normalised.
+// Rows that are kept as normalized fp32 numbers.
 struct Fp32 {
   typedef float Cell __attribute__((may_alias));
   typedef Vec CellVec;
@@ -42,14 +43,14 @@ struct Fp32 {
 
   static CLAE_FAST_INLINE CellVec load_cells(const Cell* p) { return load(p); }
   static CLAE_FAST_INLINE Vec multiply_add(Vec acc, Cell a, CellVec b) { return acc + a * b; }
-  // Makes x the numbers of `row` from j on.
+  // Stores x as the numbers of `row` from j on.
   static CLAE_FAST_INLINE void put(Cell* row, int64_t j, Vec x) {
     __builtin_memcpy(row + j, &x, sizeof x);
   }
 };
 
-// Rows of bf16 as they came but for a power of two, with a factor that makes them unit rows: their
-// products are exact.
+// Rows that are kept in bf16, as they came but for a power of two. Products of two of their numbers
+// are then exact in fp32, and a factor for each row makes up for its length.
 struct Bf16 {
   typedef int32_t Cell __attribute__((may_alias));
   typedef IVec CellVec;
@@ -68,28 +69,29 @@ struct Bf16 {
     const HalfVec halves = __builtin_convertvector(rounded(x) >> 16 & 0xffff, HalfVec);
     __builtin_memcpy(reinterpret_cast<char*>(row) + 2 * j, &halves, sizeof halves);
   }
-  // To nearest even, in the upper half.
+  // The nearest bf16 numbers, of two that are as near the even one, in the upper half of each lane.
   static CLAE_FAST_INLINE IVec rounded(Vec x) {
     const IVec bits = (IVec)x;
     return bits + 0x7fff + (bits >> 16 & 1);
   }
 };
 
-// Whether rows of this dtype stay bf16.
+// Whether rows of this dtype are kept in bf16.
 constexpr bool stays_bf16(DType dtype) { return kDotBf16 && dtype == DType::bf16; }
 
+// Rows that are laid out for products.
 template <class T>
 struct Packed {
   typedef typename T::Cell Cell;
   int64_t D;
-  int64_t depth;     // cells of a row
-  int64_t ld;        // cells from row to row
-  int64_t width;     // cells from row to row of `pairs`, numbers of a row of gradients
-  Cell* rows;        // [count, ld] with kPack neighbours of a row in a cell, 0 in the padding
-  Cell* panels;      // [count / kCols, depth, kCols] the same, transposed in panels
-  Cell* pairs;       // [count / kPack, width] with kPack neighbours of a column in a cell
-  float* factor;     // [count] what makes a row a unit row; fp32 rows are that already
-  double* inv_norm;  // [count] 1 / |z|, negative where eps replaced the norm
+  int64_t depth;     // cells that a row fills
+  int64_t ld;        // cells from one row to the next
+  int64_t width;     // cells from one row of `pairs` to the next, and numbers of a row of gradients
+  Cell* rows;        // [count, ld] a cell holds kPack neighbors of a row; 0 in the padding
+  Cell* panels;      // [count / kCols, depth, kCols] the same cells, each panel transposed
+  Cell* pairs;       // [count / kPack, width] a cell holds kPack neighbors of a column
+  float* factor;     // [count] what a bf16 row is multiplied with to make it a unit row
+  double* inv_norm;  // [count] 1 / |z|, negative where eps took the place of the norm
 };
 
 template <class T>
@@ -98,7 +100,7 @@ Packed<T> carve_rows(Carver& carver, int64_t count, int64_t D) {
   Packed<T> p;
   p.D = D;
   p.depth = (D + T::kPack - 1) / T::kPack;
-  // the extra vector keeps rows off each other's cache sets
+  // the extra vector keeps rows from competing for the same cache sets
   p.width = round_up(D, kCols) + kWidth;
   p.ld = T::kPack == 1 ? p.width : round_up(p.depth, kWidth) + kWidth;
   p.rows = carver.take<Cell>(count * p.ld);
@@ -109,7 +111,7 @@ Packed<T> carve_rows(Carver& carver, int64_t count, int64_t D) {
   return p;
 }
 
-// As many fp32 numbers as a register holds in fp64.
+// How many fp64 numbers a register holds.
 constexpr int kNarrow = kWidth / 2;
 typedef float NarrowVec __attribute__((vector_size(kNarrow * 4)));
 
@@ -119,21 +121,29 @@ CLAE_FAST_INLINE NarrowVec load_narrow(const float* p) {
   return v;
 }
 
-// Sum over d < D of a b in fp64: of vectors at d, and of the products that fill none.
-template <class A, class B, class Product>
-CLAE_FAST_INLINE double dot(int64_t D, A a, B b, Product product) {
+// An operand of dot(): some(d) are the numbers from d on, one(d) is number d alone.
+struct Numbers {
+  const float* numbers;
+
+  CLAE_FAST_INLINE NarrowVec some(int64_t d) const { return load_narrow(numbers + d); }
+  CLAE_FAST_INLINE float one(int64_t d) const { return numbers[d]; }
+};
+
+// The sum of a_d b_d over d < D, in fp64.
+template <class A, class B>
+CLAE_FAST_INLINE double dot(int64_t D, A a, B b) {
   typedef double DoubleVec __attribute__((vector_size(kNarrow * 8)));
   auto wide = [](NarrowVec v) { return __builtin_convertvector(v, DoubleVec); };
   DoubleVec even = {}, odd = {};
   int64_t d = 0;
   for (; d + kWidth <= D; d += kWidth) {
-    even += wide(a(d)) * wide(b(d));
-    odd += wide(a(d + kNarrow)) * wide(b(d + kNarrow));
+    even += wide(a.some(d)) * wide(b.some(d));
+    odd += wide(a.some(d + kNarrow)) * wide(b.some(d + kNarrow));
   }
   even += odd;
   double sum = 0;
   for (int l = 0; l < kNarrow; ++l) sum += even[l];
-  for (; d < D; ++d) sum += product(d);
+  for (; d < D; ++d) sum += double(a.one(d)) * double(b.one(d));
   return sum;
 }
 
@@ -151,18 +161,11 @@ CLAE_FAST_INLINE void load_row(const Rows& source, int64_t row, int64_t D, float
   }
 }
 
-CLAE_FAST_INLINE double squared_norm(const float* z, int64_t D) {
-  return dot(
-      D, [&](int64_t d) { return load_narrow(z + d); },
-      [&](int64_t d) { return load_narrow(z + d); },
-      [&](int64_t d) { return double(z[d]) * double(z[d]); });
-}
-
-// Row i of `p` becomes row `row` of `source`.
+// Makes row i of `p` from row `row` of `source`.
 void pack_row(const Packed<Fp32>& p, int64_t i, const Rows& source, int64_t row) {
   float* u = p.rows + i * p.ld;
   load_row(source, row, p.D, u);
-  const double norm = sqrt(squared_norm(u, p.D));
+  const double norm = sqrt(dot(p.D, Numbers{u}, Numbers{u}));
   const bool clamped = norm < kEps;
   const double inv = 1 / (clamped ? kEps : norm);
   p.inv_norm[i] = clamped ? -inv : inv;
@@ -170,7 +173,7 @@ void pack_row(const Packed<Fp32>& p, int64_t i, const Rows& source, int64_t row)
   memset(u + p.D, 0, (p.ld - p.D) * sizeof *u);
 }
 
-void pack_row(const Packed<Bf16>& p, int64_t i, const Rows& source, int64_t row) {
+inline void pack_row(const Packed<Bf16>& p, int64_t i, const Rows& source, int64_t row) {
   const uint16_t* z = static_cast<const uint16_t*>(source.data) + row * source.stride;
   double square = 0;
   for (int64_t d = 0; d < p.D; ++d) square += double(load_bf16(z[d])) * double(load_bf16(z[d]));
@@ -178,7 +181,7 @@ void pack_row(const Packed<Bf16>& p, int64_t i, const Rows& source, int64_t row)
   const bool clamped = norm < kEps;
   const double floored = clamped ? kEps : norm;
   p.inv_norm[i] = clamped ? -1 / floored : 1 / floored;
-  // exact, and keeps products far from the ends of fp32's range
+  // multiplying with a power of two is exact, and it keeps products within fp32's range
   const int exponent = isfinite(norm) ? ilogb(floored) : 0;
   const double scale = ldexp(1., -exponent);
   p.factor[i] = float(ldexp(1., exponent) / floored);
@@ -198,7 +201,8 @@ void pad_row(const Packed<T>& p, int64_t i) {
   if (T::kPack > 1) p.factor[i] = 0;
 }
 
-// Rows `begin` to `end` of `p` become those of `source` from `first` on, 0 past its `count` rows.
+// Makes rows `begin` to `end` of `p` from the rows of `source` from `first` on. Past its `count`
+// rows they are 0.
 template <class T>
 void pack_rows(const Packed<T>& p,
                int64_t begin,
@@ -216,7 +220,7 @@ void pack_rows(const Packed<T>& p,
   }
 }
 
-// The same of the N rows of `z0` above the n - N of `z1`.
+// The same from one matrix that has the N rows of `z0` above the n - N rows of `z1`.
 template <class T>
 void pack_rows(const Packed<T>& p,
                int64_t begin,
@@ -230,6 +234,7 @@ void pack_rows(const Packed<T>& p,
   pack_rows(p, below, end, z1, below - N, n - N);
 }
 
+// Number d of unit row i.
 CLAE_FAST_INLINE float unit(const Packed<Fp32>& p, int64_t i, int64_t d) {
   return p.rows[i * p.ld + d];
 }
@@ -240,7 +245,7 @@ CLAE_FAST_INLINE float unit(const Packed<Bf16>& p, int64_t i, int64_t d) {
   return load_bf16(half) * p.factor[i];
 }
 
-// Of kNarrow elements from d on.
+// kNarrow numbers of unit row i, from number d on.
 CLAE_FAST_INLINE NarrowVec units(const Packed<Fp32>& p, int64_t i, int64_t d) {
   return load_narrow(p.rows + i * p.ld + d);
 }
@@ -252,7 +257,17 @@ CLAE_FAST_INLINE NarrowVec units(const Packed<Bf16>& p, int64_t i, int64_t d) {
   return (NarrowVec)(__builtin_convertvector(halves, NarrowIVec) << 16) * p.factor[i];
 }
 
-// The pairs of the rows from `begin` to `end`.
+// Unit row i as an operand of dot().
+template <class T>
+struct UnitRow {
+  const Packed<T>& p;
+  int64_t i;
+
+  CLAE_FAST_INLINE NarrowVec some(int64_t d) const { return units(p, i, d); }
+  CLAE_FAST_INLINE float one(int64_t d) const { return unit(p, i, d); }
+};
+
+// Makes `pairs` from the rows from `begin` to `end`. With fp32 they are the rows themselves.
 inline void pack_pairs(const Packed<Fp32>&, int64_t, int64_t) {}
 
 inline void pack_pairs(const Packed<Bf16>& p, int64_t begin, int64_t end) {
@@ -269,7 +284,7 @@ inline void pack_pairs(const Packed<Bf16>& p, int64_t begin, int64_t end) {
   }
 }
 
-// The panels of the rows from `begin` to `end`, whole ones.
+// Makes `panels` from the rows from `begin` to `end`, which fill whole panels.
 template <class T>
 void pack_panels(const Packed<T>& p, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; j += kCols) {
@@ -282,24 +297,22 @@ void pack_panels(const Packed<T>& p, int64_t begin, int64_t end) {
 
 template <class T>
 double cosine(const Packed<T>& p, int64_t i, const Packed<T>& q, int64_t j) {
-  return dot(
-      p.D, [&](int64_t d) { return units(p, i, d); }, [&](int64_t d) { return units(q, j, d); },
-      [&](int64_t d) { return double(unit(p, i, d)) * double(unit(q, j, d)); });
+  return dot(p.D, UnitRow<T>{p, i}, UnitRow<T>{q, j});
 }
 
-// dz = scale (du - u (u . du)) / |z| of row i, or scale du / eps where the row was only scaled.
+// The gradient of raw row i from that of its unit row:
+//
+//     dz = scale (du - (u . du) u) / |z|
+//     dz = scale du / eps                  where |z| < eps, and u = z / eps
 template <class T>
 void store_raw_grad(const Packed<T>& p, int64_t i, const float* du, double scale, float* dz) {
   const bool clamped = p.inv_norm[i] < 0;
-  const float radial = float(dot(
-      clamped ? 0 : p.D, [&](int64_t d) { return units(p, i, d); },
-      [&](int64_t d) { return load_narrow(du + d); },
-      [&](int64_t d) { return double(unit(p, i, d)) * double(du[d]); }));
+  const float radial = float(dot(clamped ? 0 : p.D, UnitRow<T>{p, i}, Numbers{du}));
   const double inv = fabs(p.inv_norm[i]) * scale;
   for (int64_t d = 0; d < p.D; ++d) dz[d] = float((du[d] - radial * unit(p, i, d)) * inv);
 }
 
-// A register tile to memory with rows `ld` apart.
+// Stores a register tile in memory, its rows `ld` numbers apart.
 CLAE_FAST_INLINE void store_tile(const Vec (&y)[kRows][kVecs], float* tile, int64_t ld) {
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
@@ -308,8 +321,8 @@ CLAE_FAST_INLINE void store_tile(const Vec (&y)[kRows][kVecs], float* tile, int6
   }
 }
 
-// acc += A B over `depth` cells: A's rows are `lda` apart (its columns where transposed), B's
-// `ldb`.
+// acc += A B over `depth` cells. The rows of A, or its columns where it is transposed, are `lda`
+// cells apart, the rows of B `ldb`.
 template <class T, bool transposed>
 CLAE_FAST_INLINE void multiply(const typename T::Cell* a,
                                int64_t lda,
@@ -330,7 +343,7 @@ CLAE_FAST_INLINE void multiply(const typename T::Cell* a,
   }
 }
 
-// C += A B for `rows` x `cols` of C, rounded up to register tiles.
+// C += A B for `rows` x `cols` numbers of C, rounded up to whole register tiles.
 template <class T, bool transposed>
 void accumulate(const typename T::Cell* a,
                 int64_t lda,
@@ -356,7 +369,8 @@ void accumulate(const typename T::Cell* a,
   }
 }
 
-// y = u_i . v_j * scale + shift of the register tile at row i of `p` and column j of `q`.
+// y = scale (u . v) + shift for the kRows rows u of `p` from i on and the kCols rows v of `q` from
+// j on.
 template <class T>
 CLAE_FAST_INLINE void similarities(const Packed<T>& p,
                                    int64_t i,
@@ -384,26 +398,48 @@ CLAE_FAST_INLINE void similarities(const Packed<T>& p,
   }
 }
 
-// The cells along `count` rows or columns.
+// Stores scale (u . v) for `rows` rows u of `p` from i on and `cols` rows v of `q` from j on, both
+// rounded up to whole register tiles, in a matrix whose rows are `ld` numbers apart.
+template <class T>
+void store_similarities(const Packed<T>& p,
+                        int64_t i,
+                        int64_t rows,
+                        const Packed<T>& q,
+                        int64_t j,
+                        int64_t cols,
+                        float scale,
+                        float* matrix,
+                        int64_t ld) {
+  for (int64_t column = 0; column < cols; column += kCols) {
+    for (int64_t row = 0; row < rows; row += kRows) {
+      Vec y[kRows][kVecs];
+      similarities(p, i + row, q, j + column, scale, 0.f, y);
+      store_tile(y, matrix + row * ld + column, ld);
+    }
+  }
+}
+
+// How many cells `count` numbers fill.
 template <class T>
 constexpr int64_t cells(int64_t count) {
   return (count + T::kPack - 1) / T::kPack;
 }
 
-// A tile of weights, as the left operand of a product over its columns or over its rows.
+// A tile of weights. It is the left operand of two products: one runs over its columns, the other
+// over its rows.
 template <class T>
 struct Weights;
 
 template <>
 struct Weights<Fp32> {
-  static constexpr int kLd = kMaxBlock;  // of `over_columns`
+  static constexpr int kLd = kMaxBlock;  // cells from one row of over_columns to the next
   alignas(64) float over_columns[kMaxBlock * kMaxBlock];
   const float* over_rows() const { return over_columns; }
 
   CLAE_FAST_INLINE void put(int64_t i, int64_t j, const Vec (&w)[kRows][kVecs]) {
     store_tile(w, over_columns + i * kLd + j, kLd);
   }
-  // A vector each of rows i and i + 1, for products over rows alone.
+  // Stores a vector of row i and one of row i + 1, for a product over rows alone.
   CLAE_FAST_INLINE void put_rows(int64_t i, int64_t j, Vec upper, Vec lower) {
     store(over_columns + i * kLd + j, upper);
     store(over_columns + (i + 1) * kLd + j, lower);

@@ -1,12 +1,13 @@
-// Top-k in register tiles whose numbers are compared with a threshold of their row and forgotten.
+// The top k of every row, in register tiles whose numbers are compared with a threshold of their
+// row and then forgotten.
 //
-// All threads pack the keys together, a tile at a time, while they look for candidates in the tile
-// before: each owns some anchors and meets the columns in their order. A row's threshold is the
-// k-th largest number so far, or was: candidates gather in a buffer, and when it is full the k best
-// stay and the threshold rises. Most vectors then cost one comparison.
+// Each thread owns some anchors and meets the keys in their order, a tile at a time. While the
+// threads search one tile for candidates, they pack the next one together. A row's candidates
+// gather in a buffer. When it is full, the k best of them stay, and the k-th becomes the row's
+// threshold. So most vectors of numbers cost one comparison.
 //
 // A number depends on its row and its column alone, and of equal numbers the one in the lower
-// column wins: neither threads nor tiles show in the result.
+// column wins. So the result depends neither on the number of threads nor on the size of the tiles.
 #include <math.h>
 
 #include "parallel.h"
@@ -17,32 +18,32 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// Numbers of a tile of keys, which stays in the L2 cache.
+// About how many numbers a tile of keys has, which has to stay in the L2 cache.
 constexpr int64_t kTile = 1 << 17;
-// The least room beyond k.
+// A buffer has room for k candidates and for at least this many more.
 constexpr int64_t kMinRoom = 64;
 
 template <class T>
 struct Scratch {
-  int64_t padded;
+  int64_t padded;     // anchors, in whole register tiles
   int64_t tile;       // keys of a tile
-  int64_t room;       // of a buffer
+  int64_t room;       // candidates that a buffer can hold
   Packed<T> anchors;  // [padded, D]
-  Packed<T> keys[2];  // [tile, D] one that is packed and one that is searched
-  uint64_t* best;     // [N, room] ranks of the candidates
-  int64_t* count;     // [N] how many there are
-  float* threshold;   // [padded] what a candidate has to exceed
+  Packed<T> keys[2];  // [tile, D] one is packed while the other is searched
+  uint64_t* best;     // [N, room] the candidates' ranks
+  int64_t* count;     // [N] how many candidates there are
+  float* threshold;   // [padded] a candidate has to exceed it
   int64_t bytes;
 };
 
 template <class T>
-Scratch<T> carve(const TopkSimilarityArgs& args, unsigned char* base) {
+Scratch<T> carve(const TopkSimilarityArgs& args) {
   Scratch<T> s;
   s.padded = round_up(args.N, kRows);
   const int64_t tile = kTile / round_up(args.D, kCols) / kCols * kCols;
   s.tile = smaller(tile > kMaxBlock ? tile : kMaxBlock, round_up(args.M, kCols));
   s.room = args.k + (args.k > kMinRoom ? args.k : kMinRoom);
-  Carver carver{base};
+  Carver carver{args.workspace};
   s.anchors = carve_rows<T>(carver, s.padded, args.D);
   for (Packed<T>& keys : s.keys) keys = carve_rows<T>(carver, s.tile, args.D);
   s.best = carver.take<uint64_t>(args.N * s.room);
@@ -52,8 +53,9 @@ Scratch<T> carve(const TopkSimilarityArgs& args, unsigned char* base) {
   return s;
 }
 
-// A number that is larger for a better candidate: in the order of the values, with NaN above all,
-// and then of the lower column. No value is -0.
+// A candidate as one integer that is larger for a better candidate. Candidates are in the order of
+// their values, NaN above all others, and of equal values the lower column is better. No value is
+// -0.
 uint64_t rank_of(float value, int64_t column) {
   const uint32_t bits = uint32_t(value == value ? to_bits(value) : 0x7fffffff);
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -67,14 +69,14 @@ float value_of(uint64_t rank) {
 
 int64_t column_of(uint64_t rank) { return uint32_t(~rank); }
 
-// Keeps the k best candidates of a row.
+// Keeps the k best candidates of a row, and raises its threshold.
 template <class T>
 void trim(const Scratch<T>& s, int64_t k, int64_t row) {
   uint64_t* best = s.best + row * s.room;
   keep_largest(best, s.count[row], k);
   s.count[row] = k;
   const float last = value_of(best[k - 1]);
-  // NaN is below nothing
+  // nothing is better than NaN
   s.threshold[row] = last == last ? last : INFINITY;
 }
 
@@ -85,7 +87,7 @@ bool is_excluded(const TopkSimilarityArgs& args, int64_t row, int64_t column) {
   return false;
 }
 
-// Takes the candidates among a row's numbers in the columns of a register tile.
+// Takes the candidates among a row's numbers y, whose first column is `column`.
 template <class T>
 void take(const Scratch<T>& s,
           const TopkSimilarityArgs& args,
@@ -104,7 +106,8 @@ void take(const Scratch<T>& s,
   }
 }
 
-// Searches a tile of keys, whose first is number `column`, for candidates of some rows.
+// Searches a tile of keys, the first of which is number `column`, for candidates of the rows from
+// `begin` to `end`.
 template <class T>
 void search(const Scratch<T>& s,
             const TopkSimilarityArgs& args,
@@ -117,7 +120,7 @@ void search(const Scratch<T>& s,
     for (int64_t i = begin; i < end; i += kRows) {
       Vec y[kRows][kVecs];
       similarities(s.anchors, i, keys, j, 1.f, 0.f, y);
-      // not what is above it, so that NaN is among them
+      // all but those at or below the threshold, so that NaN is a candidate
       auto candidates = [&](int m) {
         IVec found = {};
 #pragma GCC unroll 8
@@ -137,22 +140,21 @@ void search(const Scratch<T>& s,
 }
 
 template <class T>
-void run(const TopkSimilarityArgs& args) {
-  const auto s = carve<T>(args, args.workspace);
+int64_t run(const TopkSimilarityArgs& args) {
+  const auto s = carve<T>(args);
+  if (!args.workspace) return s.bytes;
   parallel(args.threads, [&](Team& team, int rank) {
-    const Range tiles = share(s.padded / kRows, team, rank);
-    const int64_t begin = tiles.begin * kRows, end = tiles.end * kRows;
+    const auto [begin, end] = share(s.padded, team, rank, kRows);
     const int64_t rows_end = smaller(end, args.N);
     pack_rows(s.anchors, begin, end, args.anchor, begin, args.N);
     for (int64_t i = begin; i < end; ++i) s.threshold[i] = i < args.N ? -INFINITY : INFINITY;
     for (int64_t i = begin; i < rows_end; ++i) s.count[i] = 0;
 
-    const Range panels = share(s.tile / kCols, team, rank);
+    const Range part = share(s.tile, team, rank, kCols);
     auto pack = [&](int64_t column) {
       const Packed<T>& keys = s.keys[column / s.tile % 2];
-      const int64_t first = panels.begin * kCols, last = panels.end * kCols;
-      pack_rows(keys, first, last, args.keys, column + first, args.M);
-      pack_panels(keys, first, last);
+      pack_rows(keys, part.begin, part.end, args.keys, column + part.begin, args.M);
+      pack_panels(keys, part.begin, part.end);
     };
     pack(0);
     for (int64_t column = 0; column < args.M; column += s.tile) {
@@ -173,17 +175,13 @@ void run(const TopkSimilarityArgs& args) {
       }
     }
   });
+  return 0;
 }
 
 }  // namespace
 
-int64_t topk_similarity_workspace(const TopkSimilarityArgs& args) {
-  return stays_bf16(args.anchor.dtype) ? carve<Bf16>(args, nullptr).bytes
-                                       : carve<Fp32>(args, nullptr).bytes;
-}
-
-void topk_similarity(const TopkSimilarityArgs& args) {
-  stays_bf16(args.anchor.dtype) ? run<Bf16>(args) : run<Fp32>(args);
+int64_t topk_similarity(const TopkSimilarityArgs& args) {
+  return stays_bf16(args.anchor.dtype) ? run<Bf16>(args) : run<Fp32>(args);
 }
 
 }  // namespace CLAE_FAST_ISA

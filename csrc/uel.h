@@ -1,29 +1,11 @@
-// The instance softmax with a spreading term: loss, and gradient of the raw projections, in one
-// call.
+// The instance softmax with a spreading term: the loss, and its gradient by the raw projections.
 #pragma once
 
-#include <cstdint>
-
-#include "isa.h"
-#include "rows.h"
+#include "args.h"
 
 namespace clae_fast {
 
-struct UelArgs {
-  Rows z0;  // [N, D]
-  Rows z1;  // [N, D], of the same dtype
-  int64_t N;
-  int64_t D;
-  float temperature;
-  int threads;
-  float* loss;  // [1]
-  float* dz;    // [2N, D] contiguous, d loss / d z0 above d loss / d z1; null for the loss alone
-  unsigned char* workspace;  // [uel_workspace(...)] bytes, 64-byte aligned
-};
-
-// Bytes of scratch: O(N D), and a few rows of similarities for each thread.
-int64_t uel_workspace(Isa isa, DType dtype, int64_t N, int64_t D, int threads, bool grad);
-
-void uel(Isa isa, const UelArgs& args);
+// The workspace grows as O(N D), plus a few rows of similarities for each thread.
+int64_t uel(const TwoViewsArgs& args);
 
 }  // namespace clae_fast

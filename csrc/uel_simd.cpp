@@ -1,18 +1,26 @@
-// UEL in panels: a few whole rows of the similarity matrix at a time.
+// UEL in panels, each of which holds a few whole rows of the similarity matrix.
 //
-// Columns are constants, so a row's gradient comes from its own logits alone: the panel of a block
-// of rows, all their similarities, becomes their coefficients in place and is multiplied with the
-// columns once. 4 n^2 D FLOPs for loss and gradient of n = 2N rows.
+// Columns are constants, so the gradient of a row comes from its own logits alone. A panel begins
+// as the similarities of its rows, becomes their coefficients in the gradient in place, and is
+// multiplied with the columns once. Loss and gradient of n = 2N rows take 4 n^2 D FLOPs.
 //
-// With "top" the most similar negative of a row, p its softmax, q the softmax without top and
-// t = sum of w = p / (1 - p) over the negatives but top, the gradient of its loss
-//   -log p_pos - sum of log(1 - p) over the negatives
-// by its logits is
-//   top            p_top (2 - t)
-//   the positive   -(1 - p_pos) - p_pos t - p_top q_pos
-//   a negative k   p_k (2 - t + w_k) - p_top q_k
-// Of all p only p_top can be near 1, where 1 - p cancels: it is the logistic function of what sets
-// it apart from the sum of the others, whose p is at most 1/2.
+// p is the softmax of a row over its negatives and its positive, and the loss of the row is
+//
+//     -log p_pos - sum of log(1 - p_k) over the negatives k
+//
+// `top` is the most similar negative of the row, q the softmax without top, and t the sum of
+// w_k = p_k / (1 - p_k) over the other negatives. The gradient by the logits is
+//
+// clang-format off
+//
+//     of top           p_top (2 - t)
+//     of the positive  -(1 - p_pos) - p_pos t - p_top q_pos
+//     of a negative k  p_k (2 - t + w_k) - p_top q_k
+//
+// clang-format on
+//
+// Only p_top can be near 1, where 1 - p_top would cancel. So p_top is the logistic function of the
+// difference between its logit and that of the sum of the others, whose p are at most 1/2.
 #include <math.h>
 
 #include "parallel.h"
@@ -24,11 +32,11 @@ namespace clae_fast {
 namespace CLAE_FAST_ISA {
 namespace {
 
-// Numbers of a panel, which stays in the cache: 32 rows of 8192 columns.
+// How many numbers a panel has at most, to stay in the cache: 32 rows of 8192 columns.
 constexpr int64_t kPanel = 1 << 18;
 constexpr int64_t kMaxRows = kMaxBlock / 2;
 static_assert(kMaxRows % kRows == 0, "a panel holds whole tiles");
-// Columns of a sum in fp32, and rows that are multiplied at once.
+// How many columns are added up in fp32, and how many rows of columns are multiplied at once.
 constexpr int64_t kSpan = 256;
 
 template <class T>
@@ -44,27 +52,27 @@ struct Scratch {
 };
 
 template <class T>
-Scratch<T> carve(int64_t N, int64_t D, int threads, bool grad, unsigned char* base) {
+Scratch<T> carve(const TwoViewsArgs& args) {
   Scratch<T> s;
-  s.N = N;
-  s.n = 2 * N;
-  s.D = D;
+  s.N = args.N;
+  s.n = 2 * args.N;
+  s.D = args.D;
   s.cols = round_up(s.n, kCols);
-  // the extra vector keeps rows off each other's cache sets
+  // the extra vector keeps rows from competing for the same cache sets
   s.ld = s.cols + kWidth;
   const int64_t rows = smaller(kPanel / s.ld / kRows * kRows, kMaxRows);
   s.block = rows > 0 ? rows : kRows;
   s.padded = round_up(s.n, kMaxBlock);
-  Carver carver{base};
-  s.u = carve_rows<T>(carver, s.padded, D);
+  Carver carver{args.workspace};
+  s.u = carve_rows<T>(carver, s.padded, s.D);
   s.loss = carver.take<double>(s.n);
-  s.panels = carver.take<float>(threads * s.block * s.ld);
-  s.du = carver.take<float>(grad ? threads * s.block * s.u.width : 0);
+  s.panels = carver.take<float>(args.threads * s.block * s.ld);
+  s.du = carver.take<float>(args.dz ? args.threads * s.block * s.u.width : 0);
   s.bytes = carver.bytes;
   return s;
 }
 
-// -log(1 - p) for p from 0 to 1/2, relative error 2e-7 however small p is.
+// -log(1 - p) for p from 0 to 1/2, with a relative error of 2e-7 however small p is.
 CLAE_FAST_INLINE Vec neg_log1m(Vec p) {
   Vec series = 1.4411062f * p - 1.6958085f;
   series = series * p + 1.2576671f;
@@ -78,7 +86,7 @@ CLAE_FAST_INLINE Vec neg_log1m(Vec p) {
 
 CLAE_FAST_INLINE Vec odds(Vec p) { return p / (1.f - p); }
 
-// The sum of term(column), a vector at a time.
+// The sum of term(j) over the columns, where term(j) is a vector for the columns from j on.
 template <class Term>
 CLAE_FAST_INLINE double sum_columns(int64_t cols, Term term) {
   double total = 0;
@@ -91,10 +99,11 @@ CLAE_FAST_INLINE double sum_columns(int64_t cols, Term term) {
   return total;
 }
 
-// The largest number of a row, where it is, and the largest of the others.
+// The largest number of a row.
 struct Top {
   int64_t column;
-  float value, next;
+  float value;
+  float next;  // the largest of the others
 };
 
 Top find_top(const float* y, int64_t cols) {
@@ -121,14 +130,14 @@ Top find_top(const float* y, int64_t cols) {
   return top;
 }
 
-// What the gradient of a row takes besides the product of its panel.
+// Coefficients of a row's gradient that are not in its panel.
 struct Coefficients {
   int64_t top;
   float d_top, d_positive;
 };
 
-// Loss of row i from its panel's row, which becomes the negatives' coefficients where wanted; the
-// coefficient of top is set apart.
+// Stores the loss of row i, whose logits are y. Where the gradient is wanted, y becomes the
+// coefficients of the negatives; those of top and of the positive are returned.
 template <class T>
 Coefficients finish_row(const Scratch<T>& s, double scale, bool grad, int64_t i, float* y) {
   const int64_t positive = i < s.N ? i + s.N : i - s.N;
@@ -145,7 +154,7 @@ Coefficients finish_row(const Scratch<T>& s, double scale, bool grad, int64_t i,
     return e;
   });
   const double pos = ::exp2(log_pos - shift), rest = others + pos;
-  // of top against the rest of its row, and of the negatives against the positive
+  // sets top apart from the rest of its row, and the negatives from the positive
   const RowLoss apart = row_loss(top.value, log2(rest) + shift);
   const double p_top = apart.q, p_rest = ::exp2(log2(rest) + shift - apart.log_den);
   const double log_neg =
@@ -171,19 +180,13 @@ Coefficients finish_row(const Scratch<T>& s, double scale, bool grad, int64_t i,
   return {top.column, float(p_top * (2 - t)), float(d_positive)};
 }
 
-// Loss and gradient of the rows from I on, a panel of them.
+// Computes loss and gradient of the rows from I on, as many as a panel holds.
 template <class T>
-void run_block(const Scratch<T>& s, const UelArgs& args, int64_t I, float* panel, float* du) {
+void run_block(const Scratch<T>& s, const TwoViewsArgs& args, int64_t I, float* panel, float* du) {
   const double scale = kLog2e / args.temperature;
   const Packed<T>& u = s.u;
   const int64_t rows = smaller(s.n - I, s.block);
-  for (int64_t j = 0; j < s.cols; j += kCols) {
-    for (int64_t i = 0; i < rows; i += kRows) {
-      Vec y[kRows][kVecs];
-      similarities(u, I + i, u, j, float(scale), 0.f, y);
-      store_tile(y, panel + i * s.ld + j, s.ld);
-    }
-  }
+  store_similarities(u, I, rows, u, 0, s.cols, float(scale), panel, s.ld);
   Coefficients d[kMaxRows];
   for (int64_t i = 0; i < rows; ++i) {
     d[i] = finish_row(s, scale, args.dz != nullptr, I + i, panel + i * s.ld);
@@ -207,15 +210,15 @@ void run_block(const Scratch<T>& s, const UelArgs& args, int64_t I, float* panel
 }
 
 template <class T>
-void run(const UelArgs& args) {
-  const auto s = carve<T>(args.N, args.D, args.threads, args.dz != nullptr, args.workspace);
+int64_t run(const TwoViewsArgs& args) {
+  const auto s = carve<T>(args);
+  if (!args.workspace) return s.bytes;
   parallel(args.threads, [&](Team& team, int rank) {
-    const Range packed = share(s.padded / kMaxBlock, team, rank);
-    for (int64_t b = packed.begin; b < packed.end; ++b) {
-      const int64_t begin = b * kMaxBlock, end = begin + kMaxBlock;
-      pack_rows(s.u, begin, end, args.z0, s.N, args.z1, s.n);
-      pack_panels(s.u, begin, end);
-      if (args.dz) pack_pairs(s.u, begin, end);
+    const Range packed = share(s.padded, team, rank, kMaxBlock);
+    for (int64_t I = packed.begin; I < packed.end; I += kMaxBlock) {
+      pack_rows(s.u, I, I + kMaxBlock, args.z0, s.N, args.z1, s.n);
+      pack_panels(s.u, I, I + kMaxBlock);
+      if (args.dz) pack_pairs(s.u, I, I + kMaxBlock);
     }
     team.barrier();
     float* panel = s.panels + rank * s.block * s.ld;
@@ -225,19 +228,15 @@ void run(const UelArgs& args) {
       run_block(s, args, b * s.block, panel, du);
     }
   });
-  double total = 0;
-  for (int64_t i = 0; i < s.n; ++i) total += s.loss[i];
-  args.loss[0] = float(total / double(s.n));
+  args.loss[0] = mean_loss(s.loss, s.n, s.n);
+  return 0;
 }
 
 }  // namespace
 
-int64_t uel_workspace(DType dtype, int64_t N, int64_t D, int threads, bool grad) {
-  return stays_bf16(dtype) ? carve<Bf16>(N, D, threads, grad, nullptr).bytes
-                           : carve<Fp32>(N, D, threads, grad, nullptr).bytes;
+int64_t uel(const TwoViewsArgs& args) {
+  return stays_bf16(args.z0.dtype) ? run<Bf16>(args) : run<Fp32>(args);
 }
-
-void uel(const UelArgs& args) { stays_bf16(args.z0.dtype) ? run<Bf16>(args) : run<Fp32>(args); }
 
 }  // namespace CLAE_FAST_ISA
 }  // namespace clae_fast

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the ops' tests with csrc/ under sanitizers: addresses and undefined behaviour with every
-# test of an op's native implementation, races with those that use threads. Needs the installed
-# package with its test extra, and g++.
+# Runs tests of csrc/ under sanitizers: for addresses and undefined behavior every test of an op's
+# native implementation, for races the tests that use several threads. It needs g++, and the package
+# installed with its test extra.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

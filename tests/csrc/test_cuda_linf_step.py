@@ -24,12 +24,12 @@ def check(device, x, grad, **options):
 @pytest.mark.parametrize("grad_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitwise_equal_to_the_reference(cuda_device, dtype, grad_dtype, kind):
-    # more than a block takes, and a part of a block
+    # one whole block and a part of another
     x = images((3, 5, 19, 23), dtype, special=True)
     x0 = (x.float() + 0.02 * images(x.shape, seed=1)).to(dtype)
     grad = images(x.shape, grad_dtype, special=True, seed=2)
-    for centre in (None, x0):
-        check(cuda_device, x, grad, x0=centre, **bounds(kind, 5))
+    for center in (None, x0):
+        check(cuda_device, x, grad, x0=center, **bounds(kind, 5))
 
 
 @pytest.mark.parametrize("kind", ["range", "sequences"])

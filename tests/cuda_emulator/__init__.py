@@ -1,7 +1,7 @@
-"""CUDA C++ kernels on the CPU: csrc/<op>_cuda.cu, compiled by g++ against the headers here.
+"""Runs CUDA C++ kernels on the CPU: g++ compiles csrc/<op>_cuda.cu against this folder's headers.
 
-The fixture `cuda_device` of conftest.py puts a `Module` below the package where there is no GPU, so
-that the functions of `_native` run the kernels on CPU tensors.
+Where there is no GPU, the fixture `cuda_device` of conftest.py puts a `Module` in the place of the
+compiled module, so that the functions of `_native` run the kernels on CPU tensors.
 """
 
 import functools
@@ -26,22 +26,22 @@ CSRC = HEADERS.parents[1] / "csrc"
 
 
 class Module:
-    """In place of the compiled module: <op>_cuda... of every op, built when first asked for."""
+    """Has every op's function <op>_cuda, and builds it when it is first asked for."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op, found, _ = name.partition("_cuda")
         if not found:
-            # what runs on the CPU anyway
+            # a function for the CPU
             return getattr(importlib.import_module("clae_fast._C"), name)
         return getattr(_extension(op), name)
 
 
 @functools.cache
 def _extension(op: str) -> ModuleType:
-    """`_C` with the CUDA functions of `op` alone."""
+    """`_C` with the CUDA functions of one op."""
     kernels, library = (_build_dir() / f"{op}{suffix}" for suffix in (".o", ".so"))
     _run(*_cuda_flags(), "-c", CSRC / f"{op}_cuda.cu", "-o", kernels)
-    # what other bindings call stays undefined, and is looked for when it is called
+    # functions of other ops stay undefined, which is no error as long as nobody calls them
     _run("-shared", "-Wl,-z,lazy", _compile_bindings(), kernels, "-o", library)
     # pybind11 keeps modules by name
     loader = importlib.machinery.ExtensionFileLoader(f"{op}._C", str(library))
@@ -59,13 +59,14 @@ def _extension(op: str) -> ModuleType:
 
 @functools.cache
 def build_test(name: str) -> Path:
-    """The shared library of a source file of this folder."""
+    """Compile a source file of this folder to a shared library."""
     library = _build_dir() / f"{name}.so"
     _run("-shared", "-I", CSRC, *_cuda_flags(), HEADERS / f"{name}.cu", "-o", library)
     return library
 
 
-# kernels read one type's registers as another's, and longjmp goes from one stack to another
+# -fno-strict-aliasing: kernels read the registers of one type as another
+# -U_FORTIFY_SOURCE: it would reject a longjmp from one stack to another
 _CXXFLAGS = ("-std=c++17", "-fPIC", "-Wall", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
 
 

@@ -1,4 +1,4 @@
-// CUDA's language and runtime, as far as csrc/ uses them, on top of emulator.h.
+// The part of CUDA's language and runtime that csrc/ uses, on top of emulator.h.
 #pragma once
 
 #include <cmath>
@@ -155,7 +155,8 @@ To bit_cast(From from) {
 
 enum class Rounding { nearest, down, up, zero };
 
-// a + b, whose rounding error, exact in double or not, has the right sign
+// a + b, rounded as asked. Only the sign of `error` counts, and that is right even where the error
+// itself is rounded.
 inline float add(float a, float b, Rounding rounding) {
   const float sum = a + b;
   const float part = sum - a;
@@ -253,7 +254,7 @@ struct cudaLaunchConfig_t {
 namespace cuda_emulator {
 
 constexpr size_t kDefaultShared = 48 << 10;
-inline std::map<const void*, size_t> shared_limits;  // of kernels for which more was asked
+inline std::map<const void*, size_t> shared_limits;  // of kernels that asked for more
 inline cudaError_t last_error = cudaSuccess;
 
 inline cudaError_t report(cudaError_t error) {

@@ -1,15 +1,14 @@
 // Runs the threads of CUDA C++ kernels as fibers of one CPU thread.
 //
-// A fiber runs until it meets others: at a barrier or in an operation of a whole warp. The last to
-// arrive performs the operation for all. The blocks of a cooperative launch are alive together,
-// others run one after another. What would hang or be undefined on a GPU throws std::runtime_error:
-// threads that wait at different places, that end while others wait for them, writes past the end
-// of the dynamic shared memory.
+// A fiber runs until it has to meet others: at a barrier, or in an operation of a whole warp. The
+// last one to arrive performs the operation for all. The blocks of a cooperative launch are alive at
+// the same time; other blocks run one after another. What would hang or be undefined on a GPU throws
+// std::runtime_error: threads that wait at different places, threads that end while others wait for
+// them, and writes past the end of the dynamic shared memory.
 //
-// No order of threads is right by itself, so there are two, chosen by CUDA_EMULATOR_ORDER=up|down.
-// With "up", lower threads run first and asynchronous copies arrive at once, with "down", higher
-// ones first and copies arrive when they are waited for. A kernel that lacks a barrier or a wait
-// has different results.
+// CUDA_EMULATOR_ORDER chooses one of two orders of the threads. With "up", lower threads run first
+// and asynchronous copies arrive at once. With "down", higher threads run first, and copies arrive
+// when somebody waits for them. A kernel that lacks a barrier or a wait has different results in both.
 #pragma once
 
 #include <setjmp.h>
@@ -42,7 +41,7 @@ inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// of all static shared variables, where there are any
+// the section of all static shared variables, where there are any
 extern "C" __attribute__((weak, visibility("hidden"))) char __start_cuda_shared[];
 extern "C" __attribute__((weak, visibility("hidden"))) char __stop_cuda_shared[];
 
@@ -58,7 +57,7 @@ inline std::string setting(const char* name, const char* otherwise) {
   return value ? value : otherwise;
 }
 
-// Threads that meet: a warp, a block or the grid.
+// Threads that can meet: a warp, a block or the grid.
 struct Group {
   const char* name;
   int size = 0;
@@ -71,7 +70,7 @@ struct Copy {
   void* to;
   const void* from;
   int bytes;
-  int valid;  // of the bytes, the others become zero
+  int valid;  // so many bytes are copied, the others become zero
 
   void run() const {
     std::memcpy(to, from, valid);
@@ -112,7 +111,7 @@ struct Launch {
   std::function<void()> kernel;
   size_t shared_bytes;
   bool cooperative;
-  bool late;  // later threads first, asynchronous copies as late as may be
+  bool late;  // the order is "down"
   Group grid{"grid"};
   std::exception_ptr error = nullptr;
   jmp_buf scheduler = {};
@@ -133,7 +132,7 @@ inline void leave() {
   if (!_setjmp(current->context)) _longjmp(launch->scheduler, 1);
 }
 
-// Waits until all threads of the group are here; the last one runs `act` before any goes on.
+// Waits until all threads of the group are here. The last one runs `act` before any of them goes on.
 template <class Act>
 void meet(Group& group, const char* what, int line, const Act& act) {
   if (!group.arrived) {
@@ -219,7 +218,7 @@ inline void resume(Thread& thread) {
   setcontext(&context);
 }
 
-// Runs the threads of a block until each has ended or waits. Whether any could run.
+// Runs the threads of a block until each has ended or waits. Returns whether any could run.
 inline bool advance(Block& block) {
   const size_t static_bytes = __stop_cuda_shared - __start_cuda_shared;
   if (static_bytes) std::memcpy(__start_cuda_shared, block.static_shared.data(), static_bytes);
@@ -252,7 +251,7 @@ inline void check_ended(Block& block) {
   }
 }
 
-// Stacks of a launch, reserved and zero until touched.
+// The stacks of a launch. Memory is reserved, and taken only where a thread touches it.
 class Stacks {
  public:
   explicit Stacks(size_t count) : bytes_(count * kStack) {

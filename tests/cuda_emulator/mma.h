@@ -1,5 +1,5 @@
-// In place of csrc/mma.cuh, before which it is included: the same functions, element by element as
-// the PTX ISA lays them out.
+// The functions of csrc/mma.cuh, element by element, in the layout of the PTX ISA. It is included
+// before that file and takes its place.
 #pragma once
 #define CLAE_FAST_MMA_CUH
 
@@ -89,14 +89,6 @@ void mma_m16n8k16(float (&d)[4],
   });
 }
 
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, int line = __builtin_LINE()) {
-  cuda_emulator::load_matrices("ldmatrix_x2", r, row, false, line);
-}
-
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, int line = __builtin_LINE()) {
-  cuda_emulator::load_matrices("ldmatrix_x2_trans", r, row, true, line);
-}
-
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
   cuda_emulator::load_matrices("ldmatrix_x4", r, row, false, line);
 }
@@ -105,8 +97,8 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, int line = __bu
   cuda_emulator::load_matrices("ldmatrix_x4_trans", r, row, true, line);
 }
 
-template <int bytes>
-void cp_async(void* shared, const void* global, bool valid = true) {
+inline void cp_async(void* shared, const void* global, bool valid = true) {
+  constexpr int bytes = 16;
   const auto addresses = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if (addresses % bytes) cuda_emulator::fail("cp_async of an unaligned address");
   const cuda_emulator::Copy copy{shared, global, bytes, valid ? bytes : 0};

@@ -32,16 +32,17 @@ __global__ void staged_matmul_kernel(const __half* a, const __half* b, float* c)
   const int lane = threadIdx.x;
   auto* shared_a = reinterpret_cast<__half*>(clae_fast::dynamic_shared());  // [16, 16]
   auto* shared_b = shared_a + 256;                                          // [16, 8]
-  clae_fast::cp_async<16>(shared_a + lane * 8, a + lane * 8);
-  clae_fast::cp_async<8>(shared_b + lane * 4, b + lane * 4);
+  clae_fast::cp_async(shared_a + lane * 8, a + lane * 8);
+  if (lane < 16) clae_fast::cp_async(shared_b + lane * 8, b + lane * 8);
   clae_fast::cp_async_commit();
   clae_fast::cp_async_wait<0>();
   __syncwarp();
-  uint32_t a_fragment[4], b_fragment[2];
+  uint32_t a_fragment[4], b_matrices[4];
   clae_fast::ldmatrix_x4(a_fragment, shared_a + lane % 16 * 16 + lane / 16 * 8);
-  clae_fast::ldmatrix_x2_trans(b_fragment, shared_b + lane % 16 * 8);
+  // b has two matrices of eight rows, which lanes from 16 on name again
+  clae_fast::ldmatrix_x4_trans(b_matrices, shared_b + lane % 16 * 8);
   float d[4] = {};
-  clae_fast::mma_m16n8k16<__half>(d, a_fragment, b_fragment);
+  clae_fast::mma_m16n8k16<__half>(d, a_fragment, {b_matrices[0], b_matrices[1]});
   for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 

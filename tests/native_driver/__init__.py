@@ -1,8 +1,9 @@
-"""csrc/ without Python: compiled by other compilers, for other processors, run as a program.
+"""Runs csrc/ as a program of its own, built by other compilers and for other processors.
 
-`bindings.cpp` is compiled against the header here instead of pybind11 and linked with `driver.cpp`
-to a program that is called through a pipe. A `Module` does so in the place of `_C`, so that the
-functions of `_native`, and with them the public ops, run there. Nothing here knows an op.
+`bindings.cpp` is compiled against the header in this folder instead of pybind11, and linked with
+`driver.cpp` to a program without Python that is called through a pipe. A `Module` makes these calls
+in the place of `_C`, so that the functions of `_native`, and with them the public ops, run in that
+program. Nothing here knows a particular op.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class Toolchain(NamedTuple):
     # the flags of every instruction set
     isas: dict[str, str]
     runner: tuple[str, ...] = ()
-    # where to get what may not be there
+    # what to install where something is missing
     packages: str = "g++"
 
     def missing(self) -> str:
-        """What this machine lacks for it and where to get it, "" where it lacks nothing."""
+        """A sentence that says what this machine lacks for it, or "" if it lacks nothing."""
         for program in (self.compiler, *self.runner):
             if shutil.which(program) is None:
                 return f"needs {program}: install {self.packages}"
@@ -53,7 +54,7 @@ class Toolchain(NamedTuple):
 
 @functools.cache
 def isas(machine: str = platform.machine()) -> dict[str, str]:
-    """The flags of every instruction set of a kind of machine, from setup.py."""
+    """The compiler's flags for each instruction set of a kind of machine, from setup.py."""
     with mock.patch("setuptools.setup"):
         return runpy.run_path(str(ROOT / "setup.py"))["ISAS"].get(machine, {"portable": ""})
 
@@ -70,17 +71,17 @@ def cross() -> Toolchain:
 
 
 def emulated() -> Toolchain:
-    """The instruction sets of this machine's kind that it lacks, with vectors of their width."""
+    """The instruction sets that this processor lacks, emulated with vectors of their width."""
     baseline, *_ = isas()
-    # whoever asks the processor is told yes
+    # whoever asks what the processor supports is told yes
     flags = ("-D__builtin_cpu_supports(name)=true",)
     return Toolchain("g++", flags, {baseline: "-O0", **_lacking()})
 
 
 def sanitized(kinds: str) -> Toolchain:
-    """The narrowest and the widest instruction set under sanitizers, as in "address,undefined".
+    """The narrowest and the widest instruction set under sanitizers such as "address,undefined".
 
-    Others differ from these in the width of their vectors alone.
+    The others differ from these two only in the width of their vectors.
     """
     flags = ("-g1", f"-fsanitize={kinds}", "-fno-sanitize-recover=all", *emulated().flags)
     every = isas() | _lacking()
@@ -91,12 +92,12 @@ def sanitized(kinds: str) -> Toolchain:
 def _lacking() -> dict[str, str]:
     bf16 = "-DCLAE_FAST_WIDTH=16 -DCLAE_FAST_DOT_BF16"
     macros = {"avx2": "-DCLAE_FAST_WIDTH=8", "avx512": "-DCLAE_FAST_WIDTH=16", "avx512_bf16": bf16}
-    # wide vectors in narrow registers take the optimiser long
+    # -O0, because optimizing wide vectors in narrow registers takes long
     return {isa: f"-O0 -march=native {macros[isa]}" for isa in isas() if isa not in _native.isas()}
 
 
 def build(toolchain: Toolchain, cache: Path) -> Path:
-    """The driver's program, in `cache`, where a former call has left it if nothing changed."""
+    """The driver's program in `cache`. It is built again only if something has changed."""
     sources = [*CSRC.glob("*.cpp"), HERE / "driver.cpp"]
     others = [*CSRC.glob("*.h"), *HERE.rglob("*.h"), HERE / "libgomp.cpp", Path(__file__)]
     macros = [f"-DCLAE_FAST_HAS_{isa.upper()}" for isa in toolchain.isas]
@@ -136,7 +137,7 @@ def build(toolchain: Toolchain, cache: Path) -> Path:
     return folder / "driver"
 
 
-# as in setup.py, but compiled faster
+# the flags of setup.py, but with -O1 to compile faster
 _CXXFLAGS = (
     *("-O1", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fno-trapping-math", "-Wno-psabi", "-I", str(HERE), '-DCLAE_FAST_VERSION="driver"'),
@@ -148,7 +149,7 @@ def _run(*command: object) -> None:
 
 
 class Module:
-    """In the place of the compiled module: its functions, run by a driver's process."""
+    """Takes the place of the compiled module, and runs its functions in a driver's process."""
 
     def __init__(self, program: Path, runner: tuple[str, ...] = ()) -> None:
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -160,7 +161,7 @@ class Module:
         )
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.communicate()
         self._stderr.close()
@@ -169,7 +170,7 @@ class Module:
         return functools.partial(self._call, name)
 
     def _call(self, name: str, *arguments: object) -> Any:
-        """Sends a call, copies back what it wrote and returns what it returned."""
+        """Send a call, copy back the memory that it wrote to, and return what it returned."""
         arguments = tuple(_flat(arguments))
         memories = {
             int(argument): argument for argument in arguments if isinstance(argument, _Address)
@@ -196,7 +197,7 @@ class Module:
         result = self._read_result(name)
         for memory, content in zip(memories.values(), sent, strict=True):
             received = self._read(len(content), name)
-            # an input may overlap with an output, and is not written to
+            # memory that did not change is left alone, because an input may overlap with an output
             if received != content:
                 memory.write(received)
         return result
@@ -246,7 +247,7 @@ def _text(text: object) -> bytes:
 
 
 class _Address(int):
-    """An address that knows the memory there, which is all of a tensor or of a ctypes array."""
+    """An address that knows what is there: the memory of a tensor or of a ctypes array."""
 
     size: int
     owner: object
@@ -266,7 +267,7 @@ class _Address(int):
 
 @contextmanager
 def addresses_with_sizes() -> Iterator[None]:
-    """What takes an address gives one that a `Module` can follow."""
+    """Make the functions that take addresses return ones that a `Module` can follow."""
     data_ptr, addressof = Tensor.data_ptr, ctypes.addressof
 
     def tensor_address(tensor: Tensor) -> int:
@@ -288,7 +289,7 @@ def addresses_with_sizes() -> Iterator[None]:
 
 @contextmanager
 def in_place_of_compiled(module: Module, isa: str | None = None) -> Iterator[None]:
-    """Runs the ops with impl="native" by `module`, with its last instruction set or another."""
+    """Run impl="native" through `module`, with the instruction set `isa` or its best one."""
     names = module.isas()
     with (
         addresses_with_sizes(),

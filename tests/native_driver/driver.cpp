@@ -1,5 +1,5 @@
-// Calls the functions of csrc/bindings.cpp as told on stdin, one call after another, and writes
-// what they return, and the memory that they were given, to stdout. __init__.py has the other end.
+// Reads calls of the functions of csrc/bindings.cpp from stdin, one after another. Writes what each
+// call returns, and the memory that it was given, to stdout. __init__.py has the other end.
 //
 //   call:    text name, int n, n memories, int m, m arguments
 //   memory:  int offset from a 64-byte boundary, int size, its bytes
@@ -7,7 +7,7 @@
 //   answer:  char kind, then nothing, an integer, texts or the text of an exception ('e');
 //            where it is not an exception, the n memories' bytes
 //
-// All integers are of 64 bits, a text is its size and its bytes.
+// All integers have 64 bits. A text is its size and then its bytes.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -47,7 +47,7 @@ void write_text(const std::string& text) {
   std::fwrite(text.data(), 1, text.size(), stdout);
 }
 
-// Exactly `size` bytes, so that the AddressSanitizer sees the first one past them.
+// Memory of exactly `size` bytes, so that the AddressSanitizer reports an access to the next one.
 class Memory {
  public:
   Memory() : offset_(read<int64_t>()), size_(read<int64_t>()) {

@@ -1,5 +1,5 @@
-// The OpenMP runtime that csrc/parallel.cpp looks for in the process, as a shared library of this
-// name. Its threads are std::thread's, which the ThreadSanitizer follows.
+// An OpenMP runtime for csrc/parallel.cpp, which looks for a shared library of this name in the
+// process. Its threads are std::thread's, because the ThreadSanitizer can follow those.
 #include <thread>
 #include <vector>
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: the tests' impl="native" runs in a driver that is compiled with sanitizers.
+"""A pytest plugin that runs impl="native" in a driver compiled with sanitizers.
 
 PYTHONPATH=tests python -m pytest -p native_driver.plugin --sanitize=address,undefined FILE...
 """
@@ -11,12 +11,12 @@ import native_driver
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Takes the sanitizers' names, as the compiler has them."""
+    """Take the sanitizers' names, as the compiler knows them."""
     parser.addoption("--sanitize", default="address,undefined", metavar="KINDS")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Replaces the compiled module before tests are collected."""
+    """Replace the compiled module before tests are collected."""
     toolchain = native_driver.sanitized(config.getoption("--sanitize"))
     program = native_driver.build(toolchain, config.cache.mkdir("native_driver"))
     stack = ExitStack()

@@ -1,5 +1,5 @@
-// As much of pybind11 as csrc/bindings.cpp uses, without Python: the functions it binds go to a
-// table, and driver.cpp calls them with the arguments that it reads.
+// The part of pybind11 that csrc/bindings.cpp uses, without Python. The functions that it binds go
+// into a table, and driver.cpp calls them with the arguments that it reads.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct list {
   void append(const std::string& text) { texts.push_back(text); }
 };
 
-// An argument: 'i' an integer, 'f' a float, 's' a text, 'p' memory.
+// An argument. Its kind is 'i' for an integer, 'f' for a float, 's' for a text, 'p' for memory.
 struct Argument {
   char kind;
   int64_t integer;
@@ -31,7 +31,7 @@ struct Argument {
   unsigned char* memory;
 };
 
-// What a function returns: 'n' nothing, 'i' an integer, 'l' texts.
+// What a function returns. Its kind is 'n' for nothing, 'i' for an integer, 'l' for texts.
 struct Result {
   char kind;
   int64_t integer;
