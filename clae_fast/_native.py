@@ -9,7 +9,6 @@ import ctypes
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,22 +86,41 @@ def nt_xent(
 
     As everywhere here, a gradient that is not wanted is a tensor of shape [0].
     """
+    return _of_two_views(_C.nt_xent, z0, z1, (temperature,), grad)
+
+
+def uel(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `nt_xent`."""
+    return _of_two_views(_C.uel, z0, z1, (temperature,), grad)
+
+
+def hard_nt_xent(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float,
+    beta: float,
+    tau_plus: float,
+    detach_weights: bool,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `nt_xent`."""
+    numbers = (temperature, beta, tau_plus, detach_weights)
+    return _of_two_views(_C.hard_nt_xent, z0, z1, numbers, grad)
+
+
+def _of_two_views(
+    function: Callable[..., int], z0: Tensor, z1: Tensor, numbers: tuple[float, ...], grad: bool
+) -> tuple[Tensor, Tensor]:
     z0, z1 = _in_rows(z0), _in_rows(z1)
     N, D = z0.shape
     loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
-    call = partial(
-        _C.nt_xent,
-        _isa,
-        _rows(z0),
-        _rows(z1),
-        N,
-        D,
-        temperature,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        dz.data_ptr(),
-    )
-    _run(call, z0)
+    threads = torch.get_num_threads()
+    _run(function, _isa, _rows(z0), _rows(z1), N, D, *numbers, threads, loss, dz)
     return loss, dz
 
 
@@ -112,19 +130,8 @@ def tied_nt_xent(
 ) -> Tensor:
     """The gradient in fp32, [N, D]."""
     z = _in_rows(z)
-    N, D = z.shape
-    (dz,) = _outputs(z, (N, D))
-    call = partial(
-        _C.tied_nt_xent,
-        _isa,
-        _rows(z),
-        N,
-        D,
-        temperature,
-        torch.get_num_threads(),
-        dz.data_ptr(),
-    )
-    _run(call, z)
+    (dz,) = _outputs(z, z.shape)
+    _run(_C.tied_nt_xent, _isa, _rows(z), *z.shape, temperature, torch.get_num_threads(), dz)
     return dz
 
 
@@ -144,61 +151,12 @@ def info_nce(
     positive, weight = _in_one_piece(positive, weight)
     N, D = anchor.shape
     M = len(keys)
-    loss, danchor, dkeys = _outputs(
-        anchor, () if mean else N, (N, D) if grad_anchor else 0, (M, D) if grad_keys else 0
-    )
-    call = partial(
-        _C.info_nce,
-        _isa,
-        _rows(anchor),
-        _rows(keys),
-        _address(positive),
-        _address(weight),
-        N,
-        M,
-        D,
-        temperature,
-        symmetric,
-        mean,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        danchor.data_ptr(),
-        dkeys.data_ptr(),
-    )
-    _run(call, anchor)
+    shapes = (() if mean else N, (N, D) if grad_anchor else 0, (M, D) if grad_keys else 0)
+    loss, danchor, dkeys = _outputs(anchor, *shapes)
+    operands = (_rows(anchor), _rows(keys), positive, weight, N, M, D)
+    numbers = (temperature, symmetric, mean, torch.get_num_threads())
+    _run(_C.info_nce, _isa, *operands, *numbers, loss, danchor, dkeys)
     return loss, danchor, dkeys
-
-
-def hard_nt_xent(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    beta: float,
-    tau_plus: float,
-    detach_weights: bool,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `nt_xent`."""
-    z0, z1 = _in_rows(z0), _in_rows(z1)
-    N, D = z0.shape
-    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
-    call = partial(
-        _C.hard_nt_xent,
-        _isa,
-        _rows(z0),
-        _rows(z1),
-        N,
-        D,
-        temperature,
-        beta,
-        tau_plus,
-        detach_weights,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        dz.data_ptr(),
-    )
-    _run(call, z0)
-    return loss, dz
 
 
 def bank_step(
@@ -218,55 +176,10 @@ def bank_step(
     """The step in place."""
     anchor = _in_rows(anchor)
     keys = anchor if keys is None else _in_rows(keys)
-    positive, weight, losses = _in_one_piece(positive, weight, losses)
-    N, D = anchor.shape
-    call = partial(
-        _C.bank_step,
-        _isa,
-        bank.data_ptr(),
-        velocity.data_ptr(),
-        _rows(anchor),
-        _rows(keys),
-        _address(positive),
-        _address(weight),
-        _address(losses),
-        len(bank),
-        N,
-        D,
-        views,
-        temperature,
-        float(lr),
-        momentum,
-        weight_decay,
-        torch.get_num_threads(),
-    )
-    _run(call, anchor)
-
-
-def uel(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `nt_xent`."""
-    z0, z1 = _in_rows(z0), _in_rows(z1)
-    N, D = z0.shape
-    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
-    call = partial(
-        _C.uel,
-        _isa,
-        _rows(z0),
-        _rows(z1),
-        N,
-        D,
-        temperature,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        dz.data_ptr(),
-    )
-    _run(call, z0)
-    return loss, dz
+    given = _in_one_piece(positive, weight, losses)
+    operands = (bank, velocity, _rows(anchor), _rows(keys), *given, len(bank), *anchor.shape)
+    numbers = (views, temperature, float(lr), momentum, weight_decay)
+    _run(_C.bank_step, _isa, *operands, *numbers, torch.get_num_threads())
 
 
 def topk_similarity(
@@ -279,24 +192,11 @@ def topk_similarity(
     anchor, keys = _in_rows(anchor), _in_rows(keys)
     (exclude,) = _in_one_piece(exclude)
     N, D = anchor.shape
+    E = 0 if exclude is None else exclude.shape[1]
     (values,) = _outputs(anchor, (N, k))
     indices = torch.empty((N, k), dtype=torch.int64)
-    call = partial(
-        _C.topk_similarity,
-        _isa,
-        _rows(anchor),
-        _rows(keys),
-        _address(exclude),
-        N,
-        len(keys),
-        D,
-        0 if exclude is None else exclude.shape[1],
-        k,
-        torch.get_num_threads(),
-        values.data_ptr(),
-        indices.data_ptr(),
-    )
-    _run(call, anchor)
+    operands = (_rows(anchor), _rows(keys), exclude, N, len(keys), D, E)
+    _run(_C.topk_similarity, _isa, *operands, k, torch.get_num_threads(), values, indices)
     return values, indices
 
 
@@ -311,29 +211,12 @@ def augment(
     bicubic: bool,
 ) -> None:
     """Both views of each sample to `out`; rows and crops are inside the images."""
-    params = params.contiguous()
     offsets, sizes, rows = _in_one_piece(offsets, sizes, rows)
     strides = (ctypes.c_int64 * 4)(*(images.stride() if offsets is None else ()))
-    numbers = (ctypes.c_float * 6)(*norm)
-    call = partial(
-        _C.augment,
-        _isa,
-        images.data_ptr(),
-        ctypes.addressof(strides),
-        _address(offsets),
-        _address(sizes),
-        params.data_ptr(),
-        _address(rows),
-        params.shape[1],
-        out.shape[-1],
-        bicubic,
-        ctypes.addressof(numbers) if norm else 0,
-        _DTYPES[out.dtype],
-        out.stride(1) == 1,
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
-    _run(call, out)
+    N, size = len(out) // 2, out.shape[-1]
+    operands = (images, strides, offsets, sizes, params.contiguous(), rows, N, size, bicubic)
+    results = (_numbers(norm) if norm else None, _DTYPES[out.dtype], out.stride(1) == 1)
+    _run(_C.augment, _isa, *operands, *results, torch.get_num_threads(), out)
 
 
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
@@ -350,23 +233,9 @@ def nt_xent_cuda(
     """As `nt_xent`, in one launch on the tensors' GPU; fp32, fp16 or bf16 in any strides."""
     N, D = z0.shape
     loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
+    operands = (z0, z1, _DTYPES[z0.dtype], *z0.stride(), *z1.stride(), N, D)
     with _current_stream(z0) as stream:
-        call = partial(
-            _C.nt_xent_cuda,
-            z0.data_ptr(),
-            z1.data_ptr(),
-            _DTYPES[z0.dtype],
-            z0.stride(0),
-            z0.stride(1),
-            z1.stride(0),
-            z1.stride(1),
-            N,
-            D,
-            temperature,
-            loss.data_ptr(),
-            dz.data_ptr(),
-        )
-        _run(lambda workspace: call(workspace, stream), z0)
+        _run(_C.nt_xent_cuda, *operands, temperature, loss, dz, last=(stream,))
     return loss, dz
 
 
@@ -378,8 +247,8 @@ def linf_step_cpu(
     bounds: list[float] | Tensor,  # [4 * 1] or [4, C]
 ) -> None:
     """The step with bounds alpha, eps, lo and hi, to `out`."""
-    with _linf_arguments(x, grad, x0, out, bounds) as arguments:
-        _C.linf_step_cpu(_isa, *arguments, torch.get_num_threads())
+    numbers = _numbers(bounds)
+    _C.linf_step_cpu(_isa, *_linf_arguments(x, grad, x0, out, numbers), torch.get_num_threads())
 
 
 def linf_step_cuda(
@@ -391,25 +260,23 @@ def linf_step_cuda(
     layout: tuple[tuple[int, ...], ...],  # [4, 4]
 ) -> None:
     """The step with bounds alpha, eps, lo and hi, to `out`, whose strides `layout` relates."""
-    addressed = (ctypes.c_int64 * 16)(*itertools.chain(*layout))
-    with _linf_arguments(x, grad, x0, out, bounds) as arguments, _current_stream(x) as stream:
+    numbers = _numbers(bounds)
+    digits = (ctypes.c_int64 * 16)(*itertools.chain(*layout))
+    with _current_stream(x) as stream:
         _C.linf_step_cuda(
-            *arguments, ctypes.addressof(addressed), isinstance(bounds, Tensor), stream
+            *_linf_arguments(x, grad, x0, out, numbers),
+            _address(digits),
+            isinstance(bounds, Tensor),
+            stream,
         )
 
 
-@contextmanager
 def _linf_arguments(
-    x: Tensor, grad: Tensor, x0: Tensor, out: Tensor, bounds: list[float] | Tensor
-) -> Iterator[tuple[int, int, int, int, int, int, int, int, int, int]]:
-    """What both steps are given, addresses of memory that lives inside the context."""
-    if isinstance(bounds, Tensor):
-        bounds = bounds.contiguous()
-        address, channels = bounds.data_ptr(), bounds.shape[1]
-    else:
-        numbers = (ctypes.c_float * len(bounds))(*bounds)
-        address, channels = ctypes.addressof(numbers), len(bounds) // 4
-    yield (
+    x: Tensor, grad: Tensor, x0: Tensor, out: Tensor, numbers: Tensor | ctypes.Array
+) -> tuple[int, int, int, int, int, int, int, int, int, int]:
+    """What both steps are given, among it addresses of memory that has to outlive the call."""
+    channels = numbers.shape[1] if isinstance(numbers, Tensor) else len(numbers) // 4
+    return (
         x.data_ptr(),
         grad.data_ptr(),
         x0.data_ptr(),
@@ -417,7 +284,7 @@ def _linf_arguments(
         _DTYPES[x.dtype],
         _DTYPES[grad.dtype],
         x.numel(),
-        address,
+        _address(numbers),
         channels,
         max(1, out.stride(1)) if channels > 1 else 1,
     )
@@ -434,13 +301,9 @@ def stem_step(
     # the kernel copies 16 bytes at a time
     dy = dy if dy.data_ptr() % 16 == 0 else dy.clone()
     strides = (ctypes.c_int * 8)(*weight.stride(), *x.stride())
-    if isinstance(bounds, Tensor):
-        bounds = bounds.contiguous()
-        address = bounds.data_ptr()
-    else:
-        each = bounds if len(bounds) == 12 else [value for value in bounds for _ in range(3)]
-        numbers = (ctypes.c_float * 12)(*each)
-        address = ctypes.addressof(numbers)
+    if isinstance(bounds, list) and len(bounds) == 4:
+        bounds = [value for value in bounds for _ in range(3)]
+    numbers = _numbers(bounds)
     with _current_stream(x) as stream:
         _C.stem_step_cuda(
             dy.data_ptr(),
@@ -455,8 +318,8 @@ def stem_step(
             x.shape[2],
             x.shape[3],
             weight.shape[2],
-            ctypes.addressof(strides),
-            address,
+            _address(strides),
+            _address(numbers),
             isinstance(bounds, Tensor),
             stream,
         )
@@ -484,9 +347,18 @@ def _rows(z: Tensor) -> tuple[int, int, int]:
     return z.data_ptr(), _DTYPES[z.dtype], z.stride(0)
 
 
-def _address(tensor: Tensor | None) -> int:
-    """Where the elements of `tensor` are, which has to outlive the call; 0 where there are none."""
-    return 0 if tensor is None else tensor.data_ptr()
+def _numbers(bounds: list[float] | Tensor) -> Tensor | ctypes.Array:
+    """The bounds of a step where C++ finds them: a tensor, or an array on the CPU in fp32."""
+    if isinstance(bounds, Tensor):
+        return bounds.contiguous()
+    return (ctypes.c_float * len(bounds))(*bounds)
+
+
+def _address(memory: Tensor | ctypes.Array | None) -> int:
+    """Where `memory` begins, which has to outlive the call; 0 where there is none."""
+    if memory is None:
+        return 0
+    return memory.data_ptr() if isinstance(memory, Tensor) else ctypes.addressof(memory)
 
 
 def _outputs(z: Tensor, *shapes: int | tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -494,7 +366,16 @@ def _outputs(z: Tensor, *shapes: int | tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(z.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _run(call: Callable[[int], int], z: Tensor) -> None:
-    """Calls a function of C++ with a workspace beside `z`, whose size it returns without one."""
-    workspace = z.new_empty(call(0), dtype=torch.uint8)
-    call(workspace.data_ptr())
+def _run(function: Callable[..., int], *arguments: object, last: tuple[int, ...] = ()) -> None:
+    """Calls a function of C++ with a workspace after `arguments`, and `last` after that.
+
+    Without a workspace, which is the address 0, the function returns how many bytes it needs.
+    Tensors and arrays are passed as their addresses.
+    """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    passed = [
+        _address(value) if value is None or isinstance(value, (Tensor, ctypes.Array)) else value
+        for value in arguments
+    ]
+    workspace = tensors[0].new_empty(function(*passed, 0, *last), dtype=torch.uint8)
+    function(*passed, workspace.data_ptr(), *last)

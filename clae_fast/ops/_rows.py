@@ -25,6 +25,22 @@ def unit_rows_backward(du: Tensor, u: Tensor, norm: Tensor) -> Tensor:
     return torch.addcmul(du, u, radial, value=-1).div_(norm.clamp_min(_EPS))
 
 
+def two_views(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows [2N, D] of both views, their norms, and their logits with their positives."""
+    N = len(z0)
+    u, norm = unit_rows(torch.cat([z0, z1]))
+    positive = (u[:N] * u[N:]).sum(1, keepdim=True).div_(temperature).repeat(2, 1)  # [2N, 1]
+    return u, norm, positive
+
+
+def negative_logits(u: Tensor, start: int, stop: int, temperature: float) -> Tensor:
+    """The logits of some rows of two views; a row's own and its positive's are -inf."""
+    s = (u[start:stop] @ u.T).div_(temperature)
+    s.diagonal(start).fill_(-torch.inf)
+    positive_of = torch.arange(start, stop, device=u.device).add_(len(u) // 2).remainder_(len(u))
+    return s.scatter_(1, positive_of[:, None], -torch.inf)
+
+
 def row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Ranges of rows such that a block of rows x columns is small, however large the matrix."""
     step = max(1, _BLOCK_ELEMENTS // columns)

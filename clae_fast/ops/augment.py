@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clae_fast import _impl, _native
+from clae_fast import _check, _impl, _native
 from clae_fast._ragged import RaggedImages
 from clae_fast.ops.augment_params import COLUMNS, VIEWS
 from clae_fast.reference.augment import augment as reference
@@ -25,6 +25,24 @@ _DTYPES = (torch.float32, torch.float16)
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 _LARGEST = 2**14
 _INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+@torch.library.register_fake("clae_fast::augment")
+def _augment_fake(
+    images: Tensor,
+    offsets: Tensor | None,
+    sizes: Tensor | None,
+    params: Tensor,
+    rows: Tensor | None,
+    size: int,
+    bicubic: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    *_: object,
+) -> Tensor:
+    shape = (VIEWS * params.shape[1], 3, size, size)
+    layout = _FORMATS[channels_last]
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
 
 
 @torch.library.impl("clae_fast::augment", ("cpu", "cuda"))
@@ -59,7 +77,7 @@ def _augment_impl(
             std=std,
         )
         return views.contiguous(memory_format=_FORMATS[channels_last])
-    out = _empty_views(images, params, size, dtype, channels_last)
+    out = _augment_fake(images, offsets, sizes, params, rows, size, bicubic, dtype, channels_last)
     if out.numel() == 0:
         return out
     if impl == "native":
@@ -70,23 +88,6 @@ def _augment_impl(
         scratch = torch.empty_like(out)
         augment(images, offsets, sizes, params, rows, out, scratch, tuple(norm) or None, bicubic)
     return out
-
-
-@torch.library.register_fake("clae_fast::augment")
-def _augment_fake(
-    images: Tensor,
-    offsets: Tensor | None,
-    sizes: Tensor | None,
-    params: Tensor,
-    rows: Tensor | None,
-    size: int,
-    bicubic: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-    norm: list[float],
-    impl: str,
-) -> Tensor:
-    return _empty_views(images, params, size, dtype, channels_last)
 
 
 _augment = torch.ops.clae_fast.augment.default
@@ -164,13 +165,10 @@ def augment(
     else:
         _check_images(images)
         pixels = images
-    _check_table(params, rows, len(pixels if offsets is None else offsets), pixels.device)
+    _check_table(params, rows, len(pixels if offsets is None else offsets), pixels)
     norm = _checked_norm(mean, std)
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"size must be an integer, got {type(size).__name__}")
     # the blur reflects pixels beside the edge; kernels count those of a view in 32 bits
-    if not 2 <= size <= _LARGEST:
-        raise ValueError(f"size must be from 2 to {_LARGEST}, got {size}")
+    _check.integer("size", size, 2, _LARGEST)
     for name, value, wanted in (
         ("interpolation", interpolation, _INTERPOLATIONS),
         ("dtype", dtype, _DTYPES),
@@ -194,18 +192,6 @@ def augment(
     )
     N = params.shape[1]
     return views[:N], views[N:]
-
-
-def _empty_views(
-    images: Tensor, params: Tensor, size: int, dtype: torch.dtype, channels_last: bool
-) -> Tensor:
-    """Uninitialised views of all samples."""
-    return torch.empty(
-        (VIEWS * params.shape[1], 3, size, size),
-        dtype=dtype,
-        device=images.device,
-        memory_format=_FORMATS[channels_last],
-    )
 
 
 def _check_values(
@@ -234,15 +220,16 @@ def _check_values(
 
 
 def _check_images(images: Tensor) -> None:
-    _check_tensor("images", images, torch.uint8)
+    _check.of_dtype("images", images, torch.uint8)
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must have shape [S, 3, H, W], got {list(images.shape)}")
 
 
 def _check_ragged(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> None:
-    _check_tensor("images.pixels", pixels, torch.uint8)
-    _check_tensor("images.offsets", offsets, torch.int64, pixels.device)
-    _check_tensor("images.sizes", sizes, torch.int64, pixels.device)
+    _check.of_dtype("images.pixels", pixels, torch.uint8)
+    for name, numbers in (("images.offsets", offsets), ("images.sizes", sizes)):
+        _check.of_dtype(name, numbers, torch.int64)
+        _check.same_place(name, numbers, "images", pixels, dtype=False)
     if pixels.ndim != 1 or not pixels.is_contiguous():
         raise ValueError(
             f"images.pixels must be one-dimensional and contiguous, got shape "
@@ -256,9 +243,10 @@ def _check_ragged(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> None:
         )
 
 
-def _check_table(params: Tensor, rows: Tensor | None, count: int, device: torch.device) -> None:
+def _check_table(params: Tensor, rows: Tensor | None, count: int, images: Tensor) -> None:
     """Raises unless this is a table of views and, if any, rows of `count` images for it."""
-    _check_tensor("params", params, torch.float32, device)
+    _check.of_dtype("params", params, torch.float32)
+    _check.same_place("params", params, "images", images, dtype=False)
     if params.ndim != 3 or params.shape[0] != VIEWS or params.shape[2] != COLUMNS:
         raise ValueError(
             f"params must have shape [{VIEWS}, N, {COLUMNS}], got {list(params.shape)}"
@@ -268,20 +256,10 @@ def _check_table(params: Tensor, rows: Tensor | None, count: int, device: torch.
         if count != N:
             raise ValueError(f"without rows, images must be the {N} of params, got {count}")
         return
-    _check_tensor("rows", rows, torch.int64, device)
+    _check.of_dtype("rows", rows, torch.int64)
+    _check.same_place("rows", rows, "images", images, dtype=False)
     if list(rows.shape) != [N]:
         raise ValueError(f"rows must have shape [{N}], got {list(rows.shape)}")
-
-
-def _check_tensor(
-    name: str, value: Tensor, dtype: torch.dtype, device: torch.device | None = None
-) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be of dtype {dtype}, got {value.dtype}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on the device of images, {device}, got {value.device}")
 
 
 def _checked_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[float]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from clae_fast import _check
 from clae_fast.ops._philox import MASK, philox4x32
 
 VIEWS = 2
@@ -97,8 +98,10 @@ def augment_params(
         ...     ids, seed=0, epoch=3, height=32, width=32, **settings
         ... )
     """
-    _check_ids(ids)
-    _check_integer("seed", seed, 0, 2**64 - 1)
+    _check.of_dtype("ids", ids, torch.int64)
+    if ids.ndim != 1:
+        raise ValueError(f"ids must have shape [N], got {list(ids.shape)}")
+    _check.integer("seed", seed, 0, 2**64 - 1)
     if isinstance(epoch, Tensor):
         if epoch.dtype != torch.int64 or epoch.ndim or epoch.device != ids.device:
             raise ValueError(
@@ -106,9 +109,9 @@ def augment_params(
                 f"shape {list(epoch.shape)} on {epoch.device}"
             )
     else:
-        _check_integer("epoch", epoch, 0, MASK)
+        _check.integer("epoch", epoch, 0, MASK)
     height, width = _checked_side("height", height, ids), _checked_side("width", width, ids)
-    _check_integer("first_view", first_view, 0, 2**16 - 2)
+    _check.integer("first_view", first_view, 0, 2**16 - 2)
     _check_real("crop_max_scale", crop_max_scale, 1.0)
     _check_real("crop_min_scale", crop_min_scale, crop_max_scale)
     if not isinstance(flip, bool):
@@ -189,19 +192,10 @@ def _chosen(u: Tensor, probabilities: tuple[float, float]) -> Tensor:  # [2, N]
     return torch.stack([row < p for row, p in zip(u, probabilities, strict=True)])
 
 
-def _check_ids(ids: Tensor) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"ids must be of dtype int64, got {ids.dtype}")
-    if ids.ndim != 1:
-        raise ValueError(f"ids must have shape [N], got {list(ids.shape)}")
-
-
 def _checked_side(name: str, side: int | Tensor, ids: Tensor) -> Tensor:  # [N]
     """The images' heights or widths, fp64; raises where they are wrong."""
     if not isinstance(side, Tensor):
-        _check_integer(name, side, 1, 2**15)
+        _check.integer(name, side, 1, 2**15)
         return torch.full_like(ids, side, dtype=torch.float64)
     if side.dtype != torch.int64 or side.shape != ids.shape or side.device != ids.device:
         raise ValueError(
@@ -209,13 +203,6 @@ def _checked_side(name: str, side: int | Tensor, ids: Tensor) -> Tensor:  # [N]
             f"{side.dtype}, shape {list(side.shape)} on {side.device}"
         )
     return side.double()
-
-
-def _check_integer(name: str, value: int, least: int, largest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not least <= value <= largest:
-        raise ValueError(f"{name} must be from {least} to {largest}, got {value}")
 
 
 def _check_real(name: str, value: float, largest: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,32 +22,16 @@ torch.library.define(
 
 
 @torch.library.impl("clae_fast::bank_step", ("cpu", "cuda"))
-def _bank_step_impl(
-    bank: Tensor,  # [K, D]
-    velocity: Tensor,  # [K, D]
-    anchor: Tensor,  # [N, D]
-    keys: Tensor | None,  # [N, D]
-    positive: Tensor | None,  # [N]
-    weight: Tensor | None,  # [N]
-    losses: Tensor | None,  # [N]
-    lr: Tensor,  # []
-    views: int,
-    temperature: float,
-    momentum: float,
-    weight_decay: float,
-    exact: bool,
-    impl: str,
-) -> None:
-    given = (bank, velocity, anchor, keys, positive, weight, losses, lr)
-    numbers = (views, temperature, momentum, weight_decay)
+def _bank_step_impl(*arguments: Any) -> None:
+    *given, exact, impl = arguments
     if impl == "triton":
         from clae_fast.kernels.bank_step import bank_step
 
-        bank_step(*given, *numbers, exact)
+        bank_step(*given, exact)
     elif impl == "native":
-        _native.bank_step(*given, *numbers)
+        _native.bank_step(*given)
     else:
-        _in_blocks(*given, *numbers)
+        _in_blocks(*given)
 
 
 def _in_blocks(
@@ -116,22 +100,7 @@ def _in_blocks(
 
 
 @torch.library.register_fake("clae_fast::bank_step")
-def _bank_step_fake(
-    bank: Tensor,
-    velocity: Tensor,
-    anchor: Tensor,
-    keys: Tensor | None,
-    positive: Tensor | None,
-    weight: Tensor | None,
-    losses: Tensor | None,
-    lr: Tensor,
-    views: int,
-    temperature: float,
-    momentum: float,
-    weight_decay: float,
-    exact: bool,
-    impl: str,
-) -> None:
+def _bank_step_fake(*_: object) -> None:
     return None
 
 
@@ -252,9 +221,8 @@ def bank_step(
     if views < 1 or anchor.shape[0] % views:
         raise ValueError(f"views must divide {anchor.shape[0]} anchors, got {views}")
     _check.temperature(temperature)
-    for name, number, end in (("momentum", momentum, 1), ("weight_decay", weight_decay, math.inf)):
-        if not 0 <= number < end:
-            raise ValueError(f"{name} must be in [0, {end}), got {number}")
+    _check.in_range("momentum", momentum, 0, 1)
+    _check.in_range("weight_decay", weight_decay, 0)
     _check.flag("exact", exact)
     if isinstance(lr, Tensor):
         _check.same_place("lr", lr, "bank", bank, dtype=False)
@@ -263,20 +231,15 @@ def bank_step(
     else:
         lr = torch.full((), lr, dtype=bank.dtype, device=bank.device)
     impl = _impl.resolve("bank_step", impl, anchor, bank)
+    settings: dict[str, Any] = {
+        "views": views,
+        "temperature": temperature,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+    }
     if impl == "reference":
-        return reference(
-            bank,
-            velocity,
-            anchor,
-            lr=lr,
-            keys=keys,
-            positive=positive,
-            weight=weight,
-            views=views,
-            temperature=temperature,
-            momentum=momentum,
-            weight_decay=weight_decay,
-        )
+        named: dict[str, Any] = {"keys": keys, "positive": positive, "weight": weight}
+        return reference(bank, velocity, anchor, lr=lr, **named, **settings)
     _bank_step(
         bank.detach(),
         velocity,
@@ -286,10 +249,7 @@ def bank_step(
         None if weight is None else weight.detach().float(),
         None if losses is None else losses.detach().float(),
         lr.detach().float(),
-        views,
-        temperature,
-        momentum,
-        weight_decay,
+        *settings.values(),
         exact,
         impl,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
 from clae_fast.ops._loss import fused, uninitialized, wants_grad
-from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.ops._rows import negative_logits, row_blocks, two_views, unit_rows_backward
 from clae_fast.reference.hard_nt_xent import hard_nt_xent as reference
 
 
@@ -41,24 +42,17 @@ def _hard_nt_xent_impl(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
     extra: Tensor | None,  # [2N, k]
-    temperature: float,
-    beta: float,
-    tau_plus: float,
-    detach_weights: bool,
-    grad: bool,
-    exact: bool,
-    impl: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A gradient that is not wanted comes back with no elements."""
+    *numbers, exact, impl = settings
     if impl == "torch":
-        return _blocks(z0, z1, extra, temperature, beta, tau_plus, detach_weights, grad)
-    settings = (temperature, beta, tau_plus, detach_weights, grad)
+        return _blocks(z0, z1, extra, *numbers)
     if impl == "triton":
         from clae_fast.kernels.hard_nt_xent import hard_nt_xent
 
-        loss, dz = hard_nt_xent(z0, z1, *settings, exact)
+        loss, dz = hard_nt_xent(z0, z1, *numbers, exact)
     else:
-        loss, dz = _native.hard_nt_xent(z0, z1, *settings)
+        loss, dz = _native.hard_nt_xent(z0, z1, *numbers)
     return loss, dz, loss.new_empty(0)
 
 
@@ -84,12 +78,10 @@ def _blocks(
     -q and 0.
     """
     with torch.autocast(z0.device.type, enabled=False):
-        u, norm = unit_rows(torch.cat([z0, z1]))
+        u, norm, positive = two_views(z0, z1, temperature)
         n, N = len(u), len(z0)
         further = 0 if extra is None else extra.shape[1]
         negatives = n - 2 + further
-        positive_of = torch.arange(n, device=u.device).roll(N)[:, None]
-        positive = (u[:N] * u[N:]).sum(1, keepdim=True).div_(temperature).repeat(2, 1)  # [2N, 1]
         du = torch.zeros_like(u) if grad else u.new_empty(0)
         dextra = u.new_empty((n, further) if grad and extra is not None else 0)
         if negatives == 0:
@@ -98,9 +90,7 @@ def _blocks(
         losses, dpositive = torch.empty_like(positive), torch.empty_like(positive)
         for start, stop in row_blocks(n, n + further):
             rows = slice(start, stop)
-            s = (u[rows] @ u.T).div_(temperature)
-            s.diagonal(start).fill_(-torch.inf)
-            s.scatter_(1, positive_of[rows], -torch.inf)
+            s = negative_logits(u, start, stop, temperature)
             if extra is not None:
                 s = torch.cat([s, extra[rows].float()], 1)
             shift = s.amax(1, keepdim=True)
@@ -161,8 +151,7 @@ def _hard_nt_xent_fake(
     tau_plus: float,
     detach_weights: bool,
     grad: bool,
-    exact: bool,
-    impl: str,
+    *_: object,
 ) -> tuple[Tensor, ...]:
     N, D = z0.shape
     dextra = 0 if extra is None or not grad else extra.shape
@@ -239,16 +228,14 @@ def hard_nt_xent(
                 f"got {list(extra.shape)}"
             )
     impl = _impl.resolve("hard_nt_xent", impl, z0, z1, extra=extra is not None)
+    numbers: dict[str, Any] = {
+        "temperature": temperature,
+        "beta": beta,
+        "tau_plus": tau_plus,
+        "detach_weights": detach_weights,
+    }
     if impl == "reference":
-        return reference(
-            z0,
-            z1,
-            temperature=temperature,
-            beta=beta,
-            tau_plus=tau_plus,
-            detach_weights=detach_weights,
-            extra=extra,
-        )
+        return reference(z0, z1, extra=extra, **numbers)
     operands = (z0, z1, extra)
-    settings = (temperature, beta, tau_plus, detach_weights, wants_grad(*operands), exact, impl)
+    settings = (*numbers.values(), wants_grad(*operands), exact, impl)
     return fused(_hard_nt_xent, operands, settings, views=2)

@@ -42,33 +42,20 @@ def _info_nce_impl(
     Where there is a weight, each row counts in the gradients as much as that says. A gradient that
     is not wanted comes back with no elements.
     """
+    wanted = (grad_anchor, grad_keys)
     if impl == "triton":
         from clae_fast.kernels.info_nce import info_nce
 
-        return info_nce(
-            anchor,
-            keys,
-            temperature,
-            symmetric,
-            (grad_anchor, grad_keys),
-            exact,
-            positive=positive,
-            weight=weight,
-            mean=mean,
-        )
+        rows = {"positive": positive, "weight": weight, "mean": mean}
+        return info_nce(anchor, keys, temperature, symmetric, wanted, exact, **rows)
     if impl == "native":
-        return _native.info_nce(
-            anchor, keys, positive, weight, temperature, symmetric, mean, grad_anchor, grad_keys
-        )
+        numbers = (temperature, symmetric, mean)
+        return _native.info_nce(anchor, keys, positive, weight, *numbers, *wanted)
+    loss, danchor, dkeys = _one_way(anchor, keys, positive, weight, temperature, mean, wanted)
     if not symmetric:
-        return _one_way(anchor, keys, positive, weight, temperature, mean, grad_anchor, grad_keys)
-    loss, danchor, dkeys = _one_way(
-        anchor, keys, None, None, temperature, mean, grad_anchor, grad_keys
-    )
-    back, dkeys_back, danchor_back = _one_way(
-        keys, anchor, None, None, temperature, mean, grad_keys, grad_anchor
-    )
-    return (loss + back) / 2, (danchor + danchor_back) / 2, (dkeys + dkeys_back) / 2
+        return loss, danchor, dkeys
+    back = _one_way(keys, anchor, None, None, temperature, mean, (grad_keys, grad_anchor))
+    return (loss + back[0]) / 2, (danchor + back[2]) / 2, (dkeys + back[1]) / 2
 
 
 def _one_way(
@@ -78,8 +65,7 @@ def _one_way(
     weight: Tensor | None,  # [N]
     temperature: float,
     mean: bool,
-    grad_anchor: bool,
-    grad_keys: bool,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form in torch ops, a block of rows at a time."""
     with torch.autocast(anchor.device.type, enabled=False):
@@ -89,6 +75,7 @@ def _one_way(
         partner = v[positive_of]
         s_positive = (u * partner).sum(1, keepdim=True).div_(temperature)  # [N, 1]
         losses, p_neg = torch.empty_like(s_positive), torch.empty_like(s_positive)
+        grad_anchor, grad_keys = wanted
         du = torch.empty_like(u) if grad_anchor else u.new_empty(0)
         dv = torch.zeros_like(v) if grad_keys else u.new_empty(0)
         for start, stop in row_blocks(N, M):
@@ -99,7 +86,7 @@ def _one_way(
             exp = s.sub_(shift).exp_()
             neg = exp.sum(1, keepdim=True)
             losses[rows] = F.softplus(neg.log() + shift - s_positive[rows])
-            if not (grad_anchor or grad_keys):
+            if not any(wanted):
                 continue
             share = (neg + (s_positive[rows] - shift).exp()).reciprocal_()
             if weight is not None:
@@ -150,42 +137,8 @@ def _info_nce_fake(
 _info_nce = torch.ops.clae_fast.info_nce.default
 
 
-def _mean_loss(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    positive: Tensor | None,  # [N]
-    temperature: float,
-    symmetric: bool,
-    exact: bool,
-    impl: str,
-) -> Tensor:
-    """The mean over the rows, in one direction or in both, with the wanted gradients."""
-    wanted = (wants_grad(anchor), wants_grad(keys))
-    settings = (temperature, symmetric, True, *wanted, exact, impl)
-    return fused(_info_nce, (anchor, keys, positive, None), settings)
-
-
-def _row_losses(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    positive: Tensor | None,  # [N]
-    temperature: float,
-    exact: bool,
-    impl: str,
-) -> Tensor:  # [N]
-    """The losses of the rows in one direction.
-
-    A row's loss alone reaches its anchor, so that the gradient of the sum over the rows tells each
-    anchor's. What a key's gradient is made of is known in the backward pass only.
-    """
-    if wants_grad(keys):
-        return _RowLosses.apply(anchor, keys, positive, temperature, exact, impl)
-    settings = (temperature, False, False, wants_grad(anchor), False, exact, impl)
-    return fused(_info_nce, (anchor, keys, positive, None), settings)
-
-
 class _RowLosses(torch.autograd.Function):
-    """Computes the losses of the rows, and the gradients when the rows' weights are there."""
+    """The rows' losses, whose gradients are computed when it is known what each row counts."""
 
     @staticmethod
     def forward(
@@ -213,6 +166,40 @@ class _RowLosses(torch.autograd.Function):
         danchor = danchor.to(anchor.dtype) if wanted[0] else None
         dkeys = dkeys.to(keys.dtype) if wanted[1] else None
         return danchor, dkeys, None, None, None, None
+
+
+def _row_losses(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    temperature: float,
+    exact: bool,
+    impl: str,
+) -> Tensor:  # [N]
+    """The rows' losses in one direction.
+
+    An anchor's gradient comes from its own row alone, and is computed with the loss. A key's comes
+    from all rows, so that it waits for the backward pass.
+    """
+    if wants_grad(keys):
+        return _RowLosses.apply(anchor, keys, positive, temperature, exact, impl)
+    settings = (temperature, False, False, wants_grad(anchor), False, exact, impl)
+    return fused(_info_nce, (anchor, keys, positive, None), settings)
+
+
+def _mean_loss(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    temperature: float,
+    symmetric: bool,
+    exact: bool,
+    impl: str,
+) -> Tensor:  # []
+    """The mean of the rows' losses, in one direction or in both."""
+    wanted = (wants_grad(anchor), wants_grad(keys))
+    settings = (temperature, symmetric, True, *wanted, exact, impl)
+    return fused(_info_nce, (anchor, keys, positive, None), settings)
 
 
 def info_nce(

@@ -32,42 +32,35 @@ def _linf_step_impl(
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
-    centre = x if x0 is None else x0
-    bounds = _bounds.rounded(bounds)
+    center = x if x0 is None else x0
     C = len(bounds) // 4
+    numbers = _bounds.rounded(bounds) if table is None else table
     if impl == "native":
-        x, grad, centre = (_laid_out_as(tensor, out) for tensor in (x, grad, centre))
-        _native.linf_step_cpu(x, grad, centre, out, bounds if table is None else table)
+        x, grad, center = (_laid_out_as(tensor, out) for tensor in (x, grad, center))
+        _native.linf_step_cpu(x, grad, center, out, numbers)
         return out
     if C > _native.LINF_CHANNELS:
-        table = torch.tensor(bounds, dtype=torch.float32).view(4, C).to(x.device)
-    layout = _layout(out, x, grad, centre)
+        numbers = torch.tensor(numbers, dtype=torch.float32).view(4, C).to(x.device)
+    layout = _layout(out, x, grad, center)
     if layout is None:
-        x, grad, centre = (_laid_out_as(tensor, out) for tensor in (x, grad, centre))
-        layout = _layout(out, x, grad, centre)
+        x, grad, center = (_laid_out_as(tensor, out) for tensor in (x, grad, center))
+        layout = _layout(out, x, grad, center)
     assert layout is not None
     if impl == "cuda":
-        _native.linf_step_cuda(x, grad, centre, out, bounds if table is None else table, layout)
+        _native.linf_step_cuda(x, grad, center, out, numbers, layout)
         return out
     from clae_fast.kernels.linf_step import linf_step
 
-    rows = tuple(tuple(bounds[k * C : (k + 1) * C]) for k in range(4))
+    rows: tuple[tuple[float, ...], ...] | Tensor | list[float] = numbers
+    if isinstance(numbers, list):
+        rows = tuple(tuple(numbers[k * C : (k + 1) * C]) for k in range(4))
     # x itself is not read twice
-    linf_step(
-        x, grad, None if x0 is None else centre, out, rows if table is None else table, layout
-    )
+    linf_step(x, grad, None if x0 is None else center, out, rows, layout)
     return out
 
 
 @torch.library.register_fake("clae_fast::linf_step")
-def _linf_step_fake(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor | None,
-    bounds: list[float],
-    table: Tensor | None,
-    impl: str,
-) -> Tensor:
+def _linf_step_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -68,9 +68,7 @@ def _stem_step_impl(
 
 
 @torch.library.register_fake("clae_fast::stem_step")
-def _stem_step_fake(
-    dy: Tensor, weight: Tensor, x: Tensor, bounds: list[float], table: Tensor | None
-) -> Tensor:
+def _stem_step_fake(dy: Tensor, weight: Tensor, x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -159,11 +157,8 @@ def _check_convolution(dy: Tensor, weight: Tensor, x: Tensor, stride: int, paddi
         _check.same_place(name, value, "x", x, dtype=False)
         if value.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {list(value.shape)}")
-    for name, number, least in (("stride", stride, 1), ("padding", padding, 0)):
-        if not isinstance(number, int):
-            raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    _check.integer("stride", stride, 1)
+    _check.integer("padding", padding, 0)
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
             f"weight must have the {x.shape[1]} channels of x, got shape {list(weight.shape)}"

@@ -74,7 +74,7 @@ def _sup_con_impl(
 
 @torch.library.register_fake("clae_fast::sup_con")
 def _sup_con_fake(
-    z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, grad: bool, impl: str
+    z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, grad: bool, *_: object
 ) -> tuple[Tensor, ...]:
     return uninitialized(z, (), z.shape if grad else 0)
 

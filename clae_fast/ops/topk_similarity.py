@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows
@@ -58,7 +57,7 @@ def _ranks(s: Tensor) -> Tensor:
 
 @torch.library.register_fake("clae_fast::topk_similarity")
 def _topk_similarity_fake(
-    anchor: Tensor, keys: Tensor, k: int, exclude: Tensor | None, impl: str
+    anchor: Tensor, keys: Tensor, k: int, *_: object
 ) -> tuple[Tensor, Tensor]:
     shape = (anchor.shape[0], k)
     return (
@@ -124,7 +123,7 @@ def topk_similarity(
         )
     excluded = 0
     if exclude is not None:
-        _check_exclude(exclude, anchor, M)
+        _check.columns("exclude", exclude, anchor, M, "[N, E]")
         excluded = exclude.shape[1]
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
@@ -136,28 +135,3 @@ def topk_similarity(
     if impl == "reference":
         return reference(anchor, keys, k, exclude=exclude)
     return _topk_similarity(anchor.detach(), keys.detach(), k, exclude, impl)
-
-
-def _check_exclude(exclude: Tensor, anchor: Tensor, M: int) -> None:
-    """Raises unless `exclude` holds columns of M keys for each anchor."""
-    if not isinstance(exclude, Tensor):
-        raise TypeError(f"exclude must be a torch.Tensor, got {type(exclude).__name__}")
-    if exclude.dtype != torch.int64:
-        raise TypeError(f"exclude must be of dtype int64, got {exclude.dtype}")
-    if exclude.ndim != 2 or exclude.shape[0] != anchor.shape[0]:
-        raise ValueError(
-            f"exclude must have shape [N, E] with N = {anchor.shape[0]} as anchor has, "
-            f"got {list(exclude.shape)}"
-        )
-    if exclude.device != anchor.device:
-        raise ValueError(
-            f"exclude must be on the device of anchor, {anchor.device}, got {exclude.device}"
-        )
-    # not where it would wait for a GPU, whose own check follows, or break a compiled graph, and not
-    # in a dry run, whose tensors have no values
-    values = not (torch.compiler.is_compiling() or isinstance(exclude, FakeTensor))
-    if exclude.device.type == "cpu" and exclude.numel() and values:
-        low, high = (int(bound) for bound in exclude.aminmax())
-        if low < 0 or high >= M:
-            wrong = low if low < 0 else high
-            raise ValueError(f"exclude must hold columns from 0 to {M - 1}, got {wrong}")

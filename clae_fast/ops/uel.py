@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
 from clae_fast.ops._loss import fused, uninitialized, wants_grad
-from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
+from clae_fast.ops._rows import negative_logits, row_blocks, two_views, unit_rows_backward
 from clae_fast.reference.uel import uel as reference
 
 _impl.declare("uel", native=_impl.ANY, triton=_impl.rows_of_at_most(256), torch=_impl.ANY)
@@ -46,18 +46,14 @@ def _uel_impl(
     if impl == "native":
         return _native.uel(z0, z1, temperature, grad)
     with torch.autocast(z0.device.type, enabled=False):
-        u, norm = unit_rows(torch.cat([z0, z1]))
+        u, norm, positive = two_views(z0, z1, temperature)
         n, N = len(u), len(z0)
-        positive_of = torch.arange(n, device=u.device).roll(N)[:, None]
-        positive = (u[:N] * u[N:]).sum(1, keepdim=True).div_(temperature).repeat(2, 1)  # [2N, 1]
         losses, dpositive = torch.empty_like(positive), torch.empty_like(positive)
         du = torch.empty_like(u) if grad else u.new_empty(0)
         for start, stop in row_blocks(n, n):
             rows = slice(start, stop)
             pos = positive[rows]
-            s = (u[rows] @ u.T).div_(temperature)
-            s.diagonal(start).fill_(-torch.inf)
-            s.scatter_(1, positive_of[rows], -torch.inf)
+            s = negative_logits(u, start, stop, temperature)
             s_top, top = s.max(1, keepdim=True)
             s.scatter_(1, top, -torch.inf)
             shift = torch.maximum(s.amax(1, keepdim=True), pos)
@@ -88,7 +84,7 @@ def _uel_impl(
 
 @torch.library.register_fake("clae_fast::uel")
 def _uel_fake(
-    z0: Tensor, z1: Tensor, temperature: float, grad: bool, exact: bool, impl: str
+    z0: Tensor, z1: Tensor, temperature: float, grad: bool, *_: object
 ) -> tuple[Tensor, ...]:
     N, D = z0.shape
     return uninitialized(z0, (), (2 * N, D) if grad else 0)
