@@ -9,7 +9,9 @@ import ctypes
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,167 +78,38 @@ def force_isa(name: str) -> Iterator[None]:
         _isa = before
 
 
-def nt_xent(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss [] and the gradient [2N, D], d z0 above d z1, both in fp32.
+class Rows:
+    """An operand [N, D] of a C++ function, with each row in one piece, in fp32, fp16 or bf16."""
 
-    As everywhere here, a gradient that is not wanted is a tensor of shape [0].
+    def __init__(self, z: Tensor) -> None:
+        self.z = z if z.stride(1) == 1 else z.contiguous()
+
+
+def in_one_piece(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each tensor contiguous, itself where it is that already."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def run(name: str, *arguments: object) -> None:
+    """Calls a C++ function on the CPU, which writes to memory among `arguments`.
+
+    C++ is given the address of a tensor and of a list's numbers, 0 for None, and a dtype's number.
+    The instruction set goes before the arguments, and a workspace after them.
     """
-    return _of_two_views(_C.nt_xent, z0, z1, (temperature,), grad)
+    held = [_array(value) if isinstance(value, list) else value for value in arguments]
+    _in_workspace(partial(getattr(_C, name), _isa, *map(_passed, held)), "cpu")
 
 
-def uel(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `nt_xent`."""
-    return _of_two_views(_C.uel, z0, z1, (temperature,), grad)
-
-
-def hard_nt_xent(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    beta: float,
-    tau_plus: float,
-    detach_weights: bool,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `nt_xent`."""
-    numbers = (temperature, beta, tau_plus, detach_weights)
-    return _of_two_views(_C.hard_nt_xent, z0, z1, numbers, grad)
-
-
-def _of_two_views(
-    function: Callable[..., int], z0: Tensor, z1: Tensor, numbers: tuple[float, ...], grad: bool
-) -> tuple[Tensor, Tensor]:
-    z0, z1 = _in_rows(z0), _in_rows(z1)
-    N, D = z0.shape
-    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
-    threads = torch.get_num_threads()
-    _run(function, _isa, _rows(z0), _rows(z1), N, D, *numbers, threads, loss, dz)
-    return loss, dz
-
-
-def tied_nt_xent(
-    z: Tensor,  # [N, D]
-    temperature: float,
-) -> Tensor:
-    """The gradient in fp32, [N, D]."""
-    z = _in_rows(z)
-    (dz,) = _outputs(z, z.shape)
-    _run(_C.tied_nt_xent, _isa, _rows(z), *z.shape, temperature, torch.get_num_threads(), dz)
-    return dz
-
-
-def info_nce(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    positive: Tensor | None,  # [N]
-    weight: Tensor | None,  # [N]
-    temperature: float,
-    symmetric: bool,
-    mean: bool,
-    grad_anchor: bool,
-    grad_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, [] or [N], and the gradients [N, D] and [M, D], all in fp32."""
-    anchor, keys = _in_rows(anchor), _in_rows(keys)
-    positive, weight = _in_one_piece(positive, weight)
-    N, D = anchor.shape
-    M = len(keys)
-    shapes = (() if mean else N, (N, D) if grad_anchor else 0, (M, D) if grad_keys else 0)
-    loss, danchor, dkeys = _outputs(anchor, *shapes)
-    operands = (_rows(anchor), _rows(keys), positive, weight, N, M, D)
-    numbers = (temperature, symmetric, mean, torch.get_num_threads())
-    _run(_C.info_nce, _isa, *operands, *numbers, loss, danchor, dkeys)
-    return loss, danchor, dkeys
-
-
-def bank_step(
-    bank: Tensor,  # [K, D], contiguous, as the velocity
-    velocity: Tensor,  # [K, D]
-    anchor: Tensor,  # [N, D]
-    keys: Tensor | None,  # [N, D]
-    positive: Tensor | None,  # [N]
-    weight: Tensor | None,  # [N]
-    losses: Tensor | None,  # [N]
-    lr: Tensor,  # []
-    views: int,
-    temperature: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """The step in place."""
-    anchor = _in_rows(anchor)
-    keys = anchor if keys is None else _in_rows(keys)
-    given = _in_one_piece(positive, weight, losses)
-    operands = (bank, velocity, _rows(anchor), _rows(keys), *given, len(bank), *anchor.shape)
-    numbers = (views, temperature, float(lr), momentum, weight_decay)
-    _run(_C.bank_step, _isa, *operands, *numbers, torch.get_num_threads())
-
-
-def topk_similarity(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    k: int,
-    exclude: Tensor | None,  # [N, E]
-) -> tuple[Tensor, Tensor]:
-    """The values in fp32 and their columns, [N, k] both."""
-    anchor, keys = _in_rows(anchor), _in_rows(keys)
-    (exclude,) = _in_one_piece(exclude)
-    N, D = anchor.shape
-    E = 0 if exclude is None else exclude.shape[1]
-    (values,) = _outputs(anchor, (N, k))
-    indices = torch.empty((N, k), dtype=torch.int64)
-    operands = (_rows(anchor), _rows(keys), exclude, N, len(keys), D, E)
-    _run(_C.topk_similarity, _isa, *operands, k, torch.get_num_threads(), values, indices)
-    return values, indices
-
-
-def augment(
-    images: Tensor,  # [S, 3, H, W] or [bytes]
-    offsets: Tensor | None,  # [S]
-    sizes: Tensor | None,  # [S, 2]
-    params: Tensor,  # [2, N, 16]
-    rows: Tensor | None,  # [N]
-    out: Tensor,  # [2N, 3, size, size]
-    norm: list[float],  # [0] or [6]
-    bicubic: bool,
-) -> None:
-    """Both views of each sample to `out`; rows and crops are inside the images."""
-    offsets, sizes, rows = _in_one_piece(offsets, sizes, rows)
-    strides = (ctypes.c_int64 * 4)(*(images.stride() if offsets is None else ()))
-    N, size = len(out) // 2, out.shape[-1]
-    operands = (images, strides, offsets, sizes, params.contiguous(), rows, N, size, bicubic)
-    results = (_numbers(norm) if norm else None, _DTYPES[out.dtype], out.stride(1) == 1)
-    _run(_C.augment, _isa, *operands, *results, torch.get_num_threads(), out)
+def run_cuda(name: str, device: torch.device, *arguments: object) -> None:
+    """As `run` for a CUDA C++ function, which takes the stream at the end."""
+    function = partial(getattr(_C, name), *map(_passed, arguments))
+    with _current_stream(device) as stream:
+        _in_workspace(lambda workspace: function(workspace, stream), device)
 
 
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
-    """Whether `nt_xent_cuda` takes n = 2N rows of D elements: shared memory is the limit."""
+    """Whether the CUDA kernel of NT-Xent takes n = 2N rows of D elements, by its shared memory."""
     return n <= (4096 if D <= 128 else 2048) and D <= 256
-
-
-def nt_xent_cuda(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `nt_xent`, in one launch on the tensors' GPU; fp32, fp16 or bf16 in any strides."""
-    N, D = z0.shape
-    loss, dz = _outputs(z0, (), (2 * N, D) if grad else 0)
-    operands = (z0, z1, _DTYPES[z0.dtype], *z0.stride(), *z1.stride(), N, D)
-    with _current_stream(z0) as stream:
-        _run(_C.nt_xent_cuda, *operands, temperature, loss, dz, last=(stream,))
-    return loss, dz
 
 
 def linf_step_cpu(
@@ -262,7 +135,7 @@ def linf_step_cuda(
     """The step with bounds alpha, eps, lo and hi, to `out`, whose strides `layout` relates."""
     numbers = _numbers(bounds)
     digits = (ctypes.c_int64 * 16)(*itertools.chain(*layout))
-    with _current_stream(x) as stream:
+    with _current_stream(x.device) as stream:
         _C.linf_step_cuda(
             *_linf_arguments(x, grad, x0, out, numbers),
             _address(digits),
@@ -304,7 +177,7 @@ def stem_step(
     if isinstance(bounds, list) and len(bounds) == 4:
         bounds = [value for value in bounds for _ in range(3)]
     numbers = _numbers(bounds)
-    with _current_stream(x) as stream:
+    with _current_stream(x.device) as stream:
         _C.stem_step_cuda(
             dy.data_ptr(),
             weight.data_ptr(),
@@ -326,32 +199,21 @@ def stem_step(
 
 
 @contextmanager
-def _current_stream(tensor: Tensor) -> Iterator[int]:
-    """The stream to launch on, within which the tensor's GPU is the current one."""
-    with torch.cuda.device(tensor.device):
+def _current_stream(device: torch.device) -> Iterator[int]:
+    """The stream to launch on, within which the GPU is the current one."""
+    with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
 
-def _in_rows(z: Tensor) -> Tensor:
-    """`z` with each row in one piece, itself where it is that already."""
-    return z if z.stride(1) == 1 else z.contiguous()
-
-
-def _in_one_piece(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Each of them contiguous, itself where it is that already."""
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def _rows(z: Tensor) -> tuple[int, int, int]:
-    """What C++ knows of `z`, which has to outlive the call."""
-    return z.data_ptr(), _DTYPES[z.dtype], z.stride(0)
+def _array(numbers: list[float] | list[int]) -> ctypes.Array:
+    """Floats in fp32, or integers in 64 bits, on the CPU."""
+    number: Any = ctypes.c_float if isinstance(numbers[0], float) else ctypes.c_int64
+    return (number * len(numbers))(*numbers)
 
 
 def _numbers(bounds: list[float] | Tensor) -> Tensor | ctypes.Array:
-    """The bounds of a step where C++ finds them: a tensor, or an array on the CPU in fp32."""
-    if isinstance(bounds, Tensor):
-        return bounds.contiguous()
-    return (ctypes.c_float * len(bounds))(*bounds)
+    """The bounds of a step where C++ finds them."""
+    return bounds.contiguous() if isinstance(bounds, Tensor) else _array(bounds)
 
 
 def _address(memory: Tensor | ctypes.Array | None) -> int:
@@ -361,21 +223,16 @@ def _address(memory: Tensor | ctypes.Array | None) -> int:
     return memory.data_ptr() if isinstance(memory, Tensor) else ctypes.addressof(memory)
 
 
-def _outputs(z: Tensor, *shapes: int | tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Memory beside `z` for results in fp32; no elements have the address 0 in C++."""
-    return tuple(z.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _passed(value: object) -> object:
+    """What C++ is given for an argument of `run`."""
+    if isinstance(value, Rows):
+        return value.z.data_ptr(), _DTYPES[value.z.dtype], value.z.stride(0)
+    if value is None or isinstance(value, (Tensor, ctypes.Array)):
+        return _address(value)
+    return _DTYPES[value] if isinstance(value, torch.dtype) else value
 
 
-def _run(function: Callable[..., int], *arguments: object, last: tuple[int, ...] = ()) -> None:
-    """Calls a function of C++ with a workspace after `arguments`, and `last` after that.
-
-    Without a workspace, which is the address 0, the function returns how many bytes it needs.
-    Tensors and arrays are passed as their addresses.
-    """
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    passed = [
-        _address(value) if value is None or isinstance(value, (Tensor, ctypes.Array)) else value
-        for value in arguments
-    ]
-    workspace = tensors[0].new_empty(function(*passed, 0, *last), dtype=torch.uint8)
-    function(*passed, workspace.data_ptr(), *last)
+def _in_workspace(call: Callable[[int], int], device: torch.device | str) -> None:
+    """Calls a C++ function with a workspace, whose size it returns where it is called with 0."""
+    workspace = torch.empty(call(0), dtype=torch.uint8, device=device)
+    call(workspace.data_ptr())

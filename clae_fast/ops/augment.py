@@ -81,7 +81,10 @@ def _augment_impl(
     if out.numel() == 0:
         return out
     if impl == "native":
-        _native.augment(images, offsets, sizes, params, rows, out, norm, bicubic)
+        strides = [0] * 4 if sizes is not None else list(images.stride())
+        given = (images, strides, *_native.in_one_piece(offsets, sizes, params, rows))
+        wanted = (params.shape[1], size, bicubic, norm or None, dtype, channels_last)
+        _native.run("augment", *given, *wanted, torch.get_num_threads(), out)
     else:
         from clae_fast.kernels.augment import augment
 

@@ -29,9 +29,30 @@ def _bank_step_impl(*arguments: Any) -> None:
 
         bank_step(*given, exact)
     elif impl == "native":
-        _native.bank_step(*given)
+        _native_step(*given)
     else:
         _in_blocks(*given)
+
+
+def _native_step(
+    bank: Tensor,  # [K, D]
+    velocity: Tensor,  # [K, D]
+    anchor: Tensor,  # [N, D]
+    keys: Tensor | None,  # [N, D]
+    positive: Tensor | None,  # [N]
+    weight: Tensor | None,  # [N]
+    losses: Tensor | None,  # [N]
+    lr: Tensor,  # []
+    views: int,
+    temperature: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    rows = (_native.Rows(anchor), _native.Rows(anchor if keys is None else keys))
+    each = _native.in_one_piece(positive, weight, losses)
+    sizes = (len(bank), *anchor.shape, views)
+    numbers = (temperature, float(lr), momentum, weight_decay, torch.get_num_threads())
+    _native.run("bank_step", bank, velocity, *rows, *each, *sizes, *numbers)
 
 
 def _in_blocks(

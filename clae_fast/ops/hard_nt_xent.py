@@ -37,23 +37,42 @@ torch.library.define(
 )
 
 
+@torch.library.register_fake("clae_fast::hard_nt_xent")
+def _hard_nt_xent_fake(
+    z0: Tensor,
+    z1: Tensor,
+    extra: Tensor | None,
+    temperature: float,
+    beta: float,
+    tau_plus: float,
+    detach_weights: bool,
+    grad: bool,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    N, D = z0.shape
+    dextra = 0 if extra is None or not grad else extra.shape
+    return uninitialized(z0, (), (2 * N, D) if grad else 0, dextra)
+
+
 @torch.library.impl("clae_fast::hard_nt_xent", ("cpu", "cuda"))
 def _hard_nt_xent_impl(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
     extra: Tensor | None,  # [2N, k]
     *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *numbers, exact, impl = settings
+) -> tuple[Tensor, ...]:
+    *numbers, grad, exact, impl = settings
     if impl == "torch":
-        return _blocks(z0, z1, extra, *numbers)
+        return _blocks(z0, z1, extra, *numbers, grad=grad)
     if impl == "triton":
         from clae_fast.kernels.hard_nt_xent import hard_nt_xent
 
-        loss, dz = hard_nt_xent(z0, z1, *numbers, exact)
-    else:
-        loss, dz = _native.hard_nt_xent(z0, z1, *numbers)
-    return loss, dz, loss.new_empty(0)
+        loss, dz = hard_nt_xent(z0, z1, *numbers, grad, exact)
+        return loss, dz, loss.new_empty(0)
+    loss, dz, dextra = _hard_nt_xent_fake(z0, z1, extra, *numbers, grad)
+    operands = (_native.Rows(z0), _native.Rows(z1), *z0.shape)
+    _native.run("hard_nt_xent", *operands, *numbers, torch.get_num_threads(), loss, dz)
+    return loss, dz, dextra
 
 
 def _blocks(
@@ -64,6 +83,7 @@ def _blocks(
     beta: float,
     tau_plus: float,
     detach_weights: bool,
+    *,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form in torch ops, a block of rows at a time.
@@ -139,23 +159,6 @@ def _margin(
     else:
         floored = torch.zeros_like(ratio, dtype=torch.bool)
     return ratio + math.log(negatives), floored
-
-
-@torch.library.register_fake("clae_fast::hard_nt_xent")
-def _hard_nt_xent_fake(
-    z0: Tensor,
-    z1: Tensor,
-    extra: Tensor | None,
-    temperature: float,
-    beta: float,
-    tau_plus: float,
-    detach_weights: bool,
-    grad: bool,
-    *_: object,
-) -> tuple[Tensor, ...]:
-    N, D = z0.shape
-    dextra = 0 if extra is None or not grad else extra.shape
-    return uninitialized(z0, (), (2 * N, D) if grad else 0, dextra)
 
 
 _hard_nt_xent = torch.ops.clae_fast.hard_nt_xent.default

@@ -23,6 +23,27 @@ torch.library.define(
 )
 
 
+@torch.library.register_fake("clae_fast::info_nce")
+def _info_nce_fake(
+    anchor: Tensor,
+    keys: Tensor,
+    positive: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    mean: bool,
+    grad_anchor: bool,
+    grad_keys: bool,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    return uninitialized(
+        anchor,
+        () if mean else anchor.shape[:1],
+        anchor.shape if grad_anchor else 0,
+        keys.shape if grad_keys else 0,
+    )
+
+
 @torch.library.impl("clae_fast::info_nce", ("cpu", "cuda"))
 def _info_nce_impl(
     anchor: Tensor,  # [N, D]
@@ -46,11 +67,16 @@ def _info_nce_impl(
     if impl == "triton":
         from clae_fast.kernels.info_nce import info_nce
 
-        rows = {"positive": positive, "weight": weight, "mean": mean}
-        return info_nce(anchor, keys, temperature, symmetric, wanted, exact, **rows)
+        named = {"positive": positive, "weight": weight, "mean": mean}
+        return info_nce(anchor, keys, temperature, symmetric, wanted, exact, **named)
     if impl == "native":
         numbers = (temperature, symmetric, mean)
-        return _native.info_nce(anchor, keys, positive, weight, *numbers, *wanted)
+        outputs = _info_nce_fake(anchor, keys, positive, weight, *numbers, *wanted)
+        rows = (_native.Rows(anchor), _native.Rows(keys))
+        each = _native.in_one_piece(positive, weight)
+        sizes = (len(anchor), *keys.shape)
+        _native.run("info_nce", *rows, *each, *sizes, *numbers, torch.get_num_threads(), *outputs)
+        return outputs
     loss, danchor, dkeys = _one_way(anchor, keys, positive, weight, temperature, mean, wanted)
     if not symmetric:
         return loss, danchor, dkeys
@@ -110,28 +136,6 @@ def _one_way(
                 dv.index_put_((positive,), -p_neg * u, accumulate=True)
             dv = unit_rows_backward(dv.div_(divisor), v, v_norm)
         return losses.mean() if mean else losses[:, 0], du, dv
-
-
-@torch.library.register_fake("clae_fast::info_nce")
-def _info_nce_fake(
-    anchor: Tensor,
-    keys: Tensor,
-    positive: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    mean: bool,
-    grad_anchor: bool,
-    grad_keys: bool,
-    exact: bool,
-    impl: str,
-) -> tuple[Tensor, ...]:
-    return uninitialized(
-        anchor,
-        () if mean else anchor.shape[:1],
-        anchor.shape if grad_anchor else 0,
-        keys.shape if grad_keys else 0,
-    )
 
 
 _info_nce = torch.ops.clae_fast.info_nce.default

@@ -39,6 +39,14 @@ torch.library.define(
 )
 
 
+@torch.library.register_fake("clae_fast::nt_xent")
+def _nt_xent_fake(
+    z0: Tensor, z1: Tensor, temperature: float, grad: bool, *_: object
+) -> tuple[Tensor, ...]:
+    N, D = z0.shape
+    return uninitialized(z0, (), (2 * N, D) if grad else 0)
+
+
 @torch.library.impl("clae_fast::nt_xent", ("cpu", "cuda"))
 def _nt_xent_impl(
     z0: Tensor,  # [N, D]
@@ -48,24 +56,21 @@ def _nt_xent_impl(
     exact: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    if impl == "triton":
+        from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
+
+        if grad:
+            return nt_xent_fwd_bwd(z0, z1, temperature, exact)
+        loss = nt_xent_fwd(z0, z1, temperature, exact)
+        return loss, loss.new_empty(0)
+    loss, dz = _nt_xent_fake(z0, z1, temperature, grad)
     if impl == "native":
-        return _native.nt_xent(z0, z1, temperature, grad)
-    if impl == "cuda":
-        return _native.nt_xent_cuda(z0, z1, temperature, grad)
-    from clae_fast.kernels.nt_xent import nt_xent_fwd, nt_xent_fwd_bwd
-
-    if grad:
-        return nt_xent_fwd_bwd(z0, z1, temperature, exact)
-    loss = nt_xent_fwd(z0, z1, temperature, exact)
-    return loss, loss.new_empty(0)
-
-
-@torch.library.register_fake("clae_fast::nt_xent")
-def _nt_xent_fake(
-    z0: Tensor, z1: Tensor, temperature: float, grad: bool, *_: object
-) -> tuple[Tensor, ...]:
-    N, D = z0.shape
-    return uninitialized(z0, (), (2 * N, D) if grad else 0)
+        operands = (_native.Rows(z0), _native.Rows(z1), *z0.shape)
+        _native.run("nt_xent", *operands, temperature, torch.get_num_threads(), loss, dz)
+    else:
+        operands = (z0, z1, z0.dtype, *z0.stride(), *z1.stride(), *z0.shape)
+        _native.run_cuda("nt_xent_cuda", z0.device, *operands, temperature, loss, dz)
+    return loss, dz
 
 
 _nt_xent = torch.ops.clae_fast.nt_xent.default

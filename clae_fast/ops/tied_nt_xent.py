@@ -15,6 +15,11 @@ torch.library.define(
 )
 
 
+@torch.library.register_fake("clae_fast::tied_nt_xent")
+def _tied_nt_xent_fake(z: Tensor, *_: object) -> Tensor:
+    return z.new_empty(z.shape, dtype=torch.float32)
+
+
 @torch.library.impl("clae_fast::tied_nt_xent", ("cpu", "cuda"))
 def _tied_nt_xent_impl(
     z: Tensor,  # [N, D]
@@ -27,7 +32,10 @@ def _tied_nt_xent_impl(
 
         return tied_nt_xent(z, temperature, exact)
     if impl == "native":
-        return _native.tied_nt_xent(z, temperature)
+        dz = _tied_nt_xent_fake(z)
+        operands = (_native.Rows(z), *z.shape)
+        _native.run("tied_nt_xent", *operands, temperature, torch.get_num_threads(), dz)
+        return dz
     with torch.autocast(z.device.type, enabled=False):
         u, norm = unit_rows(z)
         N = len(u)
@@ -48,11 +56,6 @@ def _tied_nt_xent_impl(
             du.addmm_(p.T, u[rows])
         du.addcmul_(p_neg, u, value=-1)
         return unit_rows_backward(du.div_(N * temperature), u, norm)
-
-
-@torch.library.register_fake("clae_fast::tied_nt_xent")
-def _tied_nt_xent_fake(z: Tensor, *_: object) -> Tensor:
-    return z.new_empty(z.shape, dtype=torch.float32)
 
 
 _tied_nt_xent = torch.ops.clae_fast.tied_nt_xent.default

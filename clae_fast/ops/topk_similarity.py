@@ -20,6 +20,17 @@ torch.library.define(
 )
 
 
+@torch.library.register_fake("clae_fast::topk_similarity")
+def _topk_similarity_fake(
+    anchor: Tensor, keys: Tensor, k: int, *_: object
+) -> tuple[Tensor, Tensor]:
+    shape = (anchor.shape[0], k)
+    return (
+        anchor.new_empty(shape, dtype=torch.float32),
+        anchor.new_empty(shape, dtype=torch.int64),
+    )
+
+
 @torch.library.impl("clae_fast::topk_similarity", ("cpu", "cuda"))
 def _topk_similarity_impl(
     anchor: Tensor,  # [N, D]
@@ -29,7 +40,12 @@ def _topk_similarity_impl(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     if impl == "native":
-        return _native.topk_similarity(anchor, keys, k, exclude)
+        values, indices = _topk_similarity_fake(anchor, keys, k)
+        (exclude,) = _native.in_one_piece(exclude)
+        given = (_native.Rows(anchor), _native.Rows(keys), exclude)
+        sizes = (len(anchor), *keys.shape, 0 if exclude is None else exclude.shape[1], k)
+        _native.run("topk_similarity", *given, *sizes, torch.get_num_threads(), values, indices)
+        return values, indices
     with torch.autocast(anchor.device.type, enabled=False):
         u, v = unit_rows(anchor)[0], unit_rows(keys)[0]
         N, M = len(u), len(v)
@@ -53,17 +69,6 @@ def _ranks(s: Tensor) -> Tensor:
     # no similarity is infinite, and + 0 makes 0 of -0
     bits = s.nan_to_num(nan=torch.inf, neginf=-torch.inf).add_(0).view(torch.int32)
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
-
-
-@torch.library.register_fake("clae_fast::topk_similarity")
-def _topk_similarity_fake(
-    anchor: Tensor, keys: Tensor, k: int, *_: object
-) -> tuple[Tensor, Tensor]:
-    shape = (anchor.shape[0], k)
-    return (
-        anchor.new_empty(shape, dtype=torch.float32),
-        anchor.new_empty(shape, dtype=torch.int64),
-    )
 
 
 _topk_similarity = torch.ops.clae_fast.topk_similarity.default

@@ -19,6 +19,14 @@ torch.library.define(
 )
 
 
+@torch.library.register_fake("clae_fast::uel")
+def _uel_fake(
+    z0: Tensor, z1: Tensor, temperature: float, grad: bool, *_: object
+) -> tuple[Tensor, ...]:
+    N, D = z0.shape
+    return uninitialized(z0, (), (2 * N, D) if grad else 0)
+
+
 @torch.library.impl("clae_fast::uel", ("cpu", "cuda"))
 def _uel_impl(
     z0: Tensor,  # [N, D]
@@ -44,7 +52,10 @@ def _uel_impl(
 
         return uel(z0, z1, temperature, grad, exact)
     if impl == "native":
-        return _native.uel(z0, z1, temperature, grad)
+        loss, dz = _uel_fake(z0, z1, temperature, grad)
+        operands = (_native.Rows(z0), _native.Rows(z1), *z0.shape)
+        _native.run("uel", *operands, temperature, torch.get_num_threads(), loss, dz)
+        return loss, dz
     with torch.autocast(z0.device.type, enabled=False):
         u, norm, positive = two_views(z0, z1, temperature)
         n, N = len(u), len(z0)
@@ -80,14 +91,6 @@ def _uel_impl(
             du.addcmul_(dpositive, u.roll(N, 0), value=-1)
             du = unit_rows_backward(du.div_(n * temperature), u, norm)
         return losses.mean(), du
-
-
-@torch.library.register_fake("clae_fast::uel")
-def _uel_fake(
-    z0: Tensor, z1: Tensor, temperature: float, grad: bool, *_: object
-) -> tuple[Tensor, ...]:
-    N, D = z0.shape
-    return uninitialized(z0, (), (2 * N, D) if grad else 0)
 
 
 _uel = torch.ops.clae_fast.uel.default
