@@ -1,6 +1,6 @@
-"""The compiled module: the only importer of `_C` and the only place that takes addresses.
+"""The compiled module. Nothing else imports `_C` or takes the address of a tensor.
 
-Python owns allocation, contiguity and dtype; C++ owns arithmetic.
+Python allocates memory and sees to dtypes and layouts, and C++ computes.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def has_cpu() -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether the CUDA C++ kernels are built; says nothing of a GPU being there."""
+    """Whether the CUDA C++ kernels are built, be there a GPU or not."""
     return _has_cuda
 
 
 def isa() -> str:
-    """The instruction set that the C++ kernels run with, "" without them."""
+    """The instruction set that the C++ kernels run with; "" where they are not built."""
     return _isa
 
 
 def isas() -> list[str]:
-    """The instruction sets this build and processor can run, worst first."""
+    """The instruction sets that this build and this processor can run, the slowest first."""
     return list(_isas)
 
 
@@ -67,7 +67,7 @@ def files() -> list[Path]:
 
 @contextmanager
 def force_isa(name: str) -> Iterator[None]:
-    """Run the C++ kernels with another instruction set than the best one."""
+    """Runs the C++ kernels with another instruction set than the fastest one."""
     global _isa
     if name not in _isas:
         raise ValueError(f"isa must be one of {_isas}, got {name!r}")
@@ -79,36 +79,37 @@ def force_isa(name: str) -> Iterator[None]:
 
 
 class Rows:
-    """An operand [N, D] of a C++ function, with each row in one piece, in fp32, fp16 or bf16."""
+    """An operand [N, D] of a C++ function, in fp32, fp16 or bf16; copied unless rows are dense."""
 
     def __init__(self, z: Tensor) -> None:
         self.z = z if z.stride(1) == 1 else z.contiguous()
 
 
 def in_one_piece(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Each tensor contiguous, itself where it is that already."""
+    """Each tensor as a contiguous one, which may be the tensor itself."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def run(name: str, *arguments: object) -> None:
-    """Calls a C++ function on the CPU, which writes to memory among `arguments`.
+    """Calls a C++ function on the CPU, which writes its results to tensors among the arguments.
 
-    C++ is given the address of a tensor and of a list's numbers, 0 for None, and a dtype's number.
-    The instruction set goes before the arguments, and a workspace after them.
+    C++ gets the instruction set, the arguments and a workspace. It gets the address of a tensor and
+    of a list's numbers, 0 for None, and its own number for a dtype.
     """
-    held = [_array(value) if isinstance(value, list) else value for value in arguments]
-    _in_workspace(partial(getattr(_C, name), _isa, *map(_passed, held)), "cpu")
+    held = _held(_isa, *arguments)
+    _in_workspace(partial(getattr(_C, name), *map(_passed, held)), "cpu")
 
 
 def run_cuda(name: str, device: torch.device, *arguments: object) -> None:
-    """As `run` for a CUDA C++ function, which takes the stream at the end."""
-    function = partial(getattr(_C, name), *map(_passed, arguments))
+    """As `run` on a GPU. C++ gets the arguments, a workspace and the current stream."""
+    held = _held(*arguments)
+    function = partial(getattr(_C, name), *map(_passed, held))
     with _current_stream(device) as stream:
         _in_workspace(lambda workspace: function(workspace, stream), device)
 
 
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
-    """Whether the CUDA kernel of NT-Xent takes n = 2N rows of D elements, by its shared memory."""
+    """Whether the CUDA kernel of NT-Xent has the shared memory for n = 2N rows of D elements."""
     return n <= (4096 if D <= 128 else 2048) and D <= 256
 
 
@@ -119,9 +120,9 @@ def linf_step_cpu(
     out: Tensor,
     bounds: list[float] | Tensor,  # [4 * 1] or [4, C]
 ) -> None:
-    """The step with bounds alpha, eps, lo and hi, to `out`."""
-    numbers = _numbers(bounds)
-    _C.linf_step_cpu(_isa, *_linf_arguments(x, grad, x0, out, numbers), torch.get_num_threads())
+    """Writes the step with bounds alpha, eps, lo and hi to `out`."""
+    arguments = _linf_arguments(x, grad, x0, out, bounds)
+    _call("linf_step_cpu", _isa, *arguments, torch.get_num_threads())
 
 
 def linf_step_cuda(
@@ -132,35 +133,22 @@ def linf_step_cuda(
     bounds: list[float] | Tensor,  # [4 * 1] or [4 * C] with C <= LINF_CHANNELS, or [4, C]
     layout: tuple[tuple[int, ...], ...],  # [4, 4]
 ) -> None:
-    """The step with bounds alpha, eps, lo and hi, to `out`, whose strides `layout` relates."""
-    numbers = _numbers(bounds)
-    digits = (ctypes.c_int64 * 16)(*itertools.chain(*layout))
+    """Writes the step to `out`. `layout` says where the other tensors have its elements."""
+    arguments = _linf_arguments(x, grad, x0, out, bounds)
+    digits = list(itertools.chain(*layout))
     with _current_stream(x.device) as stream:
-        _C.linf_step_cuda(
-            *_linf_arguments(x, grad, x0, out, numbers),
-            _address(digits),
-            isinstance(bounds, Tensor),
-            stream,
-        )
+        _call("linf_step_cuda", *arguments, digits, isinstance(bounds, Tensor), stream)
 
 
 def _linf_arguments(
-    x: Tensor, grad: Tensor, x0: Tensor, out: Tensor, numbers: Tensor | ctypes.Array
-) -> tuple[int, int, int, int, int, int, int, int, int, int]:
-    """What both steps are given, among it addresses of memory that has to outlive the call."""
-    channels = numbers.shape[1] if isinstance(numbers, Tensor) else len(numbers) // 4
-    return (
-        x.data_ptr(),
-        grad.data_ptr(),
-        x0.data_ptr(),
-        out.data_ptr(),
-        _DTYPES[x.dtype],
-        _DTYPES[grad.dtype],
-        x.numel(),
-        _address(numbers),
-        channels,
-        max(1, out.stride(1)) if channels > 1 else 1,
-    )
+    x: Tensor, grad: Tensor, x0: Tensor, out: Tensor, bounds: list[float] | Tensor
+) -> tuple[object, ...]:
+    """What the steps on both devices are given."""
+    if isinstance(bounds, Tensor):
+        bounds = bounds.contiguous()
+    channels = bounds.shape[1] if isinstance(bounds, Tensor) else len(bounds) // 4
+    stride = max(1, out.stride(1)) if channels > 1 else 1
+    return x, grad, x0, out, x.dtype, grad.dtype, x.numel(), bounds, channels, stride
 
 
 def stem_step(
@@ -170,39 +158,43 @@ def stem_step(
     out: Tensor,  # as x, in memory too
     bounds: list[float] | Tensor,  # [4 * 1] or [4 * 3], or [4, 3]
 ) -> None:
-    """The step with bounds alpha, eps, lo and hi along the convolution's input gradient."""
+    """Writes the step along the convolution's input gradient to `out`."""
     # the kernel copies 16 bytes at a time
     dy = dy if dy.data_ptr() % 16 == 0 else dy.clone()
-    strides = (ctypes.c_int * 8)(*weight.stride(), *x.stride())
-    if isinstance(bounds, list) and len(bounds) == 4:
+    if isinstance(bounds, Tensor):
+        bounds = bounds.contiguous()
+    elif len(bounds) == 4:
         bounds = [value for value in bounds for _ in range(3)]
-    numbers = _numbers(bounds)
+    dtypes = (dy.dtype, weight.dtype, x.dtype)
+    sizes = (len(x), dy.shape[1], *x.shape[2:], weight.shape[2])
+    strides = (ctypes.c_int * 8)(*weight.stride(), *x.stride())
+    last = (strides, bounds, isinstance(bounds, Tensor))
     with _current_stream(x.device) as stream:
-        _C.stem_step_cuda(
-            dy.data_ptr(),
-            weight.data_ptr(),
-            x.data_ptr(),
-            out.data_ptr(),
-            _DTYPES[dy.dtype],
-            _DTYPES[weight.dtype],
-            _DTYPES[x.dtype],
-            x.shape[0],
-            dy.shape[1],
-            x.shape[2],
-            x.shape[3],
-            weight.shape[2],
-            _address(strides),
-            _address(numbers),
-            isinstance(bounds, Tensor),
-            stream,
-        )
+        _call("stem_step_cuda", dy, weight, x, out, *dtypes, *sizes, *last, stream)
 
 
 @contextmanager
 def _current_stream(device: torch.device) -> Iterator[int]:
-    """The stream to launch on, within which the GPU is the current one."""
+    """The stream to launch on. Within the context its GPU is the current one."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
+
+
+def _in_workspace(call: Callable[[int], int], device: torch.device | str) -> None:
+    """Calls a C++ function with a workspace. Called with 0 in its place, it returns its size."""
+    workspace = torch.empty(call(0), dtype=torch.uint8, device=device)
+    call(workspace.data_ptr())
+
+
+def _call(name: str, *arguments: object) -> None:
+    """Calls a C++ function that needs no workspace."""
+    held = _held(*arguments)
+    getattr(_C, name)(*map(_passed, held))
+
+
+def _held(*arguments: object) -> list[object]:
+    """The arguments with arrays for lists. They have to live as long as a call by address does."""
+    return [_array(value) if isinstance(value, list) else value for value in arguments]
 
 
 def _array(numbers: list[float] | list[int]) -> ctypes.Array:
@@ -211,28 +203,14 @@ def _array(numbers: list[float] | list[int]) -> ctypes.Array:
     return (number * len(numbers))(*numbers)
 
 
-def _numbers(bounds: list[float] | Tensor) -> Tensor | ctypes.Array:
-    """The bounds of a step where C++ finds them."""
-    return bounds.contiguous() if isinstance(bounds, Tensor) else _array(bounds)
-
-
-def _address(memory: Tensor | ctypes.Array | None) -> int:
-    """Where `memory` begins, which has to outlive the call; 0 where there is none."""
-    if memory is None:
-        return 0
-    return memory.data_ptr() if isinstance(memory, Tensor) else ctypes.addressof(memory)
-
-
 def _passed(value: object) -> object:
-    """What C++ is given for an argument of `run`."""
+    """What C++ gets for an argument."""
+    if isinstance(value, (int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr()
     if isinstance(value, Rows):
         return value.z.data_ptr(), _DTYPES[value.z.dtype], value.z.stride(0)
-    if value is None or isinstance(value, (Tensor, ctypes.Array)):
-        return _address(value)
-    return _DTYPES[value] if isinstance(value, torch.dtype) else value
-
-
-def _in_workspace(call: Callable[[int], int], device: torch.device | str) -> None:
-    """Calls a C++ function with a workspace, whose size it returns where it is called with 0."""
-    workspace = torch.empty(call(0), dtype=torch.uint8, device=device)
-    call(workspace.data_ptr())
+    if isinstance(value, ctypes.Array):
+        return ctypes.addressof(value)
+    return _DTYPES[value] if isinstance(value, torch.dtype) else 0

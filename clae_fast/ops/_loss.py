@@ -12,7 +12,10 @@ from torch.autograd.function import once_differentiable
 
 def wants_grad(*operands: Tensor | None) -> bool:
     """Whether autograd wants the gradient by any of these."""
-    return torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in operands)
+    for z in operands:
+        if z is not None and z.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def fused(
@@ -62,9 +65,10 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dz, *others = ctx.saved_tensors
         scale = dloss[:, None] if dloss.ndim else dloss
-        wanted: list[Tensor | None] = [None] * len(ctx.dtypes)
+        wanted = ctx.needs_input_grad[3:]
+        grads: list[Tensor | None] = [None] * len(wanted)
         for i, grad in enumerate((*dz.chunk(ctx.views), *others)):
-            if ctx.needs_input_grad[3 + i]:
+            if wanted[i]:
                 # scaled before the cast: a scaled loss keeps fp16 gradients from underflowing
-                wanted[i] = (grad * scale).to(ctx.dtypes[i])
-        return None, None, None, *wanted
+                grads[i] = (grad * scale).to(ctx.dtypes[i])
+        return None, None, None, *grads

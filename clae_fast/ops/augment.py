@@ -266,7 +266,7 @@ def _check_table(params: Tensor, rows: Tensor | None, count: int, images: Tensor
 
 
 def _checked_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[float]:
-    """Both as six numbers, none where there is no normalisation; raises where they are wrong."""
+    """Both as six numbers, none where there is no normalization; raises where they are wrong."""
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together, got one of them")
     if mean is None or std is None:

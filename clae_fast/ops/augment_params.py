@@ -169,7 +169,7 @@ def _uniform(
 def _crops(
     u: Tensor, height: Tensor, width: Tensor, min_scale: float, max_scale: float
 ) -> tuple[Tensor, ...]:
-    """Top, left, height and width: of the first of ten tries that fits, else of the centre."""
+    """Top, left, height and width: of the first of ten tries that fits, else of the center."""
     area = (height * width)[:, None] * (min_scale + (max_scale - min_scale) * u[..., :_TRIES])
     low, high = (math.log(ratio) for ratio in _RATIO)
     ratio = torch.exp(low + (high - low) * u[..., _TRIES : 2 * _TRIES])

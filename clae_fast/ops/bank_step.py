@@ -173,9 +173,9 @@ def bank_step(
     then 2 for the tile and 2 for each gradient.
 
     Args:
-        bank: W, [K, D] in fp32, or in fp64, contiguous; not normalised.
+        bank: W, [K, D] in fp32, or in fp64, contiguous; not normalized.
         velocity: V, as the bank.
-        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. Constants, as all.
+        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized. Constants, as all.
         lr: The learning rate, as a number or as a tensor [], which a CUDA graph reads anew at every
             replay.
         keys: Projections of the anchors' own positives, of their shape and dtype. Either these or

@@ -118,10 +118,10 @@ def h_scl(
     over the pairs P of different rows of one label, with s the cosine over the temperature T and
     sums over the rows k of other labels; as released, positives are in no one's denominator, and
     the mean stands for all n - 2 other rows. Pairs whose label is every row's have no loss, and
-    count. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    count. Rows are normalized inside, as F.normalize with eps=1e-12 does.
 
     Args:
-        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalised. The order is free.
+        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalized. The order is free.
         labels: Classes of the rows, int64 [n].
         temperature: T, above 0.
         beta: How far the weights of negatives are concentrated on the nearest, from 0 on.

@@ -184,10 +184,10 @@ def hard_nt_xent(
 
     over the 2N rows of both views, with s the cosine over the temperature T, the positive π(i) of
     a row in the other view, and sums over its n = 2N - 2 negatives. With beta = tau_plus = 0 it is
-    :func:`nt_xent`. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    :func:`nt_xent`. Rows are normalized inside, as F.normalize with eps=1e-12 does.
 
     Args:
-        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
         beta: How far the weights of negatives are concentrated on the nearest, from 0 on.

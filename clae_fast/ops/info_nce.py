@@ -225,13 +225,13 @@ def info_nce(
     over the N anchors and all M keys. The positive of anchor i is key i, and keys past the N-th are
     further negatives; or it is the key that `positive` names, of which several anchors may share
     one. With `symmetric` it is the mean of this and of the loss in which anchors and keys have
-    changed places. Rows are normalised inside, as F.normalize with eps=1e-12 does. Gradients reach
+    changed places. Rows are normalized inside, as F.normalize with eps=1e-12 does. Gradients reach
     both operands; only those that are wanted are computed, together with the loss. With
     reduction="none", keys that want one have theirs computed in the backward pass, which repeats
     the forward's work.
 
     Args:
-        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         keys: Projections, [M, D] with M >= N, or with any M where `positive` is given.
         temperature: T, above 0.
         positive: int64 [N], the column of each anchor's positive; None is column i. Not with

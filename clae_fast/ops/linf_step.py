@@ -96,7 +96,7 @@ def linf_step(
         grad: The gradient by `x`, of its shape and of any of these dtypes.
         alpha: Step size, in the units of `x`. As each of the following, a number, or C of them for
             the channels in dimension 1, as a sequence or a tensor.
-        x0: The centre of the ball, of the shape and dtype of `x`; None is `x` itself.
+        x0: The center of the ball, of the shape and dtype of `x`; None is `x` itself.
         eps: Radius of the ball; None is no ball.
         lo: Lower end of the range; None is none.
         hi: Upper end of the range; None is none.
@@ -134,7 +134,7 @@ def _layout(out: Tensor, *operands: Tensor) -> tuple[tuple[int, ...], ...] | Non
     """Where the elements of `out`, in the order of its memory, lie in each operand.
 
     An element's number is written in a mixed base, the last digit fastest, and every digit
-    multiplied by a stride. Dimensions that are neighbours in all of memory share a digit.
+    multiplied by a stride. Dimensions that are neighbors in all of memory share a digit.
 
     Returns:
         The base, and each operand's strides, of _DIGITS digits; None where more are needed.

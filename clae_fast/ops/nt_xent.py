@@ -90,11 +90,11 @@ def nt_xent(
         \quad s_{ij} = \frac{z_i \cdot z_j}{\|z_i\| \|z_j\| T}
 
     over the 2N rows of both views, with the positive π(i) of a row in the other view. Rows are
-    normalised inside, as F.normalize with eps=1e-12 does. With gradients enabled, one fused call
+    normalized inside, as F.normalize with eps=1e-12 does. With gradients enabled, one fused call
     computes loss and gradient, and nothing but the gradient is kept for the backward.
 
     Args:
-        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
         exact: Compute with fp32 rows to 22 bits on a GPU, at a third of the speed. The default

@@ -99,10 +99,10 @@ def sup_con(
     with P_i the other rows of i's label: the paper's L_out. R are the rows that have any; a row
     alone with its label is a negative of the others and has no loss of its own. With two views of
     N images and labels 0 to N - 1 it is :func:`nt_xent`; with three and `detach_columns`, half of
-    RoCL's. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    RoCL's. Rows are normalized inside, as F.normalize with eps=1e-12 does.
 
     Args:
-        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalised. The order is free.
+        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalized. The order is free.
         labels: What makes rows positives of one another, int64 [n].
         temperature: T, above 0.
         detach_columns: Take the columns for constants: a row's gradient comes from its own term.

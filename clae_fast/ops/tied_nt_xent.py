@@ -79,7 +79,7 @@ def tied_nt_xent(
     the positive has no gradient.
 
     Args:
-        z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. A constant here.
+        z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized. A constant here.
         temperature: T, above 0.
         exact: As in :func:`nt_xent`.
         impl: "auto", "reference", "native", "torch" or "triton".

@@ -87,15 +87,15 @@ def topk_similarity(
     .. math:: s_{ij} = \frac{a_i \cdot k_j}{\|a_i\| \|k_j\|}
 
     The largest come first, and of equal ones the lower index: the order is total, and does not
-    depend on the number of threads. Rows are normalised inside, as F.normalize with eps=1e-12
+    depend on the number of threads. Rows are normalized inside, as F.normalize with eps=1e-12
     does; nothing of N x M elements is stored. Not differentiable: gather the keys with the indices
     and take their similarities to differentiate.
 
     It serves hard negatives of a queue or batch, positives assigned from a bank, and votes of
-    nearest neighbours.
+    nearest neighbors.
 
     Args:
-        anchor: Rows that look for keys, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        anchor: Rows that look for keys, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         keys: Rows to choose from, [M, D] with M < 2^32.
         k: How many to return of each row, from 1 to M - E.
         exclude: int64 [N, E], columns that a row does not return, as its own or its positive's;

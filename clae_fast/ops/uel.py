@@ -112,10 +112,10 @@ def uel(
 
     over the 2N rows of both views, with s the cosine over the temperature and the positive π(i) of
     a row in the other view. As released, a row's gradient comes from its own term only: the columns
-    are detached. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    are detached. Rows are normalized inside, as F.normalize with eps=1e-12 does.
 
     Args:
-        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
         exact: As in :func:`nt_xent`.

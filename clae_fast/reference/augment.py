@@ -1,4 +1,4 @@
-"""Views of images under given parameters: crop, flip, colours, grey, blur and solarization."""
+"""Views of images under given parameters: crop, flip, colors, grey, blur and solarization."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def augment(
     """Both views of each sample, one after another, by the functions of torchvision.transforms.v2.
 
     Pixels are floats in [0, 1] from the start. They are cut to that range after the crop, since
-    bicubic weights overshoot, and at the end; colours do it at every step. Nothing is rounded
+    bicubic weights overshoot, and at the end; colors do it at every step. Nothing is rounded
     before the end, where transforms of 8-bit images round after every step.
 
     Args:
@@ -44,8 +44,8 @@ def augment(
     ]
     out = torch.stack(views) if views else torch.empty(0, 3, size, size, device=params.device)
     if mean is not None and std is not None:
-        centre, scale = (out.new_tensor(numbers).view(3, 1, 1) for numbers in (mean, std))
-        out = (out - centre) / scale
+        center, scale = (out.new_tensor(numbers).view(3, 1, 1) for numbers in (mean, std))
+        out = (out - center) / scale
     return out.to(dtype)
 
 
