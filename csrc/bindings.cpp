@@ -69,8 +69,10 @@ struct Passed<Isa> {
 };
 
 // Makes `op` a function of the module, whose arguments are the given fields of Args in that order.
-template <class Result, class Args, class... Owners, class... Fields>
-void bind(py::module_& m, const char* name, Result (*op)(const Args&), Fields Owners::*... fields) {
+// `op` is a template's argument so that it is called by name: tests load this file without the ops
+// that they do not call.
+template <class Args, auto op, class... Owners, class... Fields>
+void bind(py::module_& m, const char* name, Fields Owners::*... fields) {
   m.def(name, [=](typename Passed<Fields>::Type... values) {
     Args args{};
     ((args.*fields = Passed<Fields>::convert(values)), ...);
@@ -81,84 +83,89 @@ void bind(py::module_& m, const char* name, Result (*op)(const Args&), Fields Ow
 
 void register_nt_xent(py::module_& m) {
   using Args = TwoViewsArgs;
-  bind(m, "nt_xent", nt_xent, &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D,
-       &Args::temperature, &Args::threads, &Args::loss, &Args::dz, &Args::workspace);
+  bind<Args, nt_xent>(m, "nt_xent", &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D,
+                      &Args::temperature, &Args::threads, &Args::loss, &Args::dz, &Args::workspace);
 #ifdef CLAE_FAST_CUDA
   using Cuda = NtXentCudaArgs;
-  bind(m, "nt_xent_cuda", nt_xent_cuda, &Cuda::z0, &Cuda::z1, &Cuda::dtype, &Cuda::row_stride0,
-       &Cuda::column_stride0, &Cuda::row_stride1, &Cuda::column_stride1, &Cuda::N, &Cuda::D,
-       &Cuda::temperature, &Cuda::loss, &Cuda::dz, &Cuda::workspace, &Cuda::stream);
+  bind<Cuda, nt_xent_cuda>(m, "nt_xent_cuda", &Cuda::z0, &Cuda::z1, &Cuda::dtype,
+                           &Cuda::row_stride0, &Cuda::column_stride0, &Cuda::row_stride1,
+                           &Cuda::column_stride1, &Cuda::N, &Cuda::D, &Cuda::temperature,
+                           &Cuda::loss, &Cuda::dz, &Cuda::workspace, &Cuda::stream);
 #endif
 }
 
 void register_tied_nt_xent(py::module_& m) {
   using Args = TiedNtXentArgs;
-  bind(m, "tied_nt_xent", tied_nt_xent, &Args::isa, &Args::z, &Args::N, &Args::D,
-       &Args::temperature, &Args::threads, &Args::dz, &Args::workspace);
+  bind<Args, tied_nt_xent>(m, "tied_nt_xent", &Args::isa, &Args::z, &Args::N, &Args::D,
+                           &Args::temperature, &Args::threads, &Args::dz, &Args::workspace);
 }
 
 void register_hard_nt_xent(py::module_& m) {
   using Args = HardNtXentArgs;
-  bind(m, "hard_nt_xent", hard_nt_xent, &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D,
-       &Args::temperature, &Args::beta, &Args::tau_plus, &Args::detach_weights, &Args::threads,
-       &Args::loss, &Args::dz, &Args::workspace);
+  bind<Args, hard_nt_xent>(m, "hard_nt_xent", &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D,
+                           &Args::temperature, &Args::beta, &Args::tau_plus, &Args::detach_weights,
+                           &Args::threads, &Args::loss, &Args::dz, &Args::workspace);
 }
 
 void register_info_nce(py::module_& m) {
   using Args = InfoNceArgs;
-  bind(m, "info_nce", info_nce, &Args::isa, &Args::anchor, &Args::keys, &Args::positive,
-       &Args::weight, &Args::N, &Args::M, &Args::D, &Args::temperature, &Args::symmetric,
-       &Args::mean, &Args::threads, &Args::loss, &Args::danchor, &Args::dkeys, &Args::workspace);
+  bind<Args, info_nce>(m, "info_nce", &Args::isa, &Args::anchor, &Args::keys, &Args::positive,
+                       &Args::weight, &Args::N, &Args::M, &Args::D, &Args::temperature,
+                       &Args::symmetric, &Args::mean, &Args::threads, &Args::loss, &Args::danchor,
+                       &Args::dkeys, &Args::workspace);
 }
 
 void register_bank_step(py::module_& m) {
   using Args = BankStepArgs;
-  bind(m, "bank_step", bank_step, &Args::isa, &Args::bank, &Args::velocity, &Args::anchor,
-       &Args::keys, &Args::positive, &Args::weight, &Args::losses, &Args::K, &Args::N, &Args::D,
-       &Args::views, &Args::temperature, &Args::lr, &Args::momentum, &Args::weight_decay,
-       &Args::threads, &Args::workspace);
+  bind<Args, bank_step>(m, "bank_step", &Args::isa, &Args::bank, &Args::velocity, &Args::anchor,
+                        &Args::keys, &Args::positive, &Args::weight, &Args::losses, &Args::K,
+                        &Args::N, &Args::D, &Args::views, &Args::temperature, &Args::lr,
+                        &Args::momentum, &Args::weight_decay, &Args::threads, &Args::workspace);
 }
 
 void register_uel(py::module_& m) {
   using Args = TwoViewsArgs;
-  bind(m, "uel", uel, &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D, &Args::temperature,
-       &Args::threads, &Args::loss, &Args::dz, &Args::workspace);
+  bind<Args, uel>(m, "uel", &Args::isa, &Args::z0, &Args::z1, &Args::N, &Args::D,
+                  &Args::temperature, &Args::threads, &Args::loss, &Args::dz, &Args::workspace);
 }
 
 void register_topk_similarity(py::module_& m) {
   using Args = TopkSimilarityArgs;
-  bind(m, "topk_similarity", topk_similarity, &Args::isa, &Args::anchor, &Args::keys,
-       &Args::exclude, &Args::N, &Args::M, &Args::D, &Args::E, &Args::k, &Args::threads,
-       &Args::values, &Args::indices, &Args::workspace);
+  bind<Args, topk_similarity>(m, "topk_similarity", &Args::isa, &Args::anchor, &Args::keys,
+                              &Args::exclude, &Args::N, &Args::M, &Args::D, &Args::E, &Args::k,
+                              &Args::threads, &Args::values, &Args::indices, &Args::workspace);
 }
 
 void register_linf_step(py::module_& m) {
   using Args = LinfStepArgs;
-  bind(m, "linf_step_cpu", linf_step, &Args::isa, &Args::x, &Args::grad, &Args::x0, &Args::out,
-       &Args::x_dtype, &Args::grad_dtype, &Args::size, &Args::bounds, &Args::channels,
-       &Args::channel_stride, &Args::threads);
+  bind<Args, linf_step>(m, "linf_step_cpu", &Args::isa, &Args::x, &Args::grad, &Args::x0,
+                        &Args::out, &Args::x_dtype, &Args::grad_dtype, &Args::size, &Args::bounds,
+                        &Args::channels, &Args::channel_stride, &Args::threads);
 #ifdef CLAE_FAST_CUDA
   using Cuda = LinfStepCudaArgs;
-  bind(m, "linf_step_cuda", linf_step_cuda, &Cuda::x, &Cuda::grad, &Cuda::x0, &Cuda::out,
-       &Cuda::x_dtype, &Cuda::grad_dtype, &Cuda::size, &Cuda::bounds, &Cuda::channels,
-       &Cuda::channel_stride, &Cuda::layout, &Cuda::bounds_on_device, &Cuda::stream);
+  bind<Cuda, linf_step_cuda>(m, "linf_step_cuda", &Cuda::x, &Cuda::grad, &Cuda::x0, &Cuda::out,
+                             &Cuda::x_dtype, &Cuda::grad_dtype, &Cuda::size, &Cuda::bounds,
+                             &Cuda::channels, &Cuda::channel_stride, &Cuda::layout,
+                             &Cuda::bounds_on_device, &Cuda::stream);
 #endif
 }
 
 void register_stem_step([[maybe_unused]] py::module_& m) {
 #ifdef CLAE_FAST_CUDA
   using Args = StemStepArgs;
-  bind(m, "stem_step_cuda", stem_step_cuda, &Args::dy, &Args::weight, &Args::x, &Args::out,
-       &Args::dy_dtype, &Args::weight_dtype, &Args::x_dtype, &Args::N, &Args::C, &Args::H, &Args::W,
-       &Args::size, &Args::strides, &Args::bounds, &Args::bounds_on_device, &Args::stream);
+  bind<Args, stem_step_cuda>(m, "stem_step_cuda", &Args::dy, &Args::weight, &Args::x, &Args::out,
+                             &Args::dy_dtype, &Args::weight_dtype, &Args::x_dtype, &Args::N,
+                             &Args::C, &Args::H, &Args::W, &Args::size, &Args::strides,
+                             &Args::bounds, &Args::bounds_on_device, &Args::stream);
 #endif
 }
 
 void register_augment(py::module_& m) {
   using Args = AugmentArgs;
-  bind(m, "augment", augment, &Args::isa, &Args::images, &Args::strides, &Args::offsets,
-       &Args::sizes, &Args::params, &Args::rows, &Args::N, &Args::size, &Args::bicubic, &Args::norm,
-       &Args::dtype, &Args::channels_last, &Args::threads, &Args::out, &Args::workspace);
+  bind<Args, augment>(m, "augment", &Args::isa, &Args::images, &Args::strides, &Args::offsets,
+                      &Args::sizes, &Args::params, &Args::rows, &Args::N, &Args::size,
+                      &Args::bicubic, &Args::norm, &Args::dtype, &Args::channels_last,
+                      &Args::threads, &Args::out, &Args::workspace);
 }
 
 }  // namespace
