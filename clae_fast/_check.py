@@ -69,7 +69,7 @@ def columns(name: str, value: Tensor, anchor: Tensor, M: int, shape: str = "[N]"
             f"got {list(value.shape)}"
         )
     same_place(name, value, "anchor", anchor, dtype=False)
-    # a GPU would have to be waited for, a graph would break, and a dry run's tensors have no values
+    # looking would wait for a GPU or break a graph, and the tensors of a dry run have no values
     known = value.device.type == "cpu" and not isinstance(value, FakeTensor)
     if known and value.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in value.aminmax())

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs. Each op declares what it has, and here one is chosen.
+"""Chooses which implementation of an op runs. Each op declares the ones that it has.
 
     "reference"  eager PyTorch, any dtype and device, differentiated by autograd: the specification
     "torch"      the closed-form gradient in torch ops, without an n x n buffer
@@ -24,7 +24,7 @@ from clae_fast import _native
 
 
 class Limits(NamedTuple):
-    """Which calls of an op an implementation is for.
+    """Which calls of an op an implementation takes, and which it is the best for.
 
     Both functions are called with the tensors and the options that `resolve` is called with.
 
@@ -37,7 +37,7 @@ class Limits(NamedTuple):
     outgrown: Callable[..., bool] = lambda *_, **__: False
 
 
-# of an implementation that takes every call
+# the limits of an implementation that takes every call
 ANY = Limits()
 
 _DEFAULT = os.environ.get("CLAE_FAST_IMPL", "auto")
@@ -117,12 +117,12 @@ def resolve(op: str, impl: str, *tensors: Tensor, **options: object) -> str:
 
 
 def requested(impl: str) -> str:
-    """What is asked for by argument or, where that is "auto", by CLAE_FAST_IMPL."""
+    """What the argument asks for or, where that is "auto", what CLAE_FAST_IMPL asks for."""
     return _DEFAULT if impl == "auto" else impl
 
 
 def available(op: str, device: str) -> list[str]:
-    """What can run `op` on tensors of a device type besides the reference, the preferred first."""
+    """What can run `op` on a type of device besides the reference. The preferred comes first."""
     interpreted = ("triton",) if _INTERPRETED and device == "cpu" else ()
     return [
         impl

@@ -1,4 +1,8 @@
-"""What the losses share: an op that returns its gradients with the loss, as autograd wants it."""
+"""Makes a loss that autograd can differentiate of an op that returns gradients with the loss.
+
+Such an op returns its loss, [] or [N], and then its gradients, all in fp32. A gradient that is not
+wanted is a tensor of shape [0].
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,13 @@ def fused(
     *,
     views: int = 1,
 ) -> Tensor:
-    """The loss of an op that returns the wanted gradients with it, differentiable once.
+    """The loss that `op` computes, which can be differentiated once.
 
     Args:
-        op: Returns the loss, [] or [N], and its gradients, all in fp32.
-        operands: The op's tensors; those that have a gradient come first.
-        settings: The op's further arguments, which say what gradients it computes.
-        views: How many operands the first gradient is of, whose rows then lie below one another.
+        op: Computes the loss and the wanted gradients in one call.
+        operands: The op's tensors. Those that have a gradient come first.
+        settings: The op's further arguments. They say which gradients are wanted.
+        views: How many operands the first gradient belongs to, whose rows lie below one another.
     """
     if wants_grad(*operands):
         return _Fused.apply(op, settings, views, *operands)
@@ -39,12 +43,12 @@ def fused(
 
 
 def uninitialized(z: Tensor, *shapes: int | Sequence[int]) -> tuple[Tensor, ...]:
-    """What a fake returns: tensors beside `z` in fp32, of shape 0 where no gradient is wanted."""
+    """Memory for results in fp32, on the device of `z`: what a fake returns, and C++ fills."""
     return tuple(z.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 class _Fused(torch.autograd.Function):
-    """Computes the gradients with the loss and keeps nothing else."""
+    """Computes the gradients with the loss, and keeps nothing but them for the backward pass."""
 
     @staticmethod
     def forward(

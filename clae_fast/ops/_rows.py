@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# of F.normalize; a shorter row is divided by it instead of by its norm
+# F.normalize divides a row that is shorter than this by it instead of by its norm
 _EPS = 1e-12
-# elements of a block of the similarity matrix: 8 MiB in fp32, large enough for matmul's full rate
+# a block of the similarity matrix has 8 MiB in fp32, which is enough for matmul's full rate
 _BLOCK_ELEMENTS = 1 << 21
 
 
@@ -19,7 +19,7 @@ def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]
 
 
 def unit_rows_backward(du: Tensor, u: Tensor, norm: Tensor) -> Tensor:
-    """The gradient dz = (du - u (u . du)) / norm, or du / eps of rows that were only scaled."""
+    """The gradient dz = (du - u (u . du)) / norm, or du / eps for rows shorter than eps."""
     radial = (u * du).sum(1, keepdim=True)
     radial.masked_fill_(norm < _EPS, 0)
     return torch.addcmul(du, u, radial, value=-1).div_(norm.clamp_min(_EPS))

@@ -14,8 +14,8 @@ from clae_fast.ops.augment_params import COLUMNS, VIEWS
 from clae_fast.reference.augment import augment as reference
 
 _impl.declare("augment", native=_impl.ANY, triton=_impl.ANY)
-# images are [S, 3, H, W] or, with offsets and sizes, the pixels of RaggedImages; norm is none, or
-# the means of the three channels and their standard deviations
+# images are [S, 3, H, W] or, with offsets and sizes, the pixels of RaggedImages; norm is empty, or
+# has the means of the three channels and their standard deviations
 torch.library.define(
     "clae_fast::augment",
     "(Tensor images, Tensor? offsets, Tensor? sizes, Tensor params, Tensor? rows, int size, "
@@ -118,11 +118,11 @@ def augment(
     in [0, 1], cut to that range after the resizing; implementations agree within 1/255 before
     `mean` and `std`. Transforms of 8-bit images round after every step, these only at the end.
 
-    On the CPU views are shared out to threads, whose number does not show in the result.
+    On the CPU the views are distributed to threads, whose number does not change the result.
 
-    On a GPU it is one launch for both views, one block for each view of a sample, whatever the
-    sizes. CUDA graphs can capture it. Between steps a block keeps its view in the result, and the
-    blur needs as much memory again while it runs.
+    On a GPU it is one launch for both views, with one block for each view of a sample. CUDA graphs
+    can capture it. Between steps a block keeps its view in the result, and the blur needs as much
+    memory again while it runs.
 
     Args:
         images: The batch, or all the data that its samples are rows of, uint8 in any strides:
@@ -131,11 +131,12 @@ def augment(
         params: The table of `augment_params` for the samples and the heights and widths of their
             images. On a GPU it is not checked that crops lie inside of these.
         rows: Which of `images` each sample is, counted from 0, int64; None is that they are the
-            batch itself. On a GPU it is not checked that there are such images.
+            batch itself. On a GPU it is not checked that these images exist.
         size: Side of the views in pixels.
         interpolation: How crops are resized, "bilinear" or "bicubic".
-        dtype: Of the views, fp32 or fp16: bf16 is coarser at 1 than an attack's radius.
-        memory_format: Of the views, torch.contiguous_format or torch.channels_last.
+        dtype: The views' dtype, fp32 or fp16. The spacing of bf16 near 1 is larger than an attack's
+            radius.
+        memory_format: The views' format, torch.contiguous_format or torch.channels_last.
         mean: Subtracted from the three channels at the end; None, with `std`, leaves pixels.
         std: What the channels are divided by after that.
         impl: "auto", "reference", "native" or "triton".
@@ -170,7 +171,7 @@ def augment(
         pixels = images
     _check_table(params, rows, len(pixels if offsets is None else offsets), pixels)
     norm = _checked_norm(mean, std)
-    # the blur reflects pixels beside the edge; kernels count those of a view in 32 bits
+    # the blur reflects the pixel beside the edge, and kernels count a view's pixels in 32 bits
     _check.integer("size", size, 2, _LARGEST)
     for name, value, wanted in (
         ("interpolation", interpolation, _INTERPOLATIONS),
@@ -204,7 +205,7 @@ def _check_values(
     params: Tensor,
     rows: Tensor | None,
 ) -> None:
-    """Raises unless samples are images, crops inside of them and colors there, on the CPU alone."""
+    """Raises unless rows, crops and orders exist; called on the CPU, where looking costs little."""
     count = len(images if offsets is None else offsets)
     if rows is None:
         rows = torch.arange(count)

@@ -1,4 +1,4 @@
-"""A step of a bank that learns: gradient, momentum and update in one pass over it."""
+"""A step of a bank of learnable keys: gradient, momentum and update in one pass over it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _in_blocks(
             s = similarities(start, stop, -torch.inf)
             du = s.sub_(lse).exp_().mul_(weight) @ u
             if positive is not None:
-                # 1 - p of a positive is the negatives' share: nothing cancels
+                # 1 - p of a positive is the share of the negatives, so that nothing cancels
                 here = (positive >= start) & (positive < stop)
                 share = torch.where(here, -torch.expm1(-losses) * weight, 0)
                 columns = torch.where(here, positive - start, 0)
@@ -154,41 +154,39 @@ def bank_step(
         \quad V_k \leftarrow \mu V_k - \frac{r_k}{\|W_k\| T} + \lambda W_k,
         \quad W_k \leftarrow W_k - \eta V_k
 
-    where :math:`p'` is 1 - p at a positive and p elsewhere: the gradient of the anchors'
-    cross-entropy, with the sign of every entry that is no positive flipped. Negatives ascend on the
-    loss, towards the anchors that find them hard, and positives descend. Of an entry that is one
-    anchor's positive and another's negative both hold.
+    where :math:`p'` is 1 - p at a positive and p elsewhere. This is the gradient of the anchors'
+    cross-entropy with the sign of every entry flipped that is no positive: negatives ascend on the
+    loss, towards the anchors that find them hard, and positives descend. An entry that is one
+    anchor's positive and another's negative does both.
 
-    - AdCo: `keys` has row i's positive in row i. The other keys of its view are negatives beside
+    - AdCo: row i of `keys` is anchor i's positive. The other keys of its view are negatives beside
       the bank, in the denominator alone.
-    - CaCo: `positive` names the bank entry that is each row's positive; there are no other columns.
+    - CaCo: `positive` names the bank entry that is each row's positive. There are no other columns.
 
-    No N x K matrix is stored, whatever the implementation, and each row of the bank and of the
-    velocity is read and written once by whoever has it: threads do not change a bit of the result.
-    It takes 6 N K D FLOPs: 2 for the rows' denominators, 2 for the similarities, again, and 2 for
-    the gradient. Denominators that `info_nce` has come to already, as where both temperatures are
-    equal, come in as its `losses`; 4 N K D are left. With the 4 N K D of `info_nce`, which takes
-    loss and gradient of the anchors in one pass over constant keys, that is 8 in all, as many as a
-    single kernel that shares its recomputed tiles between both gradients: denominators first, 2,
-    then 2 for the tile and 2 for each gradient.
+    No implementation stores an N x K matrix. Each row of the bank and of the velocity is read and
+    written once, by one thread, so that the number of threads does not change the result. The step
+    takes 6 N K D FLOPs: 2 for the denominators of the rows, 2 to compute the similarities again,
+    and 2 for the gradient. Where both temperatures are equal, `info_nce` has computed the
+    denominators already; its `losses` tell them, and 4 N K D are left. Together with the 4 N K D of
+    `info_nce` over constant keys that is as much as a single kernel for both gradients would need.
 
     Args:
         bank: W, [K, D] in fp32, or in fp64, contiguous; not normalized.
         velocity: V, as the bank.
         anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized. Constants, as all.
-        lr: The learning rate, as a number or as a tensor [], which a CUDA graph reads anew at every
+        lr: The learning rate, as a number or as a tensor [], which a CUDA graph reads at every
             replay.
         keys: Projections of the anchors' own positives, of their shape and dtype. Either these or
             `positive`.
         positive: int64 [N], the bank entry that is each anchor's positive, as in :func:`info_nce`.
-        weight: [N], what each anchor counts; None is 1/N.
-        losses: [N], the losses of the rows at this temperature over the same columns, by
-            :func:`info_nce` with reduction="none", where they are known.
-        views: Of how many views the anchors are, and the keys, below one another. A row meets the
-            keys of its own view alone.
-        temperature: T, above 0, as small as needed: AdCo's is 0.02.
-        momentum: From 0 to below 1.
-        weight_decay: At least 0.
+        weight: [N], how much each anchor counts; None is 1/N.
+        losses: [N], the rows' losses at this temperature over the same columns, where they are
+            known: those of :func:`info_nce` with reduction="none".
+        views: How many views the anchors and the keys are of, whose rows lie below one another. A
+            row meets the keys of its own view alone.
+        temperature: T, above 0. It may be small: AdCo's is 0.02.
+        momentum: mu, in [0, 1).
+        weight_decay: lambda, at least 0.
         exact: As in :func:`nt_xent`.
         impl: "auto", "reference", "native", "torch" or "triton".
 

@@ -88,14 +88,14 @@ def _blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form in torch ops, a block of rows at a time.
 
-    With the n negatives' weights w and mean M of exp(s), q = Ng / (Ng + exp(s_pos)) and P =
-    tau_plus, the gradient of a row's loss by its logits is
+    Let w be the weights of a row's n negatives, q = Ng / (Ng + exp(s_pos)) and P = tau_plus. The
+    gradient of the row's loss is, by the logit of
 
         the positive   -c,  c = q + (1 - q) n P / (1 - P)
         a negative k   c ((1 + beta) w_k exp(s_k) / sum of w exp(s) - beta w_k / sum of w)
 
-    or, with constant weights, c w_k exp(s_k) / sum of w exp(s); where Ng is its lower bound,
-    -q and 0.
+    With constant weights the latter is c w_k exp(s_k) / sum of w exp(s). Where Ng is at its lower
+    bound, the two are -q and 0.
     """
     with torch.autocast(z0.device.type, enabled=False):
         u, norm, positive = two_views(z0, z1, temperature)
@@ -148,7 +148,7 @@ def _margin(
     temperature: float,
     tau_plus: float,
 ) -> tuple[Tensor, Tensor]:
-    """log(Ng) - s_pos, and whether Ng is its lower bound; without tau_plus it never is."""
+    """log(Ng) - s_pos, and whether Ng is at its lower bound, which takes a tau_plus above 0."""
     ratio = log_mean - positive
     floor = -1 / temperature - positive
     if tau_plus:
@@ -190,11 +190,12 @@ def hard_nt_xent(
         z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
-        beta: How far the weights of negatives are concentrated on the nearest, from 0 on.
-        tau_plus: Share of the negatives taken to be of the row's own class, in [0, 1).
-        detach_weights: Take the weights exp(beta s) for constants in the gradient.
-        extra: Logits of k further negatives of each row, z0's rows above z1's, [2N, k]: cosines
-            over T, of any floating dtype. n is 2N - 2 + k then. impl="torch" alone takes them.
+        beta: How much more the nearest negatives weigh than others, at least 0.
+        tau_plus: Share of the negatives that are taken to be of the row's own class, in [0, 1).
+        detach_weights: Treat the weights exp(beta s) as constants in the gradient.
+        extra: Logits of k further negatives of each row, [2N, k], z0's rows above z1's. They are
+            cosines over T, of any floating dtype, and n is then 2N - 2 + k. Only "reference" and
+            "torch" take them.
         exact: As in :func:`nt_xent`.
         impl: "auto", "reference", "native", "torch" or, for D <= 256, "triton".
 

@@ -60,8 +60,7 @@ def _info_nce_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss and its gradients, or the rows' losses and the gradients of their sum.
 
-    Where there is a weight, each row counts in the gradients as much as that says. A gradient that
-    is not wanted comes back with no elements.
+    The weight, where there is one, says how much each row counts in the gradients.
     """
     wanted = (grad_anchor, grad_keys)
     if impl == "triton":
@@ -117,7 +116,7 @@ def _one_way(
             share = (neg + (s_positive[rows] - shift).exp()).reciprocal_()
             if weight is not None:
                 share *= weight[rows, None]
-            # the positive's gradient p - 1 is minus the negatives' share: nothing cancels
+            # the positive's gradient p - 1 is minus the negatives' share, so that nothing cancels
             p_neg[rows] = neg * share
             p = exp.mul_(share)
             if grad_anchor:
@@ -132,7 +131,7 @@ def _one_way(
             if positive is None:
                 dv[:N].addcmul_(p_neg, u, value=-1)
             else:
-                # in a fixed order, which index_add_ has not on a GPU
+                # this adds in a fixed order, which index_add_ does not do on a GPU
                 dv.index_put_((positive,), -p_neg * u, accumulate=True)
             dv = unit_rows_backward(dv.div_(divisor), v, v_norm)
         return losses.mean() if mean else losses[:, 0], du, dv
@@ -223,20 +222,19 @@ def info_nce(
         \quad s_{ij} = \frac{a_i \cdot k_j}{\|a_i\| \|k_j\| T}
 
     over the N anchors and all M keys. The positive of anchor i is key i, and keys past the N-th are
-    further negatives; or it is the key that `positive` names, of which several anchors may share
-    one. With `symmetric` it is the mean of this and of the loss in which anchors and keys have
-    changed places. Rows are normalized inside, as F.normalize with eps=1e-12 does. Gradients reach
-    both operands; only those that are wanted are computed, together with the loss. With
-    reduction="none", keys that want one have theirs computed in the backward pass, which repeats
-    the forward's work.
+    further negatives. Or `positive` names the key, which several anchors may share. With
+    `symmetric` the result is the mean of this loss and of the one in which anchors and keys have
+    changed places. Rows are normalized inside, as F.normalize with eps=1e-12 does. Both operands
+    have gradients, and those that are wanted are computed with the loss. The keys' alone is
+    computed in the backward pass where reduction="none", which repeats the forward's work.
 
     Args:
         anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         keys: Projections, [M, D] with M >= N, or with any M where `positive` is given.
         temperature: T, above 0.
         positive: int64 [N], the column of each anchor's positive; None is column i. Not with
-            `symmetric`. Only on the CPU are columns looked at: one that does not exist is an error
-            of the device or makes its row NaN on a GPU.
+            `symmetric`. Columns are checked on the CPU only. On a GPU one that does not exist is an
+            error of the device, or makes its row NaN.
         reduction: "mean" over the rows, or "none" for the loss of each.
         symmetric: Take the loss in both directions; needs M = N.
         exact: As in :func:`nt_xent`.

@@ -9,7 +9,7 @@ from clae_fast import _check, _impl, _native
 from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.reference.nt_xent import nt_xent as reference
 
-# up to here one launch is taken to beat three; not measured yet
+# up to here one launch is assumed to be faster than three; this is not measured yet
 _SINGLE_LAUNCH_ROWS = 2048
 
 
@@ -97,9 +97,10 @@ def nt_xent(
         z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
-        exact: Compute with fp32 rows to 22 bits on a GPU, at a third of the speed. The default
-            rounds them to fp16's 11 bits for the tensor cores, once; fp16 and bf16 rows are exact.
-        impl: "auto", "reference", "native", "triton" or "cuda", one launch for 2N <= 4096.
+        exact: Keep 22 bits of fp32 rows on a GPU, at a third of the speed. By default they are
+            rounded once to the 11 bits of fp16 for the tensor cores. fp16 and bf16 rows are exact.
+        impl: "auto", "reference", "native", "triton" or "cuda", which is one launch and takes
+            2N <= 4096.
 
     Returns:
         The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for N = 1.

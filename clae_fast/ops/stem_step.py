@@ -10,7 +10,7 @@ from clae_fast.ops import _bounds
 from clae_fast.ops._bounds import PerChannel
 from clae_fast.reference.stem_step import stem_step as reference
 
-# of csrc/stem_step.h: kernel size, stride and padding, and channels of dy
+# what csrc/stem_step.h takes: kernel size, stride and padding, and channels of dy
 _STEMS = ((3, 1, 1), (7, 2, 3))
 _CHANNELS = (64, 128, 192)
 
@@ -26,7 +26,7 @@ def kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, pad
         and C == 3
         and height == width
         and (height, stride, padding) in _STEMS
-        # what the kernel counts in 32 bits: numbers of images side by side, pixels of all in a row
+        # the kernel counts in 32 bits the numbers of an image, and the rows' pixels of all images
         and C_out * x.shape[2] * (x.shape[3] + 64) < 2**30
         and len(x) * (x.shape[3] + 8) < 2**30
     )
@@ -43,7 +43,7 @@ def _cuda_refuses(dy: Tensor, x: Tensor, *, weight: Tensor, stride: int, padding
 
 
 _impl.declare("stem_step", cuda=_impl.Limits(_cuda_refuses))
-# bounds are alpha, eps, lo and hi, each one number or 3; or none, and a table [4, 3] of them
+# bounds has alpha, eps, lo and hi, each as one number or as 3; or it is empty, and table has them
 torch.library.define(
     "clae_fast::stem_step",
     "(Tensor dy, Tensor weight, Tensor x, float[] bounds, Tensor? table) -> Tensor",
@@ -93,17 +93,17 @@ def stem_step(
     .. math:: \mathrm{clip}(\mathrm{clip}(x + \alpha\, \mathrm{sign}(W^\top dy), x - \epsilon,
         x + \epsilon), lo, hi)
 
-    With W the convolution by `weight`, of zero padding, no groups and no dilation, dy the loss's
-    gradient at its output and x its input, or what the input is an increasing function of, channel
-    by channel. The weight is rounded to the dtype of `dy`, as autocast does for the convolution,
-    sums are fp32 (fp64 for fp64), and the step is that of `linf_step`: `|result - x| <= eps` holds
-    exactly wherever `x` lies in [lo, hi], the sign of NaN is 0.
+    W is the convolution by `weight`, with zero padding, no groups and no dilation, and dy is the
+    loss's gradient at its output. x is its input, or an image of which the input is an increasing
+    function, channel by channel. The weight is rounded to the dtype of `dy`, as autocast does for
+    the convolution, and sums are fp32 (fp64 for fp64). The step is that of `linf_step`:
+    `|result - x| <= eps` holds exactly wherever `x` lies in [lo, hi], and the sign of NaN is 0.
 
     The kernel of `impl="cuda"` takes fp16 or bf16 `dy` with 64, 128 or 192 channels and fewer than
     about 2^30 numbers an image, fp32 or fp16 `x` with 3 channels, and a `weight` of 3x3 with stride
-    and padding 1 or of 7x7 with stride 2 and padding 3. Fastest is `dy` in channels_last. Where a
-    number of `dy` is not finite, pixels up to one beyond those that it reaches may stay where they
-    are.
+    and padding 1 or of 7x7 with stride 2 and padding 3. It is fastest for `dy` in channels_last.
+    Where a number of `dy` is not finite, the pixels that it reaches, and those next to them, may
+    stay where they are.
 
     Args:
         dy: Gradient at the convolution's output.
@@ -145,7 +145,7 @@ def stem_step(
 
 
 def has_kernel(impl: str, device: torch.device) -> bool:
-    """Whether a request `impl` means the kernel where it takes the operands."""
+    """Whether a request `impl` is for the kernel, which may still refuse the operands."""
     wanted = _impl.requested(impl) in ("auto", "cuda")
     return wanted and "cuda" in _impl.available("stem_step", device.type)
 

@@ -28,11 +28,11 @@ def _sup_con_impl(
     grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The closed form in torch ops, a block of rows at a time; [0] for a gradient not wanted.
+    """The closed form in torch ops, a block of rows at a time.
 
-    With q the negatives' share of a row's softmax p, the gradient of its loss by its logits is p_k
-    for a negative and, with the softmax r over its m positives alone, (r_k - 1 / m) - q r_k for a
-    positive: nothing cancels where m = 1.
+    Let p be a row's softmax, q the negatives' share of it, and r the softmax over the row's m
+    positives alone. The gradient of the row's loss by the logit of a negative k is p_k, and by that
+    of a positive k it is (r_k - 1 / m) - q r_k, where nothing cancels for m = 1.
     """
     with torch.autocast(z.device.type, enabled=False):
         u, norm = unit_rows(z)
@@ -60,7 +60,7 @@ def _sup_con_impl(
                 continue
             q = margin.sigmoid()
             r = s_pos.sub_(lse_pos).exp_()
-            # a row without negatives has none to weigh
+            # a row without negatives would subtract inf from inf
             p = s_neg.sub_(lse_neg.masked_fill(same.all(1, keepdim=True), 0)).exp_().mul_(q)
             g = torch.where(positive, (r - 1 / m) - q * r, p).masked_fill_(m == 0, 0)
             du[rows] += g @ u
@@ -96,21 +96,23 @@ def sup_con(
         - \frac{1}{|P_i|} \sum_{p \in P_i} s_{ip}, \quad
         s_{ij} = \frac{z_i \cdot z_j}{\|z_i\| \|z_j\| T}
 
-    with P_i the other rows of i's label: the paper's L_out. R are the rows that have any; a row
-    alone with its label is a negative of the others and has no loss of its own. With two views of
-    N images and labels 0 to N - 1 it is :func:`nt_xent`; with three and `detach_columns`, half of
-    RoCL's. Rows are normalized inside, as F.normalize with eps=1e-12 does.
+    where P_i are the other rows of i's label: this is the paper's L_out. R are the rows that have
+    such others. A row that is alone with its label is a negative of the others and has no loss of
+    its own. With two views of N images and the labels 0 to N - 1 it is :func:`nt_xent`; with three
+    views and `detach_columns` it is half of RoCL's loss. Rows are normalized inside, as F.normalize
+    with eps=1e-12 does.
 
     Args:
         z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalized. The order is free.
-        labels: What makes rows positives of one another, int64 [n].
+        labels: Rows of the same label are positives of one another, int64 [n].
         temperature: T, above 0.
-        detach_columns: Take the columns for constants: a row's gradient comes from its own term.
+        detach_columns: Treat the columns as constants, so that a row's gradient comes from its own
+            term alone.
         impl: "auto", "reference" or "torch".
 
     Returns:
-        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is, 0 where no
-        label is there twice.
+        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is NaN, 0 where no
+        label occurs twice.
 
     Raises:
         TypeError: An argument of the wrong type, or labels other than int64.

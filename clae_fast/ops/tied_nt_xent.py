@@ -47,7 +47,7 @@ def _tied_nt_xent_impl(
             s.diagonal(start).fill_(-torch.inf)
             shift = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
             exp = s.sub_(shift).exp_()
-            # every negative is there in both views
+            # every negative counts twice, once for each view
             neg = exp.sum(1, keepdim=True).mul_(2)
             weight = (neg + (positive[rows] - shift).exp()).reciprocal_()
             p_neg[rows] = neg * weight
@@ -70,13 +70,14 @@ def tied_nt_xent(
 ) -> Tensor:
     r"""Gradient of :func:`nt_xent` by its second view where both views are `z`.
 
-    Equal to d nt_xent(z.detach(), z_b) / d z_b at z_b = z, by its closed form on N rows instead of
-    2N and without autograd: with :math:`p_{jk}` the softmax of row j at the negative k,
+    It equals d nt_xent(z.detach(), z_b) / d z_b at z_b = z, and is computed by its closed form on N
+    rows instead of 2N, without autograd. With :math:`p_{jk}` the softmax of row j at the negative
+    k, it is
 
     .. math:: \frac{1}{N T \|z_j\|} (I - u_j u_j^\top) \sum_{k \ne j} (p_{jk} + p_{kj}) u_k.
 
-    It is what the released attack of CLAE follows: the adversary starts at the clean view, where
-    the positive has no gradient.
+    The released attack of CLAE follows this gradient: it starts at the clean view, where the
+    positive has no gradient.
 
     Args:
         z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized. A constant here.
@@ -85,9 +86,9 @@ def tied_nt_xent(
         impl: "auto", "reference", "native", "torch" or "triton".
 
     Returns:
-        The gradient, [N, D], in fp32, in fp64 for fp64: it can be scaled before a cast to half
-        precision. That of bf16 rows has bf16's digits where they are multiplied as they are, on
-        processors with AVX-512 BF16. NaN where an input is NaN, 0 for N = 1.
+        The gradient, [N, D], in fp32, in fp64 for fp64, so that it can be scaled before a cast to
+        half precision. Processors with AVX-512 BF16 multiply bf16 rows as they are, and the
+        gradient then has the digits of bf16. NaN where an input is NaN, 0 for N = 1.
 
     Raises:
         TypeError: An argument of the wrong type.

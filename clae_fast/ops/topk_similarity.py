@@ -10,7 +10,7 @@ from clae_fast.ops._rows import row_blocks, unit_rows
 from clae_fast.reference.topk_similarity import topk_similarity as reference
 
 _impl.declare("topk_similarity", native=_impl.ANY, torch=_impl.ANY)
-# a key's index shares 64 bits with its similarity
+# a key's index and its similarity share 64 bits
 _MAX_KEYS = 2**32 - 1
 
 torch.library.define(
@@ -66,7 +66,7 @@ def _topk_similarity_impl(
 
 def _ranks(s: Tensor) -> Tensor:
     """Integers in the order of the similarities, NaN above all, with 32 bits free below them."""
-    # no similarity is infinite, and + 0 makes 0 of -0
+    # no similarity is infinite; adding 0 turns -0 into 0
     bits = s.nan_to_num(nan=torch.inf, neginf=-torch.inf).add_(0).view(torch.int32)
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
 
@@ -91,15 +91,15 @@ def topk_similarity(
     does; nothing of N x M elements is stored. Not differentiable: gather the keys with the indices
     and take their similarities to differentiate.
 
-    It serves hard negatives of a queue or batch, positives assigned from a bank, and votes of
-    nearest neighbors.
+    It finds hard negatives in a queue or a batch, positives in a bank, and the nearest neighbors
+    that vote for a label.
 
     Args:
         anchor: Rows that look for keys, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         keys: Rows to choose from, [M, D] with M < 2^32.
         k: How many to return of each row, from 1 to M - E.
-        exclude: int64 [N, E], columns that a row does not return, as its own or its positive's;
-            repeated ones count once. E is meant to be small.
+        exclude: int64 [N, E], columns that a row must not return, such as its own or its
+            positive's. Repeated ones count once. E is meant to be small.
         impl: "auto", "reference", "native" or "torch".
 
     Returns:

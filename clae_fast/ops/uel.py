@@ -36,16 +36,17 @@ def _uel_impl(
     exact: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """A gradient that is not wanted comes back with no elements.
+    """The closed form in torch ops is computed a block of rows at a time.
 
-    With "top" the most similar negative of a row, p its softmax, q the softmax without top and
-    t = sum of p / (1 - p) over the negatives but top, the gradient of a row's loss by its logits is
+    Let top be the most similar negative of a row, p the row's softmax, q its softmax without top,
+    and t the sum of p / (1 - p) over the negatives but top. The gradient of the row's loss is, by
+    the logit of
 
         top            p_top (2 - t)
         the positive   -(1 - p_pos) - p_pos t - p_top q_pos
         a negative k   p_k (2 - t + p_k / (1 - p_k)) - p_top q_k
 
-    in which p_top / (1 - p_top), unbounded, has been multiplied out.
+    where p_top / (1 - p_top), which is unbounded, has been multiplied out.
     """
     if impl == "triton":
         from clae_fast.kernels.uel import uel

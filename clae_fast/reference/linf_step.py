@@ -70,6 +70,6 @@ def _round_towards(y: Tensor, center: Tensor, dtype: torch.dtype) -> Tensor:
     up = (y < center) & (rounded < y)
     down = (y > center) & (rounded > y)
     bits = rounded.view(torch.int16)
-    # in the sign-magnitude format of floats, one more is one step away from 0
+    # floats are sign and magnitude, so that adding one to the bits steps away from 0
     step = torch.where(up ^ (bits < 0), 1, -1).to(torch.int16)
     return torch.where(up | down, bits + step, bits).view(dtype)
