@@ -60,12 +60,20 @@ def of_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be of dtype {wanted}, got {value.dtype}")
 
 
-def columns(name: str, value: Tensor, anchor: Tensor, M: int, shape: str = "[N]") -> None:
+def shape(name: str, value: Tensor, *sizes: int | str) -> None:
+    """Raises unless `value` has the shape of these sizes; a letter stands for any size."""
+    pairs = zip(sizes, value.shape, strict=False)
+    if len(sizes) != value.ndim or not all(isinstance(n, str) or n == size for n, size in pairs):
+        wanted = ", ".join(map(str, sizes))
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+
+
+def columns(name: str, value: Tensor, anchor: Tensor, M: int, wanted: str = "[N]") -> None:
     """Raises unless `value` holds columns of M for the rows of `anchor`: int64, [N] or [N, E]."""
     of_dtype(name, value, torch.int64)
-    if value.ndim != 1 + shape.count(",") or len(value) != len(anchor):
+    if value.ndim != 1 + wanted.count(",") or len(value) != len(anchor):
         raise ValueError(
-            f"{name} must have shape {shape} with N = {len(anchor)} as anchor has, "
+            f"{name} must have shape {wanted} with N = {len(anchor)} as anchor has, "
             f"got {list(value.shape)}"
         )
     same_place(name, value, "anchor", anchor, dtype=False)
@@ -81,8 +89,7 @@ def columns(name: str, value: Tensor, anchor: Tensor, M: int, shape: str = "[N]"
 def labels(value: Tensor, z: Tensor) -> None:
     """Raises unless `value` has an int64 for each row of `z`, on its device."""
     of_dtype("labels", value, torch.int64)
-    if value.shape != (len(z),):
-        raise ValueError(f"labels must have shape [{len(z)}], got {list(value.shape)}")
+    shape("labels", value, len(z))
     same_place("labels", value, "z", z, dtype=False)
 
 

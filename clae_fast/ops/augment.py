@@ -239,22 +239,15 @@ def _check_ragged(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> None:
             f"images.pixels must be one-dimensional and contiguous, got shape "
             f"{list(pixels.shape)}, strides {list(pixels.stride())}"
         )
-    if offsets.ndim != 1:
-        raise ValueError(f"images.offsets must have shape [S], got {list(offsets.shape)}")
-    if list(sizes.shape) != [len(offsets), 2]:
-        raise ValueError(
-            f"images.sizes must have shape [{len(offsets)}, 2], got {list(sizes.shape)}"
-        )
+    _check.shape("images.offsets", offsets, "S")
+    _check.shape("images.sizes", sizes, len(offsets), 2)
 
 
 def _check_table(params: Tensor, rows: Tensor | None, count: int, images: Tensor) -> None:
     """Raises unless this is a table of views and, if any, rows of `count` images for it."""
     _check.of_dtype("params", params, torch.float32)
     _check.same_place("params", params, "images", images, dtype=False)
-    if params.ndim != 3 or params.shape[0] != VIEWS or params.shape[2] != COLUMNS:
-        raise ValueError(
-            f"params must have shape [{VIEWS}, N, {COLUMNS}], got {list(params.shape)}"
-        )
+    _check.shape("params", params, VIEWS, "N", COLUMNS)
     N = params.shape[1]
     if rows is None:
         if count != N:
@@ -262,8 +255,7 @@ def _check_table(params: Tensor, rows: Tensor | None, count: int, images: Tensor
         return
     _check.of_dtype("rows", rows, torch.int64)
     _check.same_place("rows", rows, "images", images, dtype=False)
-    if list(rows.shape) != [N]:
-        raise ValueError(f"rows must have shape [{N}], got {list(rows.shape)}")
+    _check.shape("rows", rows, N)
 
 
 def _checked_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[float]:

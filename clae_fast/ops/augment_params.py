@@ -99,8 +99,7 @@ def augment_params(
         ... )
     """
     _check.of_dtype("ids", ids, torch.int64)
-    if ids.ndim != 1:
-        raise ValueError(f"ids must have shape [N], got {list(ids.shape)}")
+    _check.shape("ids", ids, "N")
     _check.integer("seed", seed, 0, 2**64 - 1)
     if isinstance(epoch, Tensor):
         if epoch.dtype != torch.int64 or epoch.ndim or epoch.device != ids.device:

@@ -35,24 +35,14 @@ def _bank_step_impl(*arguments: Any) -> None:
 
 
 def _native_step(
-    bank: Tensor,  # [K, D]
-    velocity: Tensor,  # [K, D]
-    anchor: Tensor,  # [N, D]
-    keys: Tensor | None,  # [N, D]
-    positive: Tensor | None,  # [N]
-    weight: Tensor | None,  # [N]
-    losses: Tensor | None,  # [N]
-    lr: Tensor,  # []
-    views: int,
-    temperature: float,
-    momentum: float,
-    weight_decay: float,
+    bank: Tensor, velocity: Tensor, anchor: Tensor, keys: Tensor | None, *others: Any
 ) -> None:
+    *each, lr, views, temperature, momentum, weight_decay = others
     rows = (_native.Rows(anchor), _native.Rows(anchor if keys is None else keys))
-    each = _native.in_one_piece(positive, weight, losses)
     sizes = (len(bank), *anchor.shape, views)
     numbers = (temperature, float(lr), momentum, weight_decay, torch.get_num_threads())
-    _native.run("bank_step", bank, velocity, *rows, *each, *sizes, *numbers)
+    given = (bank, velocity, *rows, *_native.in_one_piece(*each))
+    _native.run("bank_step", *given, *sizes, *numbers)
 
 
 def _in_blocks(
@@ -231,10 +221,7 @@ def bank_step(
         if numbers is not None:
             _check.tensor(name, numbers)
             _check.same_place(name, numbers, "bank", bank, dtype=False)
-            if numbers.shape != anchor.shape[:1]:
-                raise ValueError(
-                    f"{name} must have shape [{anchor.shape[0]}], got {list(numbers.shape)}"
-                )
+            _check.shape(name, numbers, len(anchor))
     if isinstance(views, bool) or not isinstance(views, int):
         raise TypeError(f"views must be an int, got {type(views).__name__}")
     if views < 1 or anchor.shape[0] % views:
@@ -245,8 +232,7 @@ def bank_step(
     _check.flag("exact", exact)
     if isinstance(lr, Tensor):
         _check.same_place("lr", lr, "bank", bank, dtype=False)
-        if lr.ndim:
-            raise ValueError(f"lr must have shape [], got {list(lr.shape)}")
+        _check.shape("lr", lr)
     else:
         lr = torch.full((), lr, dtype=bank.dtype, device=bank.device)
     impl = _impl.resolve("bank_step", impl, anchor, bank)

@@ -226,11 +226,7 @@ def hard_nt_xent(
     if extra is not None:
         _check.tensor("extra", extra)
         _check.same_place("extra", extra, "z0", z0, dtype=False)
-        if extra.ndim != 2 or len(extra) != 2 * len(z0):
-            raise ValueError(
-                f"extra must have shape [{2 * len(z0)}, k], as many rows as z0 and z1 together, "
-                f"got {list(extra.shape)}"
-            )
+        _check.shape("extra", extra, 2 * len(z0), "k")
     impl = _impl.resolve("hard_nt_xent", impl, z0, z1, extra=extra is not None)
     numbers: dict[str, Any] = {
         "temperature": temperature,

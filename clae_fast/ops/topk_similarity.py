@@ -24,11 +24,8 @@ torch.library.define(
 def _topk_similarity_fake(
     anchor: Tensor, keys: Tensor, k: int, *_: object
 ) -> tuple[Tensor, Tensor]:
-    shape = (anchor.shape[0], k)
-    return (
-        anchor.new_empty(shape, dtype=torch.float32),
-        anchor.new_empty(shape, dtype=torch.int64),
-    )
+    values = anchor.new_empty((anchor.shape[0], k), dtype=torch.float32)
+    return values, torch.empty_like(values, dtype=torch.int64)
 
 
 @torch.library.impl("clae_fast::topk_similarity", ("cpu", "cuda"))
@@ -39,8 +36,8 @@ def _topk_similarity_impl(
     exclude: Tensor | None,  # [N, E]
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    values, indices = _topk_similarity_fake(anchor, keys, k)
     if impl == "native":
-        values, indices = _topk_similarity_fake(anchor, keys, k)
         (exclude,) = _native.in_one_piece(exclude)
         given = (_native.Rows(anchor), _native.Rows(keys), exclude)
         sizes = (len(anchor), *keys.shape, 0 if exclude is None else exclude.shape[1], k)
@@ -49,8 +46,6 @@ def _topk_similarity_impl(
     with torch.autocast(anchor.device.type, enabled=False):
         u, v = unit_rows(anchor)[0], unit_rows(keys)[0]
         N, M = len(u), len(v)
-        values = u.new_empty((N, k))
-        indices = torch.empty((N, k), dtype=torch.int64, device=u.device)
         column = torch.arange(M, device=u.device)
         for start, stop in row_blocks(N, M):
             rows = slice(start, stop)
