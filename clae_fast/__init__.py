@@ -7,23 +7,10 @@ from typing import TYPE_CHECKING, Any
 # Run from a checkout, the compiled _C and clae_fast.kernels are those of the installed package.
 __path__ = extend_path(__path__, __name__)
 
-from clae_fast import attack, nn
+from clae_fast import attack, nn, ops
 from clae_fast._ragged import RaggedImages
 from clae_fast._version import __version__
-from clae_fast.ops import (
-    augment,
-    bank_step,
-    h_scl,
-    hard_nt_xent,
-    info_nce,
-    linf_step,
-    nt_xent,
-    stem_step,
-    sup_con,
-    tied_nt_xent,
-    topk_similarity,
-    uel,
-)
+from clae_fast.ops import *  # noqa: F403
 from clae_fast.ops.augment_params import augment_params
 from clae_fast.steps.schedules import pair_step
 
@@ -44,20 +31,9 @@ __all__ = [
     "RaggedImages",
     "__version__",
     "attack",
-    "augment",
     "augment_params",
-    "bank_step",
-    "h_scl",
-    "hard_nt_xent",
-    "info_nce",
-    "linf_step",
     "load_encoder",
     "nn",
-    "nt_xent",
     "pair_step",
-    "stem_step",
-    "sup_con",
-    "tied_nt_xent",
-    "topk_similarity",
-    "uel",
 ]
+__all__ += ops.__all__

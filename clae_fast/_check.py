@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 
@@ -50,27 +51,46 @@ def same_place(
         )
 
 
-def columns(name: str, value: Tensor, anchor: Tensor, M: int) -> None:
-    """Raises unless `value` holds a column of M for each row of `anchor`: int64 [N]."""
+def of_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raises unless `value` is a tensor of this dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != torch.int64:
-        raise TypeError(f"{name} must be of dtype int64, got {value.dtype}")
-    if value.shape != anchor.shape[:1]:
+    if value.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be of dtype {wanted}, got {value.dtype}")
+
+
+def shape(name: str, value: Tensor, *sizes: int | str) -> None:
+    """Raises unless `value` has the shape of these sizes; a letter stands for any size."""
+    pairs = zip(sizes, value.shape, strict=False)
+    if len(sizes) != value.ndim or not all(isinstance(n, str) or n == size for n, size in pairs):
+        wanted = ", ".join(map(str, sizes))
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+
+
+def columns(name: str, value: Tensor, anchor: Tensor, M: int, wanted: str = "[N]") -> None:
+    """Raises unless `value` holds columns of M for the rows of `anchor`: int64, [N] or [N, E]."""
+    of_dtype(name, value, torch.int64)
+    if value.ndim != 1 + wanted.count(",") or len(value) != len(anchor):
         raise ValueError(
-            f"{name} must have shape [N] with N = {anchor.shape[0]} as anchor has, "
+            f"{name} must have shape {wanted} with N = {len(anchor)} as anchor has, "
             f"got {list(value.shape)}"
         )
-    if value.device != anchor.device:
-        raise ValueError(
-            f"{name} must be on the device of anchor, {anchor.device}, got {value.device}"
-        )
-    # not where it would wait for a GPU, or break a compiled graph
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    same_place(name, value, "anchor", anchor, dtype=False)
+    # looking would wait for a GPU or break a graph, and the tensors of a dry run have no values
+    known = value.device.type == "cpu" and not isinstance(value, FakeTensor)
+    if known and value.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in value.aminmax())
         if low < 0 or high >= M:
             wrong = low if low < 0 else high
             raise ValueError(f"{name} must hold columns from 0 to {M - 1}, got {wrong}")
+
+
+def labels(value: Tensor, z: Tensor) -> None:
+    """Raises unless `value` has an int64 for each row of `z`, on its device."""
+    of_dtype("labels", value, torch.int64)
+    shape("labels", value, len(z))
+    same_place("labels", value, "z", z, dtype=False)
 
 
 def flag(name: str, value: bool) -> None:
@@ -95,16 +115,13 @@ def in_range(name: str, value: float, low: float, high: float = math.inf) -> Non
         raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
 
-def labels(value: Tensor, z: Tensor) -> None:
-    """Raises unless `value` has an int64 for each row of `z`, on its device."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != torch.int64:
-        raise TypeError(f"labels must be of dtype int64, got {value.dtype}")
-    if value.shape != (len(z),):
-        raise ValueError(f"labels must have shape [{len(z)}], got {list(value.shape)}")
-    if value.device != z.device:
-        raise ValueError(f"labels must be on the device of z, {z.device}, got {value.device}")
+def integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Raises unless `value` is an integer from `low` to `high`, if there is one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
 def per_channel(name: str, value: object, x: Tensor, *, minimum: float = -math.inf) -> None:

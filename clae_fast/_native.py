@@ -1,16 +1,17 @@
-"""The compiled module: the only importer of `_C` and the only place that takes addresses.
+"""The compiled module. Nothing else imports `_C` or takes the address of a tensor.
 
-Python owns allocation, contiguity and dtype; C++ owns arithmetic.
+Python allocates memory and sees to dtypes and layouts, and C++ computes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,17 +46,17 @@ def has_cpu() -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether the CUDA C++ kernels are built; says nothing of a GPU being there."""
+    """Whether the CUDA C++ kernels are built, be there a GPU or not."""
     return _has_cuda
 
 
 def isa() -> str:
-    """The instruction set that the C++ kernels run with, "" without them."""
+    """The instruction set that the C++ kernels run with; "" where they are not built."""
     return _isa
 
 
 def isas() -> list[str]:
-    """The instruction sets this build and processor can run, worst first."""
+    """The instruction sets that this build and this processor can run, the slowest first."""
     return list(_isas)
 
 
@@ -66,7 +67,7 @@ def files() -> list[Path]:
 
 @contextmanager
 def force_isa(name: str) -> Iterator[None]:
-    """Run the C++ kernels with another instruction set than the best one."""
+    """Runs the C++ kernels with another instruction set than the fastest one."""
     global _isa
     if name not in _isas:
         raise ValueError(f"isa must be one of {_isas}, got {name!r}")
@@ -77,310 +78,39 @@ def force_isa(name: str) -> Iterator[None]:
         _isa = before
 
 
-def nt_xent(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss in fp32 and, where wanted, its gradient in fp32, d z0 above d z1: [], [2N, D]."""
-    z0, z1 = _in_rows(z0), _in_rows(z1)
-    N, D = z0.shape
-    loss = torch.empty((), dtype=torch.float32)
-    dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
-    call = partial(
-        _C.nt_xent,
-        _isa,
-        _rows(z0),
-        _rows(z1),
-        N,
-        D,
-        temperature,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        0 if dz is None else dz.data_ptr(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
-    return loss, dz
+class Rows:
+    """An operand [N, D] of a C++ function, in fp32, fp16 or bf16; copied unless rows are dense."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z if z.stride(1) == 1 else z.contiguous()
 
 
-def tied_nt_xent(
-    z: Tensor,  # [N, D]
-    temperature: float,
-) -> Tensor:
-    """The gradient in fp32, [N, D]."""
-    z = _in_rows(z)
-    N, D = z.shape
-    dz = torch.empty((N, D), dtype=torch.float32)
-    call = partial(
-        _C.tied_nt_xent,
-        _isa,
-        _rows(z),
-        N,
-        D,
-        temperature,
-        torch.get_num_threads(),
-        dz.data_ptr(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
-    return dz
+def in_one_piece(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each tensor as a contiguous one, which may be the tensor itself."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
-def info_nce(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    positive: Tensor | None,  # [N]
-    weight: Tensor | None,  # [N]
-    temperature: float,
-    symmetric: bool,
-    mean: bool,
-    grad_anchor: bool,
-    grad_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and the wanted gradients in fp32, [N, D] and [M, D]; others have no elements."""
-    anchor, keys = _in_rows(anchor), _in_rows(keys)
-    positive, weight = (None if t is None else t.contiguous() for t in (positive, weight))
-    N, D = anchor.shape
-    M = len(keys)
-    loss = torch.empty(() if mean else N, dtype=torch.float32)
-    danchor = torch.empty((N, D) if grad_anchor else 0, dtype=torch.float32)
-    dkeys = torch.empty((M, D) if grad_keys else 0, dtype=torch.float32)
-    call = partial(
-        _C.info_nce,
-        _isa,
-        _rows(anchor),
-        _rows(keys),
-        0 if positive is None else positive.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        N,
-        M,
-        D,
-        temperature,
-        symmetric,
-        mean,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        danchor.data_ptr(),
-        dkeys.data_ptr(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
-    return loss, danchor, dkeys
+def run(name: str, *arguments: object) -> None:
+    """Calls a C++ function on the CPU, which writes its results to tensors among the arguments.
+
+    C++ gets the instruction set, the arguments and a workspace. It gets the address of a tensor and
+    of a list's numbers, 0 for None, and its own number for a dtype.
+    """
+    held = _held(_isa, *arguments)
+    _in_workspace(partial(getattr(_C, name), *map(_passed, held)), "cpu")
 
 
-def hard_nt_xent(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    beta: float,
-    tau_plus: float,
-    detach_weights: bool,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient in fp32, [] and [2N, D]; [0] where it is not wanted."""
-    z0, z1 = _in_rows(z0), _in_rows(z1)
-    N, D = z0.shape
-    loss = torch.empty((), dtype=torch.float32)
-    dz = torch.empty((2 * N, D) if grad else 0, dtype=torch.float32)
-    call = partial(
-        _C.hard_nt_xent,
-        _isa,
-        _rows(z0),
-        _rows(z1),
-        N,
-        D,
-        temperature,
-        beta,
-        tau_plus,
-        detach_weights,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        dz.data_ptr(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
-    return loss, dz
-
-
-def bank_step(
-    bank: Tensor,  # [K, D], contiguous, as the velocity
-    velocity: Tensor,  # [K, D]
-    anchor: Tensor,  # [N, D]
-    keys: Tensor | None,  # [N, D]
-    positive: Tensor | None,  # [N]
-    weight: Tensor | None,  # [N]
-    losses: Tensor | None,  # [N]
-    lr: Tensor,  # []
-    views: int,
-    temperature: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """The step in place."""
-    anchor = _in_rows(anchor)
-    keys = anchor if keys is None else _in_rows(keys)
-    positive, weight, losses = (
-        None if t is None else t.contiguous() for t in (positive, weight, losses)
-    )
-    N, D = anchor.shape
-    call = partial(
-        _C.bank_step,
-        _isa,
-        bank.data_ptr(),
-        velocity.data_ptr(),
-        _rows(anchor),
-        _rows(keys),
-        0 if positive is None else positive.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if losses is None else losses.data_ptr(),
-        len(bank),
-        N,
-        D,
-        views,
-        temperature,
-        float(lr),
-        momentum,
-        weight_decay,
-        torch.get_num_threads(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
-
-
-def uel(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """As `nt_xent`."""
-    z0, z1 = _in_rows(z0), _in_rows(z1)
-    N, D = z0.shape
-    loss = torch.empty((), dtype=torch.float32)
-    dz = torch.empty((2 * N, D), dtype=torch.float32) if grad else None
-    call = partial(
-        _C.uel,
-        _isa,
-        _rows(z0),
-        _rows(z1),
-        N,
-        D,
-        temperature,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        0 if dz is None else dz.data_ptr(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
-    return loss, dz
-
-
-def topk_similarity(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    k: int,
-    exclude: Tensor | None,  # [N, E]
-) -> tuple[Tensor, Tensor]:
-    """The values in fp32 and their columns, [N, k] both."""
-    anchor, keys = _in_rows(anchor), _in_rows(keys)
-    N, D = anchor.shape
-    exclude = None if exclude is None else exclude.contiguous()
-    values = torch.empty((N, k), dtype=torch.float32)
-    indices = torch.empty((N, k), dtype=torch.int64)
-    call = partial(
-        _C.topk_similarity,
-        _isa,
-        _rows(anchor),
-        _rows(keys),
-        0 if exclude is None else exclude.data_ptr(),
-        N,
-        len(keys),
-        D,
-        0 if exclude is None else exclude.shape[1],
-        k,
-        torch.get_num_threads(),
-        values.data_ptr(),
-        indices.data_ptr(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
-    return values, indices
-
-
-def augment(
-    images: Tensor,  # [S, 3, H, W] or [bytes]
-    offsets: Tensor | None,  # [S]
-    sizes: Tensor | None,  # [S, 2]
-    params: Tensor,  # [2, N, 16]
-    rows: Tensor | None,  # [N]
-    out: Tensor,  # [2N, 3, size, size]
-    norm: list[float],  # [0] or [6]
-    bicubic: bool,
-) -> None:
-    """Both views of each sample to `out`; rows and crops are inside the images."""
-    params = params.contiguous()
-    offsets, sizes, rows = (None if t is None else t.contiguous() for t in (offsets, sizes, rows))
-    strides = (ctypes.c_int64 * 4)(*(images.stride() if offsets is None else ()))
-    numbers = (ctypes.c_float * 6)(*norm)
-    call = partial(
-        _C.augment,
-        _isa,
-        images.data_ptr(),
-        ctypes.addressof(strides),
-        0 if offsets is None else offsets.data_ptr(),
-        0 if sizes is None else sizes.data_ptr(),
-        params.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        params.shape[1],
-        out.shape[-1],
-        bicubic,
-        ctypes.addressof(numbers) if norm else 0,
-        _DTYPES[out.dtype],
-        out.stride(1) == 1,
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
-    workspace = _workspace(call(0))
-    call(workspace.data_ptr())
+def run_cuda(name: str, device: torch.device, *arguments: object) -> None:
+    """As `run` on a GPU. C++ gets the arguments, a workspace and the current stream."""
+    held = _held(*arguments)
+    function = partial(getattr(_C, name), *map(_passed, held))
+    with _current_stream(device) as stream:
+        _in_workspace(lambda workspace: function(workspace, stream), device)
 
 
 def nt_xent_cuda_takes(n: int, D: int) -> bool:
-    """Whether `nt_xent_cuda` takes n = 2N rows of D elements: shared memory is the limit."""
+    """Whether the CUDA kernel of NT-Xent has the shared memory for n = 2N rows of D elements."""
     return n <= (4096 if D <= 128 else 2048) and D <= 256
-
-
-def nt_xent_cuda(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """As `nt_xent`, in one launch on the tensors' GPU; fp32, fp16 or bf16 in any strides."""
-    N, D = z0.shape
-    loss = torch.empty((), dtype=torch.float32, device=z0.device)
-    dz = torch.empty((2 * N, D), dtype=torch.float32, device=z0.device) if grad else None
-    with torch.cuda.device(z0.device):
-        call = partial(
-            _C.nt_xent_cuda,
-            z0.data_ptr(),
-            z1.data_ptr(),
-            _DTYPES[z0.dtype],
-            z0.stride(0),
-            z0.stride(1),
-            z1.stride(0),
-            z1.stride(1),
-            N,
-            D,
-            temperature,
-            loss.data_ptr(),
-            0 if dz is None else dz.data_ptr(),
-        )
-        stream = torch.cuda.current_stream().cuda_stream
-        workspace = torch.empty(call(0, stream), dtype=torch.uint8, device=z0.device)
-        call(workspace.data_ptr(), stream)
-    return loss, dz
 
 
 def linf_step_cpu(
@@ -390,9 +120,9 @@ def linf_step_cpu(
     out: Tensor,
     bounds: list[float] | Tensor,  # [4 * 1] or [4, C]
 ) -> None:
-    """The step with bounds alpha, eps, lo and hi, to `out`."""
-    with _linf_arguments(x, grad, x0, out, bounds) as arguments:
-        _C.linf_step_cpu(_isa, *arguments, torch.get_num_threads())
+    """Writes the step with bounds alpha, eps, lo and hi to `out`."""
+    arguments = _linf_arguments(x, grad, x0, out, bounds)
+    _call("linf_step_cpu", _isa, *arguments, torch.get_num_threads())
 
 
 def linf_step_cuda(
@@ -403,37 +133,22 @@ def linf_step_cuda(
     bounds: list[float] | Tensor,  # [4 * 1] or [4 * C] with C <= LINF_CHANNELS, or [4, C]
     layout: tuple[tuple[int, ...], ...],  # [4, 4]
 ) -> None:
-    """The step with bounds alpha, eps, lo and hi, to `out`, whose strides `layout` relates."""
-    addressed = (ctypes.c_int64 * 16)(*itertools.chain(*layout))
-    with _linf_arguments(x, grad, x0, out, bounds) as arguments, _current_stream(x) as stream:
-        _C.linf_step_cuda(
-            *arguments, ctypes.addressof(addressed), isinstance(bounds, Tensor), stream
-        )
+    """Writes the step to `out`. `layout` says where the other tensors have its elements."""
+    arguments = _linf_arguments(x, grad, x0, out, bounds)
+    digits = list(itertools.chain(*layout))
+    with _current_stream(x.device) as stream:
+        _call("linf_step_cuda", *arguments, digits, isinstance(bounds, Tensor), stream)
 
 
-@contextmanager
 def _linf_arguments(
     x: Tensor, grad: Tensor, x0: Tensor, out: Tensor, bounds: list[float] | Tensor
-) -> Iterator[tuple[int, int, int, int, int, int, int, int, int, int]]:
-    """What both steps are given, addresses of memory that lives inside the context."""
+) -> tuple[object, ...]:
+    """What the steps on both devices are given."""
     if isinstance(bounds, Tensor):
         bounds = bounds.contiguous()
-        address, channels = bounds.data_ptr(), bounds.shape[1]
-    else:
-        numbers = (ctypes.c_float * len(bounds))(*bounds)
-        address, channels = ctypes.addressof(numbers), len(bounds) // 4
-    yield (
-        x.data_ptr(),
-        grad.data_ptr(),
-        x0.data_ptr(),
-        out.data_ptr(),
-        _DTYPES[x.dtype],
-        _DTYPES[grad.dtype],
-        x.numel(),
-        address,
-        channels,
-        max(1, out.stride(1)) if channels > 1 else 1,
-    )
+    channels = bounds.shape[1] if isinstance(bounds, Tensor) else len(bounds) // 4
+    stride = max(1, out.stride(1)) if channels > 1 else 1
+    return x, grad, x0, out, x.dtype, grad.dtype, x.numel(), bounds, channels, stride
 
 
 def stem_step(
@@ -443,54 +158,59 @@ def stem_step(
     out: Tensor,  # as x, in memory too
     bounds: list[float] | Tensor,  # [4 * 1] or [4 * 3], or [4, 3]
 ) -> None:
-    """The step with bounds alpha, eps, lo and hi along the convolution's input gradient."""
+    """Writes the step along the convolution's input gradient to `out`."""
     # the kernel copies 16 bytes at a time
     dy = dy if dy.data_ptr() % 16 == 0 else dy.clone()
-    strides = (ctypes.c_int * 8)(*weight.stride(), *x.stride())
     if isinstance(bounds, Tensor):
         bounds = bounds.contiguous()
-        address = bounds.data_ptr()
-    else:
-        each = bounds if len(bounds) == 12 else [value for value in bounds for _ in range(3)]
-        numbers = (ctypes.c_float * 12)(*each)
-        address = ctypes.addressof(numbers)
-    with _current_stream(x) as stream:
-        _C.stem_step_cuda(
-            dy.data_ptr(),
-            weight.data_ptr(),
-            x.data_ptr(),
-            out.data_ptr(),
-            _DTYPES[dy.dtype],
-            _DTYPES[weight.dtype],
-            _DTYPES[x.dtype],
-            x.shape[0],
-            dy.shape[1],
-            x.shape[2],
-            x.shape[3],
-            weight.shape[2],
-            ctypes.addressof(strides),
-            address,
-            isinstance(bounds, Tensor),
-            stream,
-        )
+    elif len(bounds) == 4:
+        bounds = [value for value in bounds for _ in range(3)]
+    dtypes = (dy.dtype, weight.dtype, x.dtype)
+    sizes = (len(x), dy.shape[1], *x.shape[2:], weight.shape[2])
+    strides = (ctypes.c_int * 8)(*weight.stride(), *x.stride())
+    last = (strides, bounds, isinstance(bounds, Tensor))
+    with _current_stream(x.device) as stream:
+        _call("stem_step_cuda", dy, weight, x, out, *dtypes, *sizes, *last, stream)
 
 
 @contextmanager
-def _current_stream(tensor: Tensor) -> Iterator[int]:
-    """The stream to launch on, within which the tensor's GPU is the current one."""
-    with torch.cuda.device(tensor.device):
+def _current_stream(device: torch.device) -> Iterator[int]:
+    """The stream to launch on. Within the context its GPU is the current one."""
+    with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
 
-def _in_rows(z: Tensor) -> Tensor:
-    """`z` with each row in one piece, itself where it is that already."""
-    return z if z.stride(1) == 1 else z.contiguous()
+def _in_workspace(call: Callable[[int], int], device: torch.device | str) -> None:
+    """Calls a C++ function with a workspace. Called with 0 in its place, it returns its size."""
+    workspace = torch.empty(call(0), dtype=torch.uint8, device=device)
+    call(workspace.data_ptr())
 
 
-def _rows(z: Tensor) -> tuple[int, int, int]:
-    """What C++ knows of `z`, which has to outlive the call."""
-    return z.data_ptr(), _DTYPES[z.dtype], z.stride(0)
+def _call(name: str, *arguments: object) -> None:
+    """Calls a C++ function that needs no workspace."""
+    held = _held(*arguments)
+    getattr(_C, name)(*map(_passed, held))
 
 
-def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+def _held(*arguments: object) -> list[object]:
+    """The arguments with arrays for lists. They have to live as long as a call by address does."""
+    return [_array(value) if isinstance(value, list) else value for value in arguments]
+
+
+def _array(numbers: list[float] | list[int]) -> ctypes.Array:
+    """Floats in fp32, or integers in 64 bits, on the CPU."""
+    number: Any = ctypes.c_float if isinstance(numbers[0], float) else ctypes.c_int64
+    return (number * len(numbers))(*numbers)
+
+
+def _passed(value: object) -> object:
+    """What C++ gets for an argument."""
+    if isinstance(value, (int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, Rows):
+        return value.z.data_ptr(), _DTYPES[value.z.dtype], value.z.stride(0)
+    if isinstance(value, ctypes.Array):
+        return ctypes.addressof(value)
+    return _DTYPES[value] if isinstance(value, torch.dtype) else 0

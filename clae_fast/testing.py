@@ -37,7 +37,7 @@ def value_and_grads(
 def assert_accurate(
     actual: Tensor, eager: Tensor, exact: Tensor, *, temperature: float = 1.0, what: str = ""
 ) -> None:
-    """Raises unless `actual` is at most twice as far from `exact` as `eager` is, and a rounding.
+    """Raises unless `actual` is as near to `exact` as twice the error of `eager` and a rounding.
 
     Errors are relative to the largest element of each row of `exact`, since rows' gradients differ
     by many orders of magnitude where their norms do. The rounding is that of the dtype and of

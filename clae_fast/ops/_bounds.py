@@ -1,4 +1,4 @@
-"""What the ops that take a sign step share: its length alpha, radius eps and range lo to hi."""
+"""The bounds of a sign step: its length alpha, its radius eps, and the range from lo to hi."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def pack(
     lo: PerChannel | None,
     hi: PerChannel | None,
 ) -> tuple[list[float], Tensor | None]:
-    """alpha, eps, lo and hi, each one number or C; or, with a tensor among them, a table [4, C].
+    """The bounds as a list of numbers or, where one of them is a tensor, as a table [4, C].
 
-    Where there is a table there are no numbers, and its eps is `rounded` already.
+    The list has alpha, eps, lo and hi one after the other, each as one number or as C of them. It
+    is empty where there is a table. The eps of a table is rounded already, that of a list is not.
     """
     bounds = (
         alpha,
@@ -58,7 +59,7 @@ def pack(
 
 
 def rounded(bounds: list[float]) -> list[float]:
-    """`pack`'s numbers with eps rounded to fp32 towards 0, so that a ball in fp32 is inside."""
+    """The list of `pack` with eps rounded to fp32 towards 0: its ball is inside the wanted one."""
     C = len(bounds) // 4
     return [*bounds[:C], *map(_fp32_towards_zero, bounds[C : 2 * C]), *bounds[2 * C :]]
 
@@ -74,7 +75,7 @@ def _table(
 
 
 def _row(value: PerChannel, x: Tensor) -> Tensor:  # [C]
-    """A bound of every channel beside `x`, a number without a copy from the CPU."""
+    """One bound for every channel, beside `x`; a plain number is not copied from the CPU."""
     if isinstance(value, Tensor):
         return value.to(x.device)
     if isinstance(value, (list, tuple)):

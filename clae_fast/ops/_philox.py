@@ -1,4 +1,4 @@
-"""Philox4x32-10: random words that are a function of a key and a counter, on any device."""
+"""Philox4x32-10, which makes random words of a key and a counter alone, on any device."""
 
 from __future__ import annotations
 

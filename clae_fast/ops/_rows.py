@@ -1,15 +1,13 @@
-"""What the ops on rows share: unit rows, their backward, row blocks, gradients of two views."""
+"""What the ops on rows share: unit rows, their backward, and blocks of rows."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# of F.normalize; a shorter row is divided by it instead of by its norm
+# F.normalize divides a row that is shorter than this by it instead of by its norm
 _EPS = 1e-12
-# elements of a block of the similarity matrix: 8 MiB in fp32, large enough for matmul's full rate
+# a block of the similarity matrix has 8 MiB in fp32, which is enough for matmul's full rate
 _BLOCK_ELEMENTS = 1 << 21
 
 
@@ -21,25 +19,29 @@ def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]
 
 
 def unit_rows_backward(du: Tensor, u: Tensor, norm: Tensor) -> Tensor:
-    """The gradient dz = (du - u (u . du)) / norm, or du / eps of rows that were only scaled."""
+    """The gradient dz = (du - u (u . du)) / norm, or du / eps for rows shorter than eps."""
     radial = (u * du).sum(1, keepdim=True)
     radial.masked_fill_(norm < _EPS, 0)
     return torch.addcmul(du, u, radial, value=-1).div_(norm.clamp_min(_EPS))
+
+
+def two_views(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows [2N, D] of both views, their norms, and their logits with their positives."""
+    N = len(z0)
+    u, norm = unit_rows(torch.cat([z0, z1]))
+    positive = (u[:N] * u[N:]).sum(1, keepdim=True).div_(temperature).repeat(2, 1)  # [2N, 1]
+    return u, norm, positive
+
+
+def negative_logits(u: Tensor, start: int, stop: int, temperature: float) -> Tensor:
+    """The logits of some rows of two views; a row's own and its positive's are -inf."""
+    s = (u[start:stop] @ u.T).div_(temperature)
+    s.diagonal(start).fill_(-torch.inf)
+    positive_of = torch.arange(start, stop, device=u.device).add_(len(u) // 2).remainder_(len(u))
+    return s.scatter_(1, positive_of[:, None], -torch.inf)
 
 
 def row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Ranges of rows such that a block of rows x columns is small, however large the matrix."""
     step = max(1, _BLOCK_ELEMENTS // columns)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def view_grads(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Backward of a loss of two views that saved dz [2N, D] first: the gradients that are wanted.
-
-    Scaled before the cast: a scaled loss is what keeps fp16 gradients from underflowing.
-    """
-    dz = ctx.saved_tensors[0]
-    N = len(dz) // 2
-    dz0 = (dz[:N] * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-    dz1 = (dz[N:] * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-    return dz0, dz1

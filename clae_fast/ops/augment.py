@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clae_fast import _impl, _native
+from clae_fast import _check, _impl, _native
 from clae_fast._ragged import RaggedImages
 from clae_fast.ops.augment_params import COLUMNS, VIEWS
 from clae_fast.reference.augment import augment as reference
 
-# images are [S, 3, H, W] or, with offsets and sizes, the pixels of RaggedImages; norm is none, or
-# the means of the three channels and their standard deviations
+_impl.declare("augment", native=_impl.ANY, triton=_impl.ANY)
+# images are [S, 3, H, W] or, with offsets and sizes, the pixels of RaggedImages; norm is empty, or
+# has the means of the three channels and their standard deviations
 torch.library.define(
     "clae_fast::augment",
     "(Tensor images, Tensor? offsets, Tensor? sizes, Tensor params, Tensor? rows, int size, "
@@ -24,6 +25,24 @@ _DTYPES = (torch.float32, torch.float16)
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 _LARGEST = 2**14
 _INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+@torch.library.register_fake("clae_fast::augment")
+def _augment_fake(
+    images: Tensor,
+    offsets: Tensor | None,
+    sizes: Tensor | None,
+    params: Tensor,
+    rows: Tensor | None,
+    size: int,
+    bicubic: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    *_: object,
+) -> Tensor:
+    shape = (VIEWS * params.shape[1], 3, size, size)
+    layout = _FORMATS[channels_last]
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
 
 
 @torch.library.impl("clae_fast::augment", ("cpu", "cuda"))
@@ -58,34 +77,20 @@ def _augment_impl(
             std=std,
         )
         return views.contiguous(memory_format=_FORMATS[channels_last])
-    out = _empty_views(images, params, size, dtype, channels_last)
+    out = _augment_fake(images, offsets, sizes, params, rows, size, bicubic, dtype, channels_last)
     if out.numel() == 0:
         return out
     if impl == "native":
-        _native.augment(images, offsets, sizes, params, rows, out, norm, bicubic)
+        strides = [0] * 4 if sizes is not None else list(images.stride())
+        given = (images, strides, *_native.in_one_piece(offsets, sizes, params, rows))
+        wanted = (params.shape[1], size, bicubic, norm or None, dtype, channels_last)
+        _native.run("augment", *given, *wanted, torch.get_num_threads(), out)
     else:
         from clae_fast.kernels.augment import augment
 
         scratch = torch.empty_like(out)
         augment(images, offsets, sizes, params, rows, out, scratch, tuple(norm) or None, bicubic)
     return out
-
-
-@torch.library.register_fake("clae_fast::augment")
-def _augment_fake(
-    images: Tensor,
-    offsets: Tensor | None,
-    sizes: Tensor | None,
-    params: Tensor,
-    rows: Tensor | None,
-    size: int,
-    bicubic: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-    norm: list[float],
-    impl: str,
-) -> Tensor:
-    return _empty_views(images, params, size, dtype, channels_last)
 
 
 _augment = torch.ops.clae_fast.augment.default
@@ -113,11 +118,11 @@ def augment(
     in [0, 1], cut to that range after the resizing; implementations agree within 1/255 before
     `mean` and `std`. Transforms of 8-bit images round after every step, these only at the end.
 
-    On the CPU views are shared out to threads, whose number does not show in the result.
+    On the CPU the views are distributed to threads, whose number does not change the result.
 
-    On a GPU it is one launch for both views, one block for each view of a sample, whatever the
-    sizes. CUDA graphs can capture it. Between steps a block keeps its view in the result, and the
-    blur needs as much memory again while it runs.
+    On a GPU it is one launch for both views, with one block for each view of a sample. CUDA graphs
+    can capture it. Between steps a block keeps its view in the result, and the blur needs as much
+    memory again while it runs.
 
     Args:
         images: The batch, or all the data that its samples are rows of, uint8 in any strides:
@@ -126,11 +131,12 @@ def augment(
         params: The table of `augment_params` for the samples and the heights and widths of their
             images. On a GPU it is not checked that crops lie inside of these.
         rows: Which of `images` each sample is, counted from 0, int64; None is that they are the
-            batch itself. On a GPU it is not checked that there are such images.
+            batch itself. On a GPU it is not checked that these images exist.
         size: Side of the views in pixels.
         interpolation: How crops are resized, "bilinear" or "bicubic".
-        dtype: Of the views, fp32 or fp16: bf16 is coarser at 1 than an attack's radius.
-        memory_format: Of the views, torch.contiguous_format or torch.channels_last.
+        dtype: The views' dtype, fp32 or fp16. The spacing of bf16 near 1 is larger than an attack's
+            radius.
+        memory_format: The views' format, torch.contiguous_format or torch.channels_last.
         mean: Subtracted from the three channels at the end; None, with `std`, leaves pixels.
         std: What the channels are divided by after that.
         impl: "auto", "reference", "native" or "triton".
@@ -163,13 +169,10 @@ def augment(
     else:
         _check_images(images)
         pixels = images
-    _check_table(params, rows, len(pixels if offsets is None else offsets), pixels.device)
+    _check_table(params, rows, len(pixels if offsets is None else offsets), pixels)
     norm = _checked_norm(mean, std)
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"size must be an integer, got {type(size).__name__}")
-    # the blur reflects pixels beside the edge; kernels count those of a view in 32 bits
-    if not 2 <= size <= _LARGEST:
-        raise ValueError(f"size must be from 2 to {_LARGEST}, got {size}")
+    # the blur reflects the pixel beside the edge, and kernels count a view's pixels in 32 bits
+    _check.integer("size", size, 2, _LARGEST)
     for name, value, wanted in (
         ("interpolation", interpolation, _INTERPOLATIONS),
         ("dtype", dtype, _DTYPES),
@@ -195,18 +198,6 @@ def augment(
     return views[:N], views[N:]
 
 
-def _empty_views(
-    images: Tensor, params: Tensor, size: int, dtype: torch.dtype, channels_last: bool
-) -> Tensor:
-    """Uninitialised views of all samples."""
-    return torch.empty(
-        (VIEWS * params.shape[1], 3, size, size),
-        dtype=dtype,
-        device=images.device,
-        memory_format=_FORMATS[channels_last],
-    )
-
-
 def _check_values(
     images: Tensor,
     offsets: Tensor | None,
@@ -214,7 +205,7 @@ def _check_values(
     params: Tensor,
     rows: Tensor | None,
 ) -> None:
-    """Raises unless samples are images, crops inside of them and colors there, on the CPU alone."""
+    """Raises unless rows, crops and orders exist; called on the CPU, where looking costs little."""
     count = len(images if offsets is None else offsets)
     if rows is None:
         rows = torch.arange(count)
@@ -233,58 +224,42 @@ def _check_values(
 
 
 def _check_images(images: Tensor) -> None:
-    _check_tensor("images", images, torch.uint8)
+    _check.of_dtype("images", images, torch.uint8)
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must have shape [S, 3, H, W], got {list(images.shape)}")
 
 
 def _check_ragged(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> None:
-    _check_tensor("images.pixels", pixels, torch.uint8)
-    _check_tensor("images.offsets", offsets, torch.int64, pixels.device)
-    _check_tensor("images.sizes", sizes, torch.int64, pixels.device)
+    _check.of_dtype("images.pixels", pixels, torch.uint8)
+    for name, numbers in (("images.offsets", offsets), ("images.sizes", sizes)):
+        _check.of_dtype(name, numbers, torch.int64)
+        _check.same_place(name, numbers, "images", pixels, dtype=False)
     if pixels.ndim != 1 or not pixels.is_contiguous():
         raise ValueError(
             f"images.pixels must be one-dimensional and contiguous, got shape "
             f"{list(pixels.shape)}, strides {list(pixels.stride())}"
         )
-    if offsets.ndim != 1:
-        raise ValueError(f"images.offsets must have shape [S], got {list(offsets.shape)}")
-    if list(sizes.shape) != [len(offsets), 2]:
-        raise ValueError(
-            f"images.sizes must have shape [{len(offsets)}, 2], got {list(sizes.shape)}"
-        )
+    _check.shape("images.offsets", offsets, "S")
+    _check.shape("images.sizes", sizes, len(offsets), 2)
 
 
-def _check_table(params: Tensor, rows: Tensor | None, count: int, device: torch.device) -> None:
+def _check_table(params: Tensor, rows: Tensor | None, count: int, images: Tensor) -> None:
     """Raises unless this is a table of views and, if any, rows of `count` images for it."""
-    _check_tensor("params", params, torch.float32, device)
-    if params.ndim != 3 or params.shape[0] != VIEWS or params.shape[2] != COLUMNS:
-        raise ValueError(
-            f"params must have shape [{VIEWS}, N, {COLUMNS}], got {list(params.shape)}"
-        )
+    _check.of_dtype("params", params, torch.float32)
+    _check.same_place("params", params, "images", images, dtype=False)
+    _check.shape("params", params, VIEWS, "N", COLUMNS)
     N = params.shape[1]
     if rows is None:
         if count != N:
             raise ValueError(f"without rows, images must be the {N} of params, got {count}")
         return
-    _check_tensor("rows", rows, torch.int64, device)
-    if list(rows.shape) != [N]:
-        raise ValueError(f"rows must have shape [{N}], got {list(rows.shape)}")
-
-
-def _check_tensor(
-    name: str, value: Tensor, dtype: torch.dtype, device: torch.device | None = None
-) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be of dtype {dtype}, got {value.dtype}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on the device of images, {device}, got {value.device}")
+    _check.of_dtype("rows", rows, torch.int64)
+    _check.same_place("rows", rows, "images", images, dtype=False)
+    _check.shape("rows", rows, N)
 
 
 def _checked_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[float]:
-    """Both as six numbers, none where there is no normalisation; raises where they are wrong."""
+    """Both as six numbers, none where there is no normalization; raises where they are wrong."""
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together, got one of them")
     if mean is None or std is None:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from clae_fast import _check
 from clae_fast.ops._philox import MASK, philox4x32
 
 VIEWS = 2
@@ -14,8 +15,8 @@ COLUMNS = 16
 _RATIO = (3 / 4, 4 / 3)
 _SIGMA = (0.1, 2.0)
 _TRIES = 10
-# random words: areas and ratios of the tries, top and left; order, factors; flip, jitter or not,
-# grey, blur or not, sigma, solarize
+# the random words of a view: areas and ratios of the tries, top and left; then order and factors of
+# the jitter; then flip, whether to jitter, gray, whether to blur, sigma, solarize
 _CROP, _JITTER = 2 * _TRIES + 2, 8
 _BLOCKS = (_CROP + _JITTER + 6) // 4
 
@@ -39,12 +40,12 @@ def augment_params(
 ) -> Tensor:  # [2, N, 16]
     r"""Draws how `augment` makes two views of each sample.
 
-    A row is a function of (seed, epoch, sample, view) alone: neither the place in the batch nor its
-    size, the device or the process matter, so an epoch may be drawn at once or batch by batch. The
-    laws are those of torchvision's v2.RandomResizedCrop (aspect ratios from 3/4 to 4/3),
+    A row depends on (seed, epoch, sample, view) alone, and not on the batch, its size, the device
+    or the process, so that an epoch may be drawn at once or batch by batch. The distributions are
+    those of torchvision's v2.RandomResizedCrop (aspect ratios from 3/4 to 4/3),
     RandomHorizontalFlip, ColorJitter, RandomGrayscale, GaussianBlur (sigma from 0.1 to 2) and
-    RandomSolarize, and the arguments from `crop_min_scale` to `solarize_prob` are the fields of a
-    `clae_fast.data` recipe but for `interpolation`, which is `augment`'s.
+    RandomSolarize. The arguments from `crop_min_scale` to `solarize_prob` are the fields of a
+    `clae_fast.data` recipe, which has also the `interpolation` of `augment`.
 
     =====================  ==========================================================
     columns                what they say
@@ -65,19 +66,19 @@ def augment_params(
 
     Args:
         ids: The samples' numbers in the data set, int64.
-        seed: Of the run, from 0 to 2^64 - 1.
-        epoch: From 0 to 2^32 - 1, as a number or as an int64 tensor [] on the device of `ids`,
+        seed: The run's seed, from 0 to 2^64 - 1.
+        epoch: The epoch, from 0 to 2^32 - 1: a number or an int64 tensor [] on the device of `ids`,
             which CUDA graphs can replay with another value.
-        height: Of the images in pixels, from 1 to 2^15: a number or, where they differ, an int64
-            tensor [N] on the device of `ids`, whose values are not checked.
-        width: As `height`.
+        height: The images' height in pixels, from 1 to 2^15: a number or, where heights differ, an
+            int64 tensor [N] on the device of `ids`, whose values are not checked.
+        width: The images' width, as `height`.
         crop_min_scale: Smallest part of the image's area that a crop takes.
         flip: Whether to mirror one half of the views.
         color_jitter: Strengths of brightness, contrast, saturation and hue.
         color_jitter_prob: Probability of the jitter.
         grey_prob: Probability of turning grey.
-        blur_prob: Probability of Gaussian blur, of each view.
-        solarize_prob: Probability of solarization, of each view.
+        blur_prob: Probability of Gaussian blur, one for each view.
+        solarize_prob: Probability of solarization, one for each view.
         crop_max_scale: Largest part of the image's area that a crop takes.
         first_view: Number of the first of the two views, from 0 to 2^16 - 2: further pairs of views
             of the same samples, such as small crops, have the numbers 2 and 3, 4 and 5, and so on.
@@ -97,8 +98,9 @@ def augment_params(
         ...     ids, seed=0, epoch=3, height=32, width=32, **settings
         ... )
     """
-    _check_ids(ids)
-    _check_integer("seed", seed, 0, 2**64 - 1)
+    _check.of_dtype("ids", ids, torch.int64)
+    _check.shape("ids", ids, "N")
+    _check.integer("seed", seed, 0, 2**64 - 1)
     if isinstance(epoch, Tensor):
         if epoch.dtype != torch.int64 or epoch.ndim or epoch.device != ids.device:
             raise ValueError(
@@ -106,9 +108,9 @@ def augment_params(
                 f"shape {list(epoch.shape)} on {epoch.device}"
             )
     else:
-        _check_integer("epoch", epoch, 0, MASK)
+        _check.integer("epoch", epoch, 0, MASK)
     height, width = _checked_side("height", height, ids), _checked_side("width", width, ids)
-    _check_integer("first_view", first_view, 0, 2**16 - 2)
+    _check.integer("first_view", first_view, 0, 2**16 - 2)
     _check_real("crop_max_scale", crop_max_scale, 1.0)
     _check_real("crop_min_scale", crop_min_scale, crop_max_scale)
     if not isinstance(flip, bool):
@@ -166,13 +168,13 @@ def _uniform(
 def _crops(
     u: Tensor, height: Tensor, width: Tensor, min_scale: float, max_scale: float
 ) -> tuple[Tensor, ...]:
-    """Top, left, height and width: of the first of ten tries that fits, else of the centre."""
+    """Top, left, height and width of the first of ten tries that fits, or of a central crop."""
     area = (height * width)[:, None] * (min_scale + (max_scale - min_scale) * u[..., :_TRIES])
     low, high = (math.log(ratio) for ratio in _RATIO)
     ratio = torch.exp(low + (high - low) * u[..., _TRIES : 2 * _TRIES])
     rows, columns = torch.sqrt(area / ratio).round(), torch.sqrt(area * ratio).round()
     fits = (rows >= 1) & (rows <= height[:, None]) & (columns >= 1) & (columns <= width[:, None])
-    # the whole image, or what the nearest allowed ratio leaves of its longer side
+    # where no try fits: the whole image, its longer side cut to the nearest allowed ratio
     crop_height = torch.minimum(height, (width / _RATIO[0]).round())
     crop_width = torch.minimum(width, (height * _RATIO[1]).round())
     for attempt in reversed(range(_TRIES)):
@@ -189,19 +191,10 @@ def _chosen(u: Tensor, probabilities: tuple[float, float]) -> Tensor:  # [2, N]
     return torch.stack([row < p for row, p in zip(u, probabilities, strict=True)])
 
 
-def _check_ids(ids: Tensor) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"ids must be of dtype int64, got {ids.dtype}")
-    if ids.ndim != 1:
-        raise ValueError(f"ids must have shape [N], got {list(ids.shape)}")
-
-
 def _checked_side(name: str, side: int | Tensor, ids: Tensor) -> Tensor:  # [N]
     """The images' heights or widths, fp64; raises where they are wrong."""
     if not isinstance(side, Tensor):
-        _check_integer(name, side, 1, 2**15)
+        _check.integer(name, side, 1, 2**15)
         return torch.full_like(ids, side, dtype=torch.float64)
     if side.dtype != torch.int64 or side.shape != ids.shape or side.device != ids.device:
         raise ValueError(
@@ -209,13 +202,6 @@ def _checked_side(name: str, side: int | Tensor, ids: Tensor) -> Tensor:  # [N]
             f"{side.dtype}, shape {list(side.shape)} on {side.device}"
         )
     return side.double()
-
-
-def _check_integer(name: str, value: int, least: int, largest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not least <= value <= largest:
-        raise ValueError(f"{name} must be from {least} to {largest}, got {value}")
 
 
 def _check_real(name: str, value: float, largest: float) -> None:

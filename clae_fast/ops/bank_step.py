@@ -1,8 +1,8 @@
-"""A step of a bank that learns: gradient, momentum and update in one pass over it."""
+"""A step of a bank of learnable keys: gradient, momentum and update in one pass over it."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.bank_step import bank_step as reference
 
+_impl.declare("bank_step", native=_impl.ANY, triton=_impl.rows_of_at_most(1024), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::bank_step",
     "(Tensor(a!) bank, Tensor(b!) velocity, Tensor anchor, Tensor? keys, Tensor? positive,"
@@ -21,32 +22,27 @@ torch.library.define(
 
 
 @torch.library.impl("clae_fast::bank_step", ("cpu", "cuda"))
-def _bank_step_impl(
-    bank: Tensor,  # [K, D]
-    velocity: Tensor,  # [K, D]
-    anchor: Tensor,  # [N, D]
-    keys: Tensor | None,  # [N, D]
-    positive: Tensor | None,  # [N]
-    weight: Tensor | None,  # [N]
-    losses: Tensor | None,  # [N]
-    lr: Tensor,  # []
-    views: int,
-    temperature: float,
-    momentum: float,
-    weight_decay: float,
-    exact: bool,
-    impl: str,
-) -> None:
-    given = (bank, velocity, anchor, keys, positive, weight, losses, lr)
-    numbers = (views, temperature, momentum, weight_decay)
+def _bank_step_impl(*arguments: Any) -> None:
+    *given, exact, impl = arguments
     if impl == "triton":
         from clae_fast.kernels.bank_step import bank_step
 
-        bank_step(*given, *numbers, exact)
+        bank_step(*given, exact)
     elif impl == "native":
-        _native.bank_step(*given, *numbers)
+        _native_step(*given)
     else:
-        _in_blocks(*given, *numbers)
+        _in_blocks(*given)
+
+
+def _native_step(
+    bank: Tensor, velocity: Tensor, anchor: Tensor, keys: Tensor | None, *others: Any
+) -> None:
+    *each, lr, views, temperature, momentum, weight_decay = others
+    rows = (_native.Rows(anchor), _native.Rows(anchor if keys is None else keys))
+    sizes = (len(bank), *anchor.shape, views)
+    numbers = (temperature, float(lr), momentum, weight_decay, torch.get_num_threads())
+    given = (bank, velocity, *rows, *_native.in_one_piece(*each))
+    _native.run("bank_step", *given, *sizes, *numbers)
 
 
 def _in_blocks(
@@ -102,7 +98,7 @@ def _in_blocks(
             s = similarities(start, stop, -torch.inf)
             du = s.sub_(lse).exp_().mul_(weight) @ u
             if positive is not None:
-                # 1 - p of a positive is the negatives' share: nothing cancels
+                # 1 - p of a positive is the share of the negatives, so that nothing cancels
                 here = (positive >= start) & (positive < stop)
                 share = torch.where(here, -torch.expm1(-losses) * weight, 0)
                 columns = torch.where(here, positive - start, 0)
@@ -115,22 +111,7 @@ def _in_blocks(
 
 
 @torch.library.register_fake("clae_fast::bank_step")
-def _bank_step_fake(
-    bank: Tensor,
-    velocity: Tensor,
-    anchor: Tensor,
-    keys: Tensor | None,
-    positive: Tensor | None,
-    weight: Tensor | None,
-    losses: Tensor | None,
-    lr: Tensor,
-    views: int,
-    temperature: float,
-    momentum: float,
-    weight_decay: float,
-    exact: bool,
-    impl: str,
-) -> None:
+def _bank_step_fake(*_: object) -> None:
     return None
 
 
@@ -163,41 +144,39 @@ def bank_step(
         \quad V_k \leftarrow \mu V_k - \frac{r_k}{\|W_k\| T} + \lambda W_k,
         \quad W_k \leftarrow W_k - \eta V_k
 
-    where :math:`p'` is 1 - p at a positive and p elsewhere: the gradient of the anchors'
-    cross-entropy, with the sign of every entry that is no positive flipped. Negatives ascend on the
-    loss, towards the anchors that find them hard, and positives descend. Of an entry that is one
-    anchor's positive and another's negative both hold.
+    where :math:`p'` is 1 - p at a positive and p elsewhere. This is the gradient of the anchors'
+    cross-entropy with the sign of every entry flipped that is no positive: negatives ascend on the
+    loss, towards the anchors that find them hard, and positives descend. An entry that is one
+    anchor's positive and another's negative does both.
 
-    - AdCo: `keys` has row i's positive in row i. The other keys of its view are negatives beside
+    - AdCo: row i of `keys` is anchor i's positive. The other keys of its view are negatives beside
       the bank, in the denominator alone.
-    - CaCo: `positive` names the bank entry that is each row's positive; there are no other columns.
+    - CaCo: `positive` names the bank entry that is each row's positive. There are no other columns.
 
-    No N x K matrix is stored, whatever the implementation, and each row of the bank and of the
-    velocity is read and written once by whoever has it: threads do not change a bit of the result.
-    It takes 6 N K D FLOPs: 2 for the rows' denominators, 2 for the similarities, again, and 2 for
-    the gradient. Denominators that `info_nce` has come to already, as where both temperatures are
-    equal, come in as its `losses`; 4 N K D are left. With the 4 N K D of `info_nce`, which takes
-    loss and gradient of the anchors in one pass over constant keys, that is 8 in all, as many as a
-    single kernel that shares its recomputed tiles between both gradients: denominators first, 2,
-    then 2 for the tile and 2 for each gradient.
+    No implementation stores an N x K matrix. Each row of the bank and of the velocity is read and
+    written once, by one thread, so that the number of threads does not change the result. The step
+    takes 6 N K D FLOPs: 2 for the denominators of the rows, 2 to compute the similarities again,
+    and 2 for the gradient. Where both temperatures are equal, `info_nce` has computed the
+    denominators already; its `losses` tell them, and 4 N K D are left. Together with the 4 N K D of
+    `info_nce` over constant keys that is as much as a single kernel for both gradients would need.
 
     Args:
-        bank: W, [K, D] in fp32, or in fp64, contiguous; not normalised.
+        bank: W, [K, D] in fp32, or in fp64, contiguous; not normalized.
         velocity: V, as the bank.
-        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. Constants, as all.
-        lr: The learning rate, as a number or as a tensor [], which a CUDA graph reads anew at every
+        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized. Constants, as all.
+        lr: The learning rate, as a number or as a tensor [], which a CUDA graph reads at every
             replay.
         keys: Projections of the anchors' own positives, of their shape and dtype. Either these or
             `positive`.
         positive: int64 [N], the bank entry that is each anchor's positive, as in :func:`info_nce`.
-        weight: [N], what each anchor counts; None is 1/N.
-        losses: [N], the losses of the rows at this temperature over the same columns, by
-            :func:`info_nce` with reduction="none", where they are known.
-        views: Of how many views the anchors are, and the keys, below one another. A row meets the
-            keys of its own view alone.
-        temperature: T, above 0, as small as needed: AdCo's is 0.02.
-        momentum: From 0 to below 1.
-        weight_decay: At least 0.
+        weight: [N], how much each anchor counts; None is 1/N.
+        losses: [N], the rows' losses at this temperature over the same columns, where they are
+            known: those of :func:`info_nce` with reduction="none".
+        views: How many views the anchors and the keys are of, whose rows lie below one another. A
+            row meets the keys of its own view alone.
+        temperature: T, above 0. It may be small: AdCo's is 0.02.
+        momentum: mu, in [0, 1).
+        weight_decay: lambda, at least 0.
         exact: As in :func:`nt_xent`.
         impl: "auto", "reference", "native", "torch" or "triton".
 
@@ -242,40 +221,30 @@ def bank_step(
         if numbers is not None:
             _check.tensor(name, numbers)
             _check.same_place(name, numbers, "bank", bank, dtype=False)
-            if numbers.shape != anchor.shape[:1]:
-                raise ValueError(
-                    f"{name} must have shape [{anchor.shape[0]}], got {list(numbers.shape)}"
-                )
+            _check.shape(name, numbers, len(anchor))
     if isinstance(views, bool) or not isinstance(views, int):
         raise TypeError(f"views must be an int, got {type(views).__name__}")
     if views < 1 or anchor.shape[0] % views:
         raise ValueError(f"views must divide {anchor.shape[0]} anchors, got {views}")
     _check.temperature(temperature)
-    for name, number, end in (("momentum", momentum, 1), ("weight_decay", weight_decay, math.inf)):
-        if not 0 <= number < end:
-            raise ValueError(f"{name} must be in [0, {end}), got {number}")
+    _check.in_range("momentum", momentum, 0, 1)
+    _check.in_range("weight_decay", weight_decay, 0)
     _check.flag("exact", exact)
     if isinstance(lr, Tensor):
         _check.same_place("lr", lr, "bank", bank, dtype=False)
-        if lr.ndim:
-            raise ValueError(f"lr must have shape [], got {list(lr.shape)}")
+        _check.shape("lr", lr)
     else:
         lr = torch.full((), lr, dtype=bank.dtype, device=bank.device)
     impl = _impl.resolve("bank_step", impl, anchor, bank)
+    settings: dict[str, Any] = {
+        "views": views,
+        "temperature": temperature,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+    }
     if impl == "reference":
-        return reference(
-            bank,
-            velocity,
-            anchor,
-            lr=lr,
-            keys=keys,
-            positive=positive,
-            weight=weight,
-            views=views,
-            temperature=temperature,
-            momentum=momentum,
-            weight_decay=weight_decay,
-        )
+        named: dict[str, Any] = {"keys": keys, "positive": positive, "weight": weight}
+        return reference(bank, velocity, anchor, lr=lr, **named, **settings)
     _bank_step(
         bank.detach(),
         velocity,
@@ -285,10 +254,7 @@ def bank_step(
         None if weight is None else weight.detach().float(),
         None if losses is None else losses.detach().float(),
         lr.detach().float(),
-        views,
-        temperature,
-        momentum,
-        weight_decay,
+        *settings.values(),
         exact,
         impl,
     )

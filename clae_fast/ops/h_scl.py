@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.h_scl import h_scl as reference
 
+_impl.declare("h_scl", torch=_impl.ANY)
 torch.library.define(
     "clae_fast::h_scl",
     "(Tensor z, Tensor labels, float temperature, float beta, bool detach_weights, bool grad,"
@@ -31,15 +31,15 @@ def _h_scl_impl(
     grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The closed form in torch ops, a block of rows at a time; [0] for a gradient not wanted.
+    """The closed form in torch ops, a block of rows at a time.
 
-    With the weights w of the negatives k of row i, and q_j the logistic function of what sets their
-    mean apart from the positive j, the gradient of a row's losses by its logits is -q_j for a
-    positive and, with Q the sum of q_j,
+    Let w be the weights of a row's negatives, q_j the logistic function of the margin between their
+    log mean and the logit of the positive j, and Q the sum of q_j. The gradient of the row's losses
+    by the logit of a positive j is -q_j, and by that of a negative k it is
 
         Q ((1 + beta) w_k exp(s_k) / sum of w exp(s) - beta w_k / sum of w)
 
-    for a negative or, with constant weights, Q w_k exp(s_k) / sum of w exp(s).
+    or, with constant weights, Q w_k exp(s_k) / sum of w exp(s).
     """
     with torch.autocast(z.device.type, enabled=False):
         u, norm = unit_rows(z)
@@ -53,7 +53,7 @@ def _h_scl_impl(
             positive = same.clone()
             positive.diagonal(start).fill_(False)
             pairs[rows] = positive.sum(1).to(u.dtype)
-            # a row without negatives has no loss, and no mean of them
+            # a row without negatives has no loss
             alone = same.all(1, keepdim=True)
             positive &= ~alone
             below = s.masked_fill(same, -torch.inf)
@@ -63,7 +63,7 @@ def _h_scl_impl(
             hard = below.exp_().mul_(weights)
             total = hard.sum(1, keepdim=True).masked_fill_(alone, 1)
             mass = weights.sum(1, keepdim=True).masked_fill_(alone, 1)
-            # of two rows neither has a positive and a negative
+            # with n = 2 no row has both a positive and a negative, and the logarithm is not used
             log_mean = (total / mass).log_().add_(shift + math.log(max(1, n - 2)))
             margin = log_mean - s
             losses[rows] = F.softplus(margin).masked_fill_(~positive, 0).sum(1)
@@ -93,37 +93,11 @@ def _h_scl_fake(
     detach_weights: bool,
     grad: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    loss = z.new_empty((), dtype=torch.float32)
-    return loss, loss.new_empty(z.shape if grad else (0,))
+) -> tuple[Tensor, ...]:
+    return uninitialized(z, (), z.shape if grad else 0)
 
 
 _h_scl = torch.ops.clae_fast.h_scl.default
-
-
-class _HSCL(torch.autograd.Function):
-    """Computes the gradient with the loss and keeps nothing else: dz, [n, D] in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        labels: Tensor,
-        temperature: float,
-        beta: float,
-        detach_weights: bool,
-        impl: str,
-    ) -> Tensor:
-        loss, dz = _h_scl(z, labels, temperature, beta, detach_weights, True, impl)
-        ctx.save_for_backward(dz)
-        ctx.dtype = z.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        (dz,) = ctx.saved_tensors
-        return (dz * dloss).to(ctx.dtype), None, None, None, None, None
 
 
 def h_scl(
@@ -141,22 +115,23 @@ def h_scl(
         \log (e^{s_{ij}} + (n - 2) \mu_i) - s_{ij}, \quad
         \mu_i = \frac{\sum_k e^{(1 + \beta) s_{ik}}}{\sum_k e^{\beta s_{ik}}}
 
-    over the pairs P of different rows of one label, with s the cosine over the temperature T and
-    sums over the rows k of other labels; as released, positives are in no one's denominator, and
-    the mean stands for all n - 2 other rows. Pairs whose label is every row's have no loss, and
-    count. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    over the pairs P of different rows of one label, with s the cosine over the temperature T, and
+    sums over the rows k of other labels. As in the released code, no denominator has a further
+    positive, and the negatives' mean stands for all n - 2 other rows. Where all rows have one
+    label, pairs have no loss but count in the mean. Rows are normalized inside, as F.normalize with
+    eps=1e-12 does.
 
     Args:
-        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalised. The order is free.
+        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalized. The order is free.
         labels: Classes of the rows, int64 [n].
         temperature: T, above 0.
-        beta: How far the weights of negatives are concentrated on the nearest, from 0 on.
-        detach_weights: Take the weights exp(beta s) for constants in the gradient.
+        beta: How much more the nearest negatives weigh than others, at least 0.
+        detach_weights: Treat the weights exp(beta s) as constants in the gradient.
         impl: "auto", "reference" or "torch".
 
     Returns:
-        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is, 0 where no
-        label is there twice.
+        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is NaN, 0 where no
+        label occurs twice.
 
     Raises:
         TypeError: An argument of the wrong type, or labels other than int64.
@@ -177,11 +152,8 @@ def h_scl(
     _check.in_range("beta", beta, 0)
     _check.flag("detach_weights", detach_weights)
     impl = _impl.resolve("h_scl", impl, z)
-    settings = (temperature, beta, detach_weights)
     if impl == "reference":
         return reference(
             z, labels, temperature=temperature, beta=beta, detach_weights=detach_weights
         )
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _HSCL.apply(z, labels, *settings, impl)
-    return _h_scl(z, labels, *settings, False, impl)[0]
+    return fused(_h_scl, (z, labels), (temperature, beta, detach_weights, wants_grad(z), impl))

@@ -7,13 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
-from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward, view_grads
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
+from clae_fast.ops._rows import negative_logits, row_blocks, two_views, unit_rows_backward
 from clae_fast.reference.hard_nt_xent import hard_nt_xent as reference
 
+
+def _refuses_extra(*_: Tensor, extra: bool = False) -> str:
+    return "does not take extra logits: impl='torch' does" if extra else ""
+
+
+def _triton_refuses(z0: Tensor, *_: Tensor, extra: bool = False) -> str:
+    return _refuses_extra(extra=extra) or _impl.rows_of_at_most(256).refuses(z0)
+
+
+_impl.declare(
+    "hard_nt_xent",
+    native=_impl.Limits(_refuses_extra),
+    triton=_impl.Limits(_triton_refuses),
+    torch=_impl.ANY,
+)
 torch.library.define(
     "clae_fast::hard_nt_xent",
     "(Tensor z0, Tensor z1, Tensor? extra, float temperature, float beta, float tau_plus,"
@@ -22,30 +37,42 @@ torch.library.define(
 )
 
 
-@torch.library.impl("clae_fast::hard_nt_xent", ("cpu", "cuda"))
-def _hard_nt_xent_impl(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    extra: Tensor | None,  # [2N, k]
+@torch.library.register_fake("clae_fast::hard_nt_xent")
+def _hard_nt_xent_fake(
+    z0: Tensor,
+    z1: Tensor,
+    extra: Tensor | None,
     temperature: float,
     beta: float,
     tau_plus: float,
     detach_weights: bool,
     grad: bool,
-    exact: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A gradient that is not wanted comes back with no elements."""
+    *_: object,
+) -> tuple[Tensor, ...]:
+    N, D = z0.shape
+    dextra = 0 if extra is None or not grad else extra.shape
+    return uninitialized(z0, (), (2 * N, D) if grad else 0, dextra)
+
+
+@torch.library.impl("clae_fast::hard_nt_xent", ("cpu", "cuda"))
+def _hard_nt_xent_impl(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    extra: Tensor | None,  # [2N, k]
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, grad, exact, impl = settings
     if impl == "torch":
-        return _blocks(z0, z1, extra, temperature, beta, tau_plus, detach_weights, grad)
-    settings = (temperature, beta, tau_plus, detach_weights, grad)
+        return _blocks(z0, z1, extra, *numbers, grad=grad)
     if impl == "triton":
         from clae_fast.kernels.hard_nt_xent import hard_nt_xent
 
-        loss, dz = hard_nt_xent(z0, z1, *settings, exact)
-    else:
-        loss, dz = _native.hard_nt_xent(z0, z1, *settings)
-    return loss, dz, loss.new_empty(0)
+        loss, dz = hard_nt_xent(z0, z1, *numbers, grad, exact)
+        return loss, dz, loss.new_empty(0)
+    loss, dz, dextra = _hard_nt_xent_fake(z0, z1, extra, *numbers, grad)
+    operands = (_native.Rows(z0), _native.Rows(z1), *z0.shape)
+    _native.run("hard_nt_xent", *operands, *numbers, torch.get_num_threads(), loss, dz)
+    return loss, dz, dextra
 
 
 def _blocks(
@@ -56,26 +83,25 @@ def _blocks(
     beta: float,
     tau_plus: float,
     detach_weights: bool,
+    *,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form in torch ops, a block of rows at a time.
 
-    With the n negatives' weights w and mean M of exp(s), q = Ng / (Ng + exp(s_pos)) and P =
-    tau_plus, the gradient of a row's loss by its logits is
+    Let w be the weights of a row's n negatives, q = Ng / (Ng + exp(s_pos)) and P = tau_plus. The
+    gradient of the row's loss is, by the logit of
 
         the positive   -c,  c = q + (1 - q) n P / (1 - P)
         a negative k   c ((1 + beta) w_k exp(s_k) / sum of w exp(s) - beta w_k / sum of w)
 
-    or, with constant weights, c w_k exp(s_k) / sum of w exp(s); where Ng is its lower bound,
-    -q and 0.
+    With constant weights the latter is c w_k exp(s_k) / sum of w exp(s). Where Ng is at its lower
+    bound, the two are -q and 0.
     """
     with torch.autocast(z0.device.type, enabled=False):
-        u, norm = unit_rows(torch.cat([z0, z1]))
+        u, norm, positive = two_views(z0, z1, temperature)
         n, N = len(u), len(z0)
         further = 0 if extra is None else extra.shape[1]
         negatives = n - 2 + further
-        positive_of = torch.arange(n, device=u.device).roll(N)[:, None]
-        positive = (u[:N] * u[N:]).sum(1, keepdim=True).div_(temperature).repeat(2, 1)  # [2N, 1]
         du = torch.zeros_like(u) if grad else u.new_empty(0)
         dextra = u.new_empty((n, further) if grad and extra is not None else 0)
         if negatives == 0:
@@ -84,9 +110,7 @@ def _blocks(
         losses, dpositive = torch.empty_like(positive), torch.empty_like(positive)
         for start, stop in row_blocks(n, n + further):
             rows = slice(start, stop)
-            s = (u[rows] @ u.T).div_(temperature)
-            s.diagonal(start).fill_(-torch.inf)
-            s.scatter_(1, positive_of[rows], -torch.inf)
+            s = negative_logits(u, start, stop, temperature)
             if extra is not None:
                 s = torch.cat([s, extra[rows].float()], 1)
             shift = s.amax(1, keepdim=True)
@@ -124,7 +148,7 @@ def _margin(
     temperature: float,
     tau_plus: float,
 ) -> tuple[Tensor, Tensor]:
-    """log(Ng) - s_pos, and whether Ng is its lower bound; without tau_plus it never is."""
+    """log(Ng) - s_pos, and whether Ng is at its lower bound, which takes a tau_plus above 0."""
     ratio = log_mean - positive
     floor = -1 / temperature - positive
     if tau_plus:
@@ -137,58 +161,7 @@ def _margin(
     return ratio + math.log(negatives), floored
 
 
-@torch.library.register_fake("clae_fast::hard_nt_xent")
-def _hard_nt_xent_fake(
-    z0: Tensor,
-    z1: Tensor,
-    extra: Tensor | None,
-    temperature: float,
-    beta: float,
-    tau_plus: float,
-    detach_weights: bool,
-    grad: bool,
-    exact: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    N, D = z0.shape
-    loss = z0.new_empty((), dtype=torch.float32)
-    dz = loss.new_empty((2 * N, D) if grad else (0,))
-    return loss, dz, loss.new_empty((0,) if extra is None or not grad else extra.shape)
-
-
 _hard_nt_xent = torch.ops.clae_fast.hard_nt_xent.default
-
-
-class _HardNTXent(torch.autograd.Function):
-    """Computes the gradients with the loss and keeps nothing else, in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z0: Tensor,
-        z1: Tensor,
-        extra: Tensor | None,
-        temperature: float,
-        beta: float,
-        tau_plus: float,
-        detach_weights: bool,
-        exact: bool,
-        impl: str,
-    ) -> Tensor:
-        settings = (temperature, beta, tau_plus, detach_weights)
-        loss, dz, dextra = _hard_nt_xent(z0, z1, extra, *settings, True, exact, impl)
-        ctx.save_for_backward(dz, dextra)
-        ctx.dtype = z0.dtype
-        ctx.extra_dtype = None if extra is None else extra.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dextra = None
-        if ctx.needs_input_grad[2]:
-            dextra = (ctx.saved_tensors[1] * dloss).to(ctx.extra_dtype)
-        return *view_grads(ctx, dloss), dextra, None, None, None, None, None, None
 
 
 def hard_nt_xent(
@@ -211,17 +184,18 @@ def hard_nt_xent(
 
     over the 2N rows of both views, with s the cosine over the temperature T, the positive π(i) of
     a row in the other view, and sums over its n = 2N - 2 negatives. With beta = tau_plus = 0 it is
-    :func:`nt_xent`. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    :func:`nt_xent`. Rows are normalized inside, as F.normalize with eps=1e-12 does.
 
     Args:
-        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
-        beta: How far the weights of negatives are concentrated on the nearest, from 0 on.
-        tau_plus: Share of the negatives taken to be of the row's own class, in [0, 1).
-        detach_weights: Take the weights exp(beta s) for constants in the gradient.
-        extra: Logits of k further negatives of each row, z0's rows above z1's, [2N, k]: cosines
-            over T, of any floating dtype. n is 2N - 2 + k then. impl="torch" alone takes them.
+        beta: How much more the nearest negatives weigh than others, at least 0.
+        tau_plus: Share of the negatives that are taken to be of the row's own class, in [0, 1).
+        detach_weights: Treat the weights exp(beta s) as constants in the gradient.
+        extra: Logits of k further negatives of each row, [2N, k], z0's rows above z1's. They are
+            cosines over T, of any floating dtype, and n is then 2N - 2 + k. Only "reference" and
+            "torch" take them.
         exact: As in :func:`nt_xent`.
         impl: "auto", "reference", "native", "torch" or, for D <= 256, "triton".
 
@@ -249,29 +223,19 @@ def hard_nt_xent(
     _check.in_range("tau_plus", tau_plus, 0, 1)
     _check.flag("detach_weights", detach_weights)
     _check.flag("exact", exact)
-    op = "hard_nt_xent"
     if extra is not None:
         _check.tensor("extra", extra)
         _check.same_place("extra", extra, "z0", z0, dtype=False)
-        if extra.ndim != 2 or len(extra) != 2 * len(z0):
-            raise ValueError(
-                f"extra must have shape [{2 * len(z0)}, k], as many rows as z0 and z1 together, "
-                f"got {list(extra.shape)}"
-            )
-        op = "hard_nt_xent with extra"
-    impl = _impl.resolve(op, impl, z0, z1)
+        _check.shape("extra", extra, 2 * len(z0), "k")
+    impl = _impl.resolve("hard_nt_xent", impl, z0, z1, extra=extra is not None)
+    numbers: dict[str, Any] = {
+        "temperature": temperature,
+        "beta": beta,
+        "tau_plus": tau_plus,
+        "detach_weights": detach_weights,
+    }
     if impl == "reference":
-        return reference(
-            z0,
-            z1,
-            temperature=temperature,
-            beta=beta,
-            tau_plus=tau_plus,
-            detach_weights=detach_weights,
-            extra=extra,
-        )
-    settings = (temperature, beta, tau_plus, detach_weights)
-    wanted = z0.requires_grad or z1.requires_grad or (extra is not None and extra.requires_grad)
-    if torch.is_grad_enabled() and wanted:
-        return _HardNTXent.apply(z0, z1, extra, *settings, exact, impl)
-    return _hard_nt_xent(z0, z1, extra, *settings, False, exact, impl)[0]
+        return reference(z0, z1, extra=extra, **numbers)
+    operands = (z0, z1, extra)
+    settings = (*numbers.values(), wants_grad(*operands), exact, impl)
+    return fused(_hard_nt_xent, operands, settings, views=2)

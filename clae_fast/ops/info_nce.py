@@ -10,15 +10,38 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.info_nce import info_nce as reference
 
+_impl.declare("info_nce", native=_impl.ANY, triton=_impl.rows_of_at_most(1024), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::info_nce",
     "(Tensor anchor, Tensor keys, Tensor? positive, Tensor? weight, float temperature,"
     " bool symmetric, bool mean, bool grad_anchor, bool grad_keys, bool exact, str impl)"
     " -> (Tensor loss, Tensor danchor, Tensor dkeys)",
 )
+
+
+@torch.library.register_fake("clae_fast::info_nce")
+def _info_nce_fake(
+    anchor: Tensor,
+    keys: Tensor,
+    positive: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    mean: bool,
+    grad_anchor: bool,
+    grad_keys: bool,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    return uninitialized(
+        anchor,
+        () if mean else anchor.shape[:1],
+        anchor.shape if grad_anchor else 0,
+        keys.shape if grad_keys else 0,
+    )
 
 
 @torch.library.impl("clae_fast::info_nce", ("cpu", "cuda"))
@@ -37,36 +60,27 @@ def _info_nce_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss and its gradients, or the rows' losses and the gradients of their sum.
 
-    Where there is a weight, each row counts in the gradients as much as that says. A gradient that
-    is not wanted comes back with no elements.
+    The weight, where there is one, says how much each row counts in the gradients.
     """
+    wanted = (grad_anchor, grad_keys)
     if impl == "triton":
         from clae_fast.kernels.info_nce import info_nce
 
-        return info_nce(
-            anchor,
-            keys,
-            temperature,
-            symmetric,
-            (grad_anchor, grad_keys),
-            exact,
-            positive=positive,
-            weight=weight,
-            mean=mean,
-        )
+        named = {"positive": positive, "weight": weight, "mean": mean}
+        return info_nce(anchor, keys, temperature, symmetric, wanted, exact, **named)
     if impl == "native":
-        return _native.info_nce(
-            anchor, keys, positive, weight, temperature, symmetric, mean, grad_anchor, grad_keys
-        )
+        numbers = (temperature, symmetric, mean)
+        outputs = _info_nce_fake(anchor, keys, positive, weight, *numbers, *wanted)
+        rows = (_native.Rows(anchor), _native.Rows(keys))
+        each = _native.in_one_piece(positive, weight)
+        sizes = (len(anchor), *keys.shape)
+        _native.run("info_nce", *rows, *each, *sizes, *numbers, torch.get_num_threads(), *outputs)
+        return outputs
+    loss, danchor, dkeys = _one_way(anchor, keys, positive, weight, temperature, mean, wanted)
     if not symmetric:
-        return _one_way(anchor, keys, positive, weight, temperature, mean, grad_anchor, grad_keys)
-    loss, danchor, dkeys = _one_way(
-        anchor, keys, None, None, temperature, mean, grad_anchor, grad_keys
-    )
-    back, dkeys_back, danchor_back = _one_way(
-        keys, anchor, None, None, temperature, mean, grad_keys, grad_anchor
-    )
-    return (loss + back) / 2, (danchor + danchor_back) / 2, (dkeys + dkeys_back) / 2
+        return loss, danchor, dkeys
+    back = _one_way(keys, anchor, None, None, temperature, mean, (grad_keys, grad_anchor))
+    return (loss + back[0]) / 2, (danchor + back[2]) / 2, (dkeys + back[1]) / 2
 
 
 def _one_way(
@@ -76,35 +90,33 @@ def _one_way(
     weight: Tensor | None,  # [N]
     temperature: float,
     mean: bool,
-    grad_anchor: bool,
-    grad_keys: bool,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form in torch ops, a block of rows at a time."""
     with torch.autocast(anchor.device.type, enabled=False):
         (u, u_norm), (v, v_norm) = unit_rows(anchor), unit_rows(keys)
         N, M = len(u), len(v)
-        partner = v[:N] if positive is None else v[positive]
+        positive_of = torch.arange(N, device=u.device) if positive is None else positive
+        partner = v[positive_of]
         s_positive = (u * partner).sum(1, keepdim=True).div_(temperature)  # [N, 1]
         losses, p_neg = torch.empty_like(s_positive), torch.empty_like(s_positive)
+        grad_anchor, grad_keys = wanted
         du = torch.empty_like(u) if grad_anchor else u.new_empty(0)
         dv = torch.zeros_like(v) if grad_keys else u.new_empty(0)
         for start, stop in row_blocks(N, M):
             rows = slice(start, stop)
             s = (u[rows] @ v.T).div_(temperature)
-            if positive is None:
-                s.diagonal(start).fill_(-torch.inf)
-            else:
-                s.scatter_(1, positive[rows, None], -torch.inf)
+            s.scatter_(1, positive_of[rows, None], -torch.inf)
             shift = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
             exp = s.sub_(shift).exp_()
             neg = exp.sum(1, keepdim=True)
             losses[rows] = F.softplus(neg.log() + shift - s_positive[rows])
-            if not (grad_anchor or grad_keys):
+            if not any(wanted):
                 continue
             share = (neg + (s_positive[rows] - shift).exp()).reciprocal_()
             if weight is not None:
                 share *= weight[rows, None]
-            # the positive's gradient p - 1 is minus the negatives' share: nothing cancels
+            # the positive's gradient p - 1 is minus the negatives' share, so that nothing cancels
             p_neg[rows] = neg * share
             p = exp.mul_(share)
             if grad_anchor:
@@ -119,93 +131,17 @@ def _one_way(
             if positive is None:
                 dv[:N].addcmul_(p_neg, u, value=-1)
             else:
-                # in a fixed order, which index_add_ has not on a GPU
+                # this adds in a fixed order, which index_add_ does not do on a GPU
                 dv.index_put_((positive,), -p_neg * u, accumulate=True)
             dv = unit_rows_backward(dv.div_(divisor), v, v_norm)
         return losses.mean() if mean else losses[:, 0], du, dv
 
 
-@torch.library.register_fake("clae_fast::info_nce")
-def _info_nce_fake(
-    anchor: Tensor,
-    keys: Tensor,
-    positive: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    mean: bool,
-    grad_anchor: bool,
-    grad_keys: bool,
-    exact: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        anchor.new_empty(() if mean else anchor.shape[:1], dtype=torch.float32),
-        anchor.new_empty(anchor.shape if grad_anchor else (0,), dtype=torch.float32),
-        anchor.new_empty(keys.shape if grad_keys else (0,), dtype=torch.float32),
-    )
-
-
 _info_nce = torch.ops.clae_fast.info_nce.default
 
 
-class _MeanInfoNCE(torch.autograd.Function):
-    """Computes the wanted gradients with the loss and keeps nothing else."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        keys: Tensor,
-        positive: Tensor | None,
-        temperature: float,
-        symmetric: bool,
-        exact: bool,
-        impl: str,
-    ) -> Tensor:
-        options = (temperature, symmetric, True, *ctx.needs_input_grad[:2], exact, impl)
-        loss, danchor, dkeys = _info_nce(anchor, keys, positive, None, *options)
-        ctx.save_for_backward(danchor, dkeys)
-        ctx.dtype = anchor.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        danchor, dkeys = ctx.saved_tensors
-        danchor = (danchor * dloss).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        dkeys = (dkeys * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return danchor, dkeys, None, None, None, None, None
-
-
-class _AnchorInfoNCE(torch.autograd.Function):
-    """The losses of the rows, each of which its own anchor's gradient belongs to."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        keys: Tensor,
-        positive: Tensor | None,
-        temperature: float,
-        exact: bool,
-        impl: str,
-    ) -> Tensor:
-        options = (temperature, False, False, True, False, exact, impl)
-        loss, danchor, _ = _info_nce(anchor, keys, positive, None, *options)
-        ctx.save_for_backward(danchor)
-        ctx.dtype = anchor.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        (danchor,) = ctx.saved_tensors
-        return (danchor * dloss[:, None]).to(ctx.dtype), None, None, None, None, None
-
-
-class _RowsInfoNCE(torch.autograd.Function):
-    """The losses of the rows, whose weights in a key's gradient are not known before backward."""
+class _RowLosses(torch.autograd.Function):
+    """The rows' losses, whose gradients are computed when it is known what each row counts."""
 
     @staticmethod
     def forward(
@@ -218,23 +154,55 @@ class _RowsInfoNCE(torch.autograd.Function):
         impl: str,
     ) -> Tensor:
         ctx.save_for_backward(anchor, keys, positive)
-        ctx.options = (temperature, exact, impl)
-        return _info_nce(
-            anchor, keys, positive, None, temperature, False, False, False, False, exact, impl
-        )[0]
+        ctx.settings = (temperature, exact, impl)
+        settings = (temperature, False, False, False, False, exact, impl)
+        return _info_nce(anchor, keys, positive, None, *settings)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         anchor, keys, positive = ctx.saved_tensors
-        temperature, exact, impl = ctx.options
+        temperature, exact, impl = ctx.settings
         wanted = ctx.needs_input_grad[:2]
-        _, danchor, dkeys = _info_nce(
-            anchor, keys, positive, dloss, temperature, False, False, *wanted, exact, impl
-        )
+        settings = (temperature, False, False, *wanted, exact, impl)
+        _, danchor, dkeys = _info_nce(anchor, keys, positive, dloss, *settings)
         danchor = danchor.to(anchor.dtype) if wanted[0] else None
         dkeys = dkeys.to(keys.dtype) if wanted[1] else None
         return danchor, dkeys, None, None, None, None
+
+
+def _row_losses(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    temperature: float,
+    exact: bool,
+    impl: str,
+) -> Tensor:  # [N]
+    """The rows' losses in one direction.
+
+    An anchor's gradient comes from its own row alone, and is computed with the loss. A key's comes
+    from all rows, so that it waits for the backward pass.
+    """
+    if wants_grad(keys):
+        return _RowLosses.apply(anchor, keys, positive, temperature, exact, impl)
+    settings = (temperature, False, False, wants_grad(anchor), False, exact, impl)
+    return fused(_info_nce, (anchor, keys, positive, None), settings)
+
+
+def _mean_loss(
+    anchor: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    positive: Tensor | None,  # [N]
+    temperature: float,
+    symmetric: bool,
+    exact: bool,
+    impl: str,
+) -> Tensor:  # []
+    """The mean of the rows' losses, in one direction or in both."""
+    wanted = (wants_grad(anchor), wants_grad(keys))
+    settings = (temperature, symmetric, True, *wanted, exact, impl)
+    return fused(_info_nce, (anchor, keys, positive, None), settings)
 
 
 def info_nce(
@@ -254,20 +222,19 @@ def info_nce(
         \quad s_{ij} = \frac{a_i \cdot k_j}{\|a_i\| \|k_j\| T}
 
     over the N anchors and all M keys. The positive of anchor i is key i, and keys past the N-th are
-    further negatives; or it is the key that `positive` names, of which several anchors may share
-    one. With `symmetric` it is the mean of this and of the loss in which anchors and keys have
-    changed places. Rows are normalised inside, as F.normalize with eps=1e-12 does. Gradients reach
-    both operands; only those that are wanted are computed, together with the loss. With
-    reduction="none", keys that want one have theirs computed in the backward pass, which repeats
-    the forward's work.
+    further negatives. Or `positive` names the key, which several anchors may share. With
+    `symmetric` the result is the mean of this loss and of the one in which anchors and keys have
+    changed places. Rows are normalized inside, as F.normalize with eps=1e-12 does. Both operands
+    have gradients, and those that are wanted are computed with the loss. The keys' alone is
+    computed in the backward pass where reduction="none", which repeats the forward's work.
 
     Args:
-        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        anchor: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         keys: Projections, [M, D] with M >= N, or with any M where `positive` is given.
         temperature: T, above 0.
         positive: int64 [N], the column of each anchor's positive; None is column i. Not with
-            `symmetric`. Only on the CPU are columns looked at: one that does not exist is an error
-            of the device or makes its row NaN on a GPU.
+            `symmetric`. Columns are checked on the CPU only. On a GPU one that does not exist is an
+            error of the device, or makes its row NaN.
         reduction: "mean" over the rows, or "none" for the loss of each.
         symmetric: Take the loss in both directions; needs M = N.
         exact: As in :func:`nt_xent`.
@@ -323,32 +290,9 @@ def info_nce(
             reduction=reduction,
             symmetric=symmetric,
         )
-    mean = reduction == "mean"
-    if symmetric and not mean:
-        there = _rows_info_nce(anchor, keys, None, temperature, exact, impl)
-        return (there + _rows_info_nce(keys, anchor, None, temperature, exact, impl)) / 2
-    if not mean:
-        return _rows_info_nce(anchor, keys, positive, temperature, exact, impl)
-    if torch.is_grad_enabled() and (anchor.requires_grad or keys.requires_grad):
-        return _MeanInfoNCE.apply(anchor, keys, positive, temperature, symmetric, exact, impl)
-    return _info_nce(
-        anchor, keys, positive, None, temperature, symmetric, True, False, False, exact, impl
-    )[0]
-
-
-def _rows_info_nce(
-    anchor: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    positive: Tensor | None,  # [N]
-    temperature: float,
-    exact: bool,
-    impl: str,
-) -> Tensor:
-    """The losses of the rows in one direction."""
-    if torch.is_grad_enabled() and keys.requires_grad:
-        return _RowsInfoNCE.apply(anchor, keys, positive, temperature, exact, impl)
-    if torch.is_grad_enabled() and anchor.requires_grad:
-        return _AnchorInfoNCE.apply(anchor, keys, positive, temperature, exact, impl)
-    return _info_nce(
-        anchor, keys, positive, None, temperature, False, False, False, False, exact, impl
-    )[0]
+    if reduction == "mean":
+        return _mean_loss(anchor, keys, positive, temperature, symmetric, exact, impl)
+    losses = _row_losses(anchor, keys, positive, temperature, exact, impl)
+    if symmetric:
+        losses = (losses + _row_losses(keys, anchor, None, temperature, exact, impl)) / 2
+    return losses

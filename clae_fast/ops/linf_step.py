@@ -10,12 +10,13 @@ from clae_fast.ops import _bounds
 from clae_fast.ops._bounds import PerChannel
 from clae_fast.reference.linf_step import linf_step as reference
 
-# bounds are alpha, eps, lo and hi, each one number or C; or none, and a table [4, C] of them
+_impl.declare("linf_step", native=_impl.ANY, triton=_impl.ANY, cuda=_impl.ANY)
+# bounds has alpha, eps, lo and hi, each as one number or as C; or it is empty, and table has them
 torch.library.define(
     "clae_fast::linf_step",
     "(Tensor x, Tensor grad, Tensor? x0, float[] bounds, Tensor? table, str impl) -> Tensor",
 )
-# digits of a GPU kernel's layout, enough for images in any strides
+# the digits of a GPU kernel's layout are enough for images in any strides
 _DIGITS = 4
 
 
@@ -31,42 +32,35 @@ def _linf_step_impl(
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
-    centre = x if x0 is None else x0
-    bounds = _bounds.rounded(bounds)
+    center = x if x0 is None else x0
     C = len(bounds) // 4
+    numbers = _bounds.rounded(bounds) if table is None else table
     if impl == "native":
-        x, grad, centre = (_laid_out_as(tensor, out) for tensor in (x, grad, centre))
-        _native.linf_step_cpu(x, grad, centre, out, bounds if table is None else table)
+        x, grad, center = (_laid_out_as(tensor, out) for tensor in (x, grad, center))
+        _native.linf_step_cpu(x, grad, center, out, numbers)
         return out
     if C > _native.LINF_CHANNELS:
-        table = torch.tensor(bounds, dtype=torch.float32).view(4, C).to(x.device)
-    layout = _layout(out, x, grad, centre)
+        numbers = torch.tensor(numbers, dtype=torch.float32).view(4, C).to(x.device)
+    layout = _layout(out, x, grad, center)
     if layout is None:
-        x, grad, centre = (_laid_out_as(tensor, out) for tensor in (x, grad, centre))
-        layout = _layout(out, x, grad, centre)
+        x, grad, center = (_laid_out_as(tensor, out) for tensor in (x, grad, center))
+        layout = _layout(out, x, grad, center)
     assert layout is not None
     if impl == "cuda":
-        _native.linf_step_cuda(x, grad, centre, out, bounds if table is None else table, layout)
+        _native.linf_step_cuda(x, grad, center, out, numbers, layout)
         return out
     from clae_fast.kernels.linf_step import linf_step
 
-    rows = tuple(tuple(bounds[k * C : (k + 1) * C]) for k in range(4))
-    # x itself is not read twice
-    linf_step(
-        x, grad, None if x0 is None else centre, out, rows if table is None else table, layout
-    )
+    rows: tuple[tuple[float, ...], ...] | Tensor | list[float] = numbers
+    if isinstance(numbers, list):
+        rows = tuple(tuple(numbers[k * C : (k + 1) * C]) for k in range(4))
+    # without an x0 the kernel reads x once
+    linf_step(x, grad, None if x0 is None else center, out, rows, layout)
     return out
 
 
 @torch.library.register_fake("clae_fast::linf_step")
-def _linf_step_fake(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor | None,
-    bounds: list[float],
-    table: Tensor | None,
-    impl: str,
-) -> Tensor:
+def _linf_step_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -94,15 +88,15 @@ def linf_step(
     rounded towards `x0`: `|result - x0| <= eps` holds exactly wherever `x0` lies in [lo, hi].
 
     On a GPU it is one launch, whatever the layouts, and CUDA graphs can capture it. Bounds in
-    tensors add a few small launches; numbers for each of more than four channels are copied to the
-    GPU at every call, which no capture allows.
+    tensors add a few small launches. A sequence of numbers for more than four channels is copied to
+    the GPU at every call, which cannot be captured.
 
     Args:
         x: The images to step from, [N, C, ...], fp32, fp16, bf16 or fp64, in any memory layout.
         grad: The gradient by `x`, of its shape and of any of these dtypes.
-        alpha: Step size, in the units of `x`. As each of the following, a number, or C of them for
-            the channels in dimension 1, as a sequence or a tensor.
-        x0: The centre of the ball, of the shape and dtype of `x`; None is `x` itself.
+        alpha: Step size, in the units of `x`. This and the other bounds are numbers, or C of them
+            for the channels in dimension 1, in a sequence or a tensor.
+        x0: The center of the ball, of the shape and dtype of `x`; None is `x` itself.
         eps: Radius of the ball; None is no ball.
         lo: Lower end of the range; None is none.
         hi: Upper end of the range; None is none.
@@ -114,8 +108,8 @@ def linf_step(
     Raises:
         TypeError: An argument of the wrong type, or an `x0` of another dtype than `x`.
         ValueError: Shapes or devices that differ, bounds of another length than C, a bound that is
-            NaN, a negative eps, or lo above hi. Values inside a tensor are not looked at: on a GPU
-            that would wait for them.
+            NaN, a negative eps, or lo above hi. Values inside a tensor are not checked, since one
+            would have to wait for a GPU.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Example:
@@ -140,7 +134,7 @@ def _layout(out: Tensor, *operands: Tensor) -> tuple[tuple[int, ...], ...] | Non
     """Where the elements of `out`, in the order of its memory, lie in each operand.
 
     An element's number is written in a mixed base, the last digit fastest, and every digit
-    multiplied by a stride. Dimensions that are neighbours in all of memory share a digit.
+    multiplied by a stride. Dimensions that are neighbors in all of memory share a digit.
 
     Returns:
         The base, and each operand's strides, of _DIGITS digits; None where more are needed.

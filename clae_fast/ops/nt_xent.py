@@ -2,94 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from clae_fast import _check, _impl, _native
-from clae_fast.ops._rows import view_grads
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.reference.nt_xent import nt_xent as reference
 
-torch.library.define(
-    "clae_fast::nt_xent_fwd",
-    "(Tensor z0, Tensor z1, float temperature, bool exact, str impl) -> Tensor",
+# up to here one launch is assumed to be faster than three; this is not measured yet
+_SINGLE_LAUNCH_ROWS = 2048
+
+
+def _cuda_refuses(z0: Tensor, *_: Tensor, exact: bool = False) -> str:
+    if exact:
+        return "rounds rows to fp16: exact=True needs impl='triton'"
+    n, D = 2 * len(z0), z0.shape[1]
+    if not _native.nt_xent_cuda_takes(n, D):
+        return f"takes few and narrow rows, got {n} of {D} elements"
+    return ""
+
+
+def _cuda_outgrown(z0: Tensor, *_: Tensor, exact: bool = False) -> bool:
+    return 2 * len(z0) > _SINGLE_LAUNCH_ROWS
+
+
+_impl.declare(
+    "nt_xent",
+    native=_impl.ANY,
+    cuda=_impl.Limits(_cuda_refuses, _cuda_outgrown),
+    triton=_impl.rows_of_at_most(1024),
 )
 torch.library.define(
-    "clae_fast::nt_xent_fwd_bwd",
-    "(Tensor z0, Tensor z1, float temperature, bool exact, str impl) -> (Tensor loss, Tensor dz)",
+    "clae_fast::nt_xent",
+    "(Tensor z0, Tensor z1, float temperature, bool grad, bool exact, str impl)"
+    " -> (Tensor loss, Tensor dz)",
 )
 
 
-@torch.library.impl("clae_fast::nt_xent_fwd", ("cpu", "cuda"))
-def _nt_xent_fwd_impl(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    exact: bool,
-    impl: str,
-) -> Tensor:
-    if impl != "triton":
-        native = _native.nt_xent_cuda if impl == "cuda" else _native.nt_xent
-        return native(z0, z1, temperature, grad=False)[0]
-    from clae_fast.kernels.nt_xent import nt_xent
-
-    return nt_xent(z0, z1, temperature, False, exact)[0]
-
-
-@torch.library.impl("clae_fast::nt_xent_fwd_bwd", ("cpu", "cuda"))
-def _nt_xent_fwd_bwd_impl(
-    z0: Tensor,  # [N, D]
-    z1: Tensor,  # [N, D]
-    temperature: float,
-    exact: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    if impl != "triton":
-        native = _native.nt_xent_cuda if impl == "cuda" else _native.nt_xent
-        loss, dz = native(z0, z1, temperature, grad=True)
-        assert dz is not None
-        return loss, dz
-    from clae_fast.kernels.nt_xent import nt_xent
-
-    return nt_xent(z0, z1, temperature, True, exact)
-
-
-@torch.library.register_fake("clae_fast::nt_xent_fwd")
-def _nt_xent_fwd_fake(z0: Tensor, z1: Tensor, temperature: float, exact: bool, impl: str) -> Tensor:
-    return z0.new_empty((), dtype=torch.float32)
-
-
-@torch.library.register_fake("clae_fast::nt_xent_fwd_bwd")
-def _nt_xent_fwd_bwd_fake(
-    z0: Tensor, z1: Tensor, temperature: float, exact: bool, impl: str
-) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("clae_fast::nt_xent")
+def _nt_xent_fake(
+    z0: Tensor, z1: Tensor, temperature: float, grad: bool, *_: object
+) -> tuple[Tensor, ...]:
     N, D = z0.shape
-    loss = z0.new_empty((), dtype=torch.float32)
-    return loss, z0.new_empty((2 * N, D), dtype=torch.float32)
+    return uninitialized(z0, (), (2 * N, D) if grad else 0)
 
 
-_nt_xent_fwd = torch.ops.clae_fast.nt_xent_fwd.default
-_nt_xent_fwd_bwd = torch.ops.clae_fast.nt_xent_fwd_bwd.default
+@torch.library.impl("clae_fast::nt_xent", ("cpu", "cuda"))
+def _nt_xent_impl(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float,
+    grad: bool,
+    exact: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    if impl == "triton":
+        from clae_fast.kernels.nt_xent import nt_xent
+
+        return nt_xent(z0, z1, temperature, grad, exact)
+    loss, dz = _nt_xent_fake(z0, z1, temperature, grad)
+    if impl == "native":
+        operands = (_native.Rows(z0), _native.Rows(z1), *z0.shape)
+        _native.run("nt_xent", *operands, temperature, torch.get_num_threads(), loss, dz)
+    else:
+        operands = (z0, z1, z0.dtype, *z0.stride(), *z1.stride(), *z0.shape)
+        _native.run_cuda("nt_xent_cuda", z0.device, *operands, temperature, loss, dz)
+    return loss, dz
 
 
-class _NTXent(torch.autograd.Function):
-    """Computes the gradient with the loss and keeps nothing else: dz, [2N, D] in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z0: Tensor, z1: Tensor, temperature: float, exact: bool, impl: str
-    ) -> Tensor:
-        loss, dz = _nt_xent_fwd_bwd(z0, z1, temperature, exact, impl)
-        ctx.save_for_backward(dz)
-        ctx.dtype = z0.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *view_grads(ctx, dloss), None, None, None
+_nt_xent = torch.ops.clae_fast.nt_xent.default
 
 
 def nt_xent(
@@ -106,16 +87,17 @@ def nt_xent(
         \quad s_{ij} = \frac{z_i \cdot z_j}{\|z_i\| \|z_j\| T}
 
     over the 2N rows of both views, with the positive π(i) of a row in the other view. Rows are
-    normalised inside, as F.normalize with eps=1e-12 does. With gradients enabled, one fused call
+    normalized inside, as F.normalize with eps=1e-12 does. With gradients enabled, one fused call
     computes loss and gradient, and nothing but the gradient is kept for the backward.
 
     Args:
-        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
-        exact: Compute with fp32 rows to 22 bits on a GPU, at a third of the speed. The default
-            rounds them to fp16's 11 bits for the tensor cores, once; fp16 and bf16 rows are exact.
-        impl: "auto", "reference", "native", "triton" or "cuda", one launch for 2N <= 4096.
+        exact: Keep 22 bits of fp32 rows on a GPU, at a third of the speed. By default they are
+            rounded once to the 11 bits of fp16 for the tensor cores. fp16 and bf16 rows are exact.
+        impl: "auto", "reference", "native", "triton" or "cuda", which is one launch and takes
+            2N <= 4096.
 
     Returns:
         The loss, a scalar of fp32, of fp64 for fp64. NaN where an input is NaN, 0 for N = 1.
@@ -140,6 +122,5 @@ def nt_xent(
     impl = _impl.resolve("nt_xent", impl, z0, z1, exact=exact)
     if impl == "reference":
         return reference(z0, z1, temperature=temperature)
-    if torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad):
-        return _NTXent.apply(z0, z1, temperature, exact, impl)
-    return _nt_xent_fwd(z0, z1, temperature, exact, impl)
+    settings = (temperature, wants_grad(z0, z1), exact, impl)
+    return fused(_nt_xent, (z0, z1), settings, views=2)

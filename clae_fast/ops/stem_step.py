@@ -10,14 +10,44 @@ from clae_fast.ops import _bounds
 from clae_fast.ops._bounds import PerChannel
 from clae_fast.reference.stem_step import stem_step as reference
 
-# bounds are alpha, eps, lo and hi, each one number or 3; or none, and a table [4, 3] of them
+# what csrc/stem_step.h takes: kernel size, stride and padding, and channels of dy
+_STEMS = ((3, 1, 1), (7, 2, 3))
+_CHANNELS = (64, 128, 192)
+
+
+def kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
+    """Whether the kernel takes a dy of `dtype` and these, which have four dimensions."""
+    C_out, C, height, width = weight.shape
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and weight.dtype in (torch.float32, dtype)
+        and x.dtype in (torch.float32, torch.float16)
+        and C_out in _CHANNELS
+        and C == 3
+        and height == width
+        and (height, stride, padding) in _STEMS
+        # the kernel counts in 32 bits the numbers of an image, and the rows' pixels of all images
+        and C_out * x.shape[2] * (x.shape[3] + 64) < 2**30
+        and len(x) * (x.shape[3] + 8) < 2**30
+    )
+
+
+def _cuda_refuses(dy: Tensor, x: Tensor, *, weight: Tensor, stride: int, padding: int) -> str:
+    if kernel_takes(dy.dtype, weight, x, stride, padding):
+        return ""
+    return (
+        f"takes 16-bit dy with {_CHANNELS} channels, fp32 or fp16 x with 3, and kernel size, "
+        f"stride, padding in {_STEMS}; got {dy.dtype}, {x.dtype}, a weight of "
+        f"{list(weight.shape)}, stride {stride}, padding {padding}"
+    )
+
+
+_impl.declare("stem_step", cuda=_impl.Limits(_cuda_refuses))
+# bounds has alpha, eps, lo and hi, each as one number or as 3; or it is empty, and table has them
 torch.library.define(
     "clae_fast::stem_step",
     "(Tensor dy, Tensor weight, Tensor x, float[] bounds, Tensor? table) -> Tensor",
 )
-# of csrc/stem_step.h: kernel size, stride and padding, and channels of dy
-_STEMS = ((3, 1, 1), (7, 2, 3))
-_CHANNELS = (64, 128, 192)
 
 
 @torch.library.impl("clae_fast::stem_step", ("cpu", "cuda"))
@@ -38,9 +68,7 @@ def _stem_step_impl(
 
 
 @torch.library.register_fake("clae_fast::stem_step")
-def _stem_step_fake(
-    dy: Tensor, weight: Tensor, x: Tensor, bounds: list[float], table: Tensor | None
-) -> Tensor:
+def _stem_step_fake(dy: Tensor, weight: Tensor, x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -65,17 +93,17 @@ def stem_step(
     .. math:: \mathrm{clip}(\mathrm{clip}(x + \alpha\, \mathrm{sign}(W^\top dy), x - \epsilon,
         x + \epsilon), lo, hi)
 
-    With W the convolution by `weight`, of zero padding, no groups and no dilation, dy the loss's
-    gradient at its output and x its input, or what the input is an increasing function of, channel
-    by channel. The weight is rounded to the dtype of `dy`, as autocast does for the convolution,
-    sums are fp32 (fp64 for fp64), and the step is that of `linf_step`: `|result - x| <= eps` holds
-    exactly wherever `x` lies in [lo, hi], the sign of NaN is 0.
+    W is the convolution by `weight`, with zero padding, no groups and no dilation, and dy is the
+    loss's gradient at its output. x is its input, or an image of which the input is an increasing
+    function, channel by channel. The weight is rounded to the dtype of `dy`, as autocast does for
+    the convolution, and sums are fp32 (fp64 for fp64). The step is that of `linf_step`:
+    `|result - x| <= eps` holds exactly wherever `x` lies in [lo, hi], and the sign of NaN is 0.
 
     The kernel of `impl="cuda"` takes fp16 or bf16 `dy` with 64, 128 or 192 channels and fewer than
     about 2^30 numbers an image, fp32 or fp16 `x` with 3 channels, and a `weight` of 3x3 with stride
-    and padding 1 or of 7x7 with stride 2 and padding 3. Fastest is `dy` in channels_last. Where a
-    number of `dy` is not finite, pixels up to one beyond those that it reaches may stay where they
-    are.
+    and padding 1 or of 7x7 with stride 2 and padding 3. It is fastest for `dy` in channels_last.
+    Where a number of `dy` is not finite, the pixels that it reaches, and those next to them, may
+    stay where they are.
 
     Args:
         dy: Gradient at the convolution's output.
@@ -107,16 +135,8 @@ def stem_step(
     _check_convolution(dy, weight, x, stride, padding)
     _bounds.check(x, alpha, eps, lo, hi)
     dy, weight, x = dy.detach(), weight.detach(), x.detach()
-    takes = kernel_takes(dy.dtype, weight, x, stride, padding)
-    if _impl.requested(impl) == "auto" and not takes:
-        impl = "reference"
-    impl = _impl.resolve("stem_step", impl, dy, x)
-    if impl == "cuda" and not takes:
-        raise ValueError(
-            f"impl='cuda' takes 16-bit dy with {_CHANNELS} channels, fp32 or fp16 x with 3, and "
-            f"kernel size, stride, padding in {_STEMS}; got {dy.dtype}, {x.dtype}, a weight of "
-            f"{list(weight.shape)}, stride {stride}, padding {padding}"
-        )
+    convolution = {"weight": weight, "stride": stride, "padding": padding}
+    impl = _impl.resolve("stem_step", impl, dy, x, **convolution)
     if impl == "reference":
         return reference(
             dy, weight, x, stride=stride, padding=padding, alpha=alpha, eps=eps, lo=lo, hi=hi
@@ -125,26 +145,9 @@ def stem_step(
 
 
 def has_kernel(impl: str, device: torch.device) -> bool:
-    """Whether a request `impl` means the kernel where it takes the operands."""
+    """Whether a request `impl` is for the kernel, which may still refuse the operands."""
     wanted = _impl.requested(impl) in ("auto", "cuda")
     return wanted and "cuda" in _impl.available("stem_step", device.type)
-
-
-def kernel_takes(dtype: torch.dtype, weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
-    """Whether the kernel takes a dy of `dtype` and these, which have four dimensions."""
-    C_out, C, height, width = weight.shape
-    return (
-        dtype in (torch.float16, torch.bfloat16)
-        and weight.dtype in (torch.float32, dtype)
-        and x.dtype in (torch.float32, torch.float16)
-        and C_out in _CHANNELS
-        and C == 3
-        and height == width
-        and (height, stride, padding) in _STEMS
-        # what the kernel counts in 32 bits: numbers of images side by side, pixels of all in a row
-        and C_out * x.shape[2] * (x.shape[3] + 64) < 2**30
-        and len(x) * (x.shape[3] + 8) < 2**30
-    )
 
 
 def _check_convolution(dy: Tensor, weight: Tensor, x: Tensor, stride: int, padding: int) -> None:
@@ -154,11 +157,8 @@ def _check_convolution(dy: Tensor, weight: Tensor, x: Tensor, stride: int, paddi
         _check.same_place(name, value, "x", x, dtype=False)
         if value.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {list(value.shape)}")
-    for name, number, least in (("stride", stride, 1), ("padding", padding, 0)):
-        if not isinstance(number, int):
-            raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    _check.integer("stride", stride, 1)
+    _check.integer("padding", padding, 0)
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
             f"weight must have the {x.shape[1]} channels of x, got shape {list(weight.shape)}"

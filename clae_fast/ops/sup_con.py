@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.sup_con import sup_con as reference
 
+_impl.declare("sup_con", torch=_impl.ANY)
 torch.library.define(
     "clae_fast::sup_con",
     "(Tensor z, Tensor labels, float temperature, bool detach_columns, bool grad, str impl)"
@@ -29,11 +28,11 @@ def _sup_con_impl(
     grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The closed form in torch ops, a block of rows at a time; [0] for a gradient not wanted.
+    """The closed form in torch ops, a block of rows at a time.
 
-    With q the negatives' share of a row's softmax p, the gradient of its loss by its logits is p_k
-    for a negative and, with the softmax r over its m positives alone, (r_k - 1 / m) - q r_k for a
-    positive: nothing cancels where m = 1.
+    Let p be a row's softmax, q the negatives' share of it, and r the softmax over the row's m
+    positives alone. The gradient of the row's loss by the logit of a negative k is p_k, and by that
+    of a positive k it is (r_k - 1 / m) - q r_k, where nothing cancels for m = 1.
     """
     with torch.autocast(z.device.type, enabled=False):
         u, norm = unit_rows(z)
@@ -61,7 +60,7 @@ def _sup_con_impl(
                 continue
             q = margin.sigmoid()
             r = s_pos.sub_(lse_pos).exp_()
-            # a row without negatives has none to weigh
+            # a row without negatives would subtract inf from inf
             p = s_neg.sub_(lse_neg.masked_fill(same.all(1, keepdim=True), 0)).exp_().mul_(q)
             g = torch.where(positive, (r - 1 / m) - q * r, p).masked_fill_(m == 0, 0)
             du[rows] += g @ u
@@ -75,32 +74,12 @@ def _sup_con_impl(
 
 @torch.library.register_fake("clae_fast::sup_con")
 def _sup_con_fake(
-    z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, grad: bool, impl: str
-) -> tuple[Tensor, Tensor]:
-    loss = z.new_empty((), dtype=torch.float32)
-    return loss, loss.new_empty(z.shape if grad else (0,))
+    z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, grad: bool, *_: object
+) -> tuple[Tensor, ...]:
+    return uninitialized(z, (), z.shape if grad else 0)
 
 
 _sup_con = torch.ops.clae_fast.sup_con.default
-
-
-class _SupCon(torch.autograd.Function):
-    """Computes the gradient with the loss and keeps nothing else: dz, [n, D] in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, labels: Tensor, temperature: float, detach_columns: bool, impl: str
-    ) -> Tensor:
-        loss, dz = _sup_con(z, labels, temperature, detach_columns, True, impl)
-        ctx.save_for_backward(dz)
-        ctx.dtype = z.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        (dz,) = ctx.saved_tensors
-        return (dz * dloss).to(ctx.dtype), None, None, None, None
 
 
 def sup_con(
@@ -117,21 +96,23 @@ def sup_con(
         - \frac{1}{|P_i|} \sum_{p \in P_i} s_{ip}, \quad
         s_{ij} = \frac{z_i \cdot z_j}{\|z_i\| \|z_j\| T}
 
-    with P_i the other rows of i's label: the paper's L_out. R are the rows that have any; a row
-    alone with its label is a negative of the others and has no loss of its own. With two views of
-    N images and labels 0 to N - 1 it is :func:`nt_xent`; with three and `detach_columns`, half of
-    RoCL's. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    where P_i are the other rows of i's label: this is the paper's L_out. R are the rows that have
+    such others. A row that is alone with its label is a negative of the others and has no loss of
+    its own. With two views of N images and the labels 0 to N - 1 it is :func:`nt_xent`; with three
+    views and `detach_columns` it is half of RoCL's loss. Rows are normalized inside, as F.normalize
+    with eps=1e-12 does.
 
     Args:
-        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalised. The order is free.
-        labels: What makes rows positives of one another, int64 [n].
+        z: Projections, [n, D], fp32, fp16, bf16 or fp64; not normalized. The order is free.
+        labels: Rows of the same label are positives of one another, int64 [n].
         temperature: T, above 0.
-        detach_columns: Take the columns for constants: a row's gradient comes from its own term.
+        detach_columns: Treat the columns as constants, so that a row's gradient comes from its own
+            term alone.
         impl: "auto", "reference" or "torch".
 
     Returns:
-        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is, 0 where no
-        label is there twice.
+        The loss, a scalar of fp32, of fp64 for fp64. NaN where a row that counts is NaN, 0 where no
+        label occurs twice.
 
     Raises:
         TypeError: An argument of the wrong type, or labels other than int64.
@@ -151,6 +132,4 @@ def sup_con(
     impl = _impl.resolve("sup_con", impl, z)
     if impl == "reference":
         return reference(z, labels, temperature=temperature, detach_columns=detach_columns)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _SupCon.apply(z, labels, temperature, detach_columns, impl)
-    return _sup_con(z, labels, temperature, detach_columns, False, impl)[0]
+    return fused(_sup_con, (z, labels), (temperature, detach_columns, wants_grad(z), impl))

@@ -9,9 +9,15 @@ from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward
 from clae_fast.reference.tied_nt_xent import tied_nt_xent as reference
 
+_impl.declare("tied_nt_xent", native=_impl.ANY, triton=_impl.rows_of_at_most(1024), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::tied_nt_xent", "(Tensor z, float temperature, bool exact, str impl) -> Tensor"
 )
+
+
+@torch.library.register_fake("clae_fast::tied_nt_xent")
+def _tied_nt_xent_fake(z: Tensor, *_: object) -> Tensor:
+    return z.new_empty(z.shape, dtype=torch.float32)
 
 
 @torch.library.impl("clae_fast::tied_nt_xent", ("cpu", "cuda"))
@@ -26,7 +32,10 @@ def _tied_nt_xent_impl(
 
         return tied_nt_xent(z, temperature, exact)
     if impl == "native":
-        return _native.tied_nt_xent(z, temperature)
+        dz = _tied_nt_xent_fake(z)
+        operands = (_native.Rows(z), *z.shape)
+        _native.run("tied_nt_xent", *operands, temperature, torch.get_num_threads(), dz)
+        return dz
     with torch.autocast(z.device.type, enabled=False):
         u, norm = unit_rows(z)
         N = len(u)
@@ -38,7 +47,7 @@ def _tied_nt_xent_impl(
             s.diagonal(start).fill_(-torch.inf)
             shift = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
             exp = s.sub_(shift).exp_()
-            # every negative is there in both views
+            # every negative counts twice, once for each view
             neg = exp.sum(1, keepdim=True).mul_(2)
             weight = (neg + (positive[rows] - shift).exp()).reciprocal_()
             p_neg[rows] = neg * weight
@@ -47,11 +56,6 @@ def _tied_nt_xent_impl(
             du.addmm_(p.T, u[rows])
         du.addcmul_(p_neg, u, value=-1)
         return unit_rows_backward(du.div_(N * temperature), u, norm)
-
-
-@torch.library.register_fake("clae_fast::tied_nt_xent")
-def _tied_nt_xent_fake(z: Tensor, temperature: float, exact: bool, impl: str) -> Tensor:
-    return z.new_empty(z.shape, dtype=torch.float32)
 
 
 _tied_nt_xent = torch.ops.clae_fast.tied_nt_xent.default
@@ -66,24 +70,25 @@ def tied_nt_xent(
 ) -> Tensor:
     r"""Gradient of :func:`nt_xent` by its second view where both views are `z`.
 
-    Equal to d nt_xent(z.detach(), z_b) / d z_b at z_b = z, by its closed form on N rows instead of
-    2N and without autograd: with :math:`p_{jk}` the softmax of row j at the negative k,
+    It equals d nt_xent(z.detach(), z_b) / d z_b at z_b = z, and is computed by its closed form on N
+    rows instead of 2N, without autograd. With :math:`p_{jk}` the softmax of row j at the negative
+    k, it is
 
     .. math:: \frac{1}{N T \|z_j\|} (I - u_j u_j^\top) \sum_{k \ne j} (p_{jk} + p_{kj}) u_k.
 
-    It is what the released attack of CLAE follows: the adversary starts at the clean view, where
-    the positive has no gradient.
+    The released attack of CLAE follows this gradient: it starts at the clean view, where the
+    positive has no gradient.
 
     Args:
-        z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalised. A constant here.
+        z: Projections, [N, D], fp32, fp16, bf16 or fp64; not normalized. A constant here.
         temperature: T, above 0.
         exact: As in :func:`nt_xent`.
         impl: "auto", "reference", "native", "torch" or "triton".
 
     Returns:
-        The gradient, [N, D], in fp32, in fp64 for fp64: it can be scaled before a cast to half
-        precision. That of bf16 rows has bf16's digits where they are multiplied as they are, on
-        processors with AVX-512 BF16. NaN where an input is NaN, 0 for N = 1.
+        The gradient, [N, D], in fp32, in fp64 for fp64, so that it can be scaled before a cast to
+        half precision. Processors with AVX-512 BF16 multiply bf16 rows as they are, and the
+        gradient then has the digits of bf16. NaN where an input is NaN, 0 for N = 1.
 
     Raises:
         TypeError: An argument of the wrong type.

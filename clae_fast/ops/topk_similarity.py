@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from clae_fast import _check, _impl, _native
 from clae_fast.ops._rows import row_blocks, unit_rows
 from clae_fast.reference.topk_similarity import topk_similarity as reference
 
-# a key's index shares 64 bits with its similarity
+_impl.declare("topk_similarity", native=_impl.ANY, torch=_impl.ANY)
+# a key's index and its similarity share 64 bits
 _MAX_KEYS = 2**32 - 1
 
 torch.library.define(
@@ -18,6 +18,14 @@ torch.library.define(
     "(Tensor anchor, Tensor keys, SymInt k, Tensor? exclude, str impl)"
     " -> (Tensor values, Tensor indices)",
 )
+
+
+@torch.library.register_fake("clae_fast::topk_similarity")
+def _topk_similarity_fake(
+    anchor: Tensor, keys: Tensor, k: int, *_: object
+) -> tuple[Tensor, Tensor]:
+    values = anchor.new_empty((anchor.shape[0], k), dtype=torch.float32)
+    return values, torch.empty_like(values, dtype=torch.int64)
 
 
 @torch.library.impl("clae_fast::topk_similarity", ("cpu", "cuda"))
@@ -28,13 +36,16 @@ def _topk_similarity_impl(
     exclude: Tensor | None,  # [N, E]
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    values, indices = _topk_similarity_fake(anchor, keys, k)
     if impl == "native":
-        return _native.topk_similarity(anchor, keys, k, exclude)
+        (exclude,) = _native.in_one_piece(exclude)
+        given = (_native.Rows(anchor), _native.Rows(keys), exclude)
+        sizes = (len(anchor), *keys.shape, 0 if exclude is None else exclude.shape[1], k)
+        _native.run("topk_similarity", *given, *sizes, torch.get_num_threads(), values, indices)
+        return values, indices
     with torch.autocast(anchor.device.type, enabled=False):
         u, v = unit_rows(anchor)[0], unit_rows(keys)[0]
         N, M = len(u), len(v)
-        values = u.new_empty((N, k))
-        indices = torch.empty((N, k), dtype=torch.int64, device=u.device)
         column = torch.arange(M, device=u.device)
         for start, stop in row_blocks(N, M):
             rows = slice(start, stop)
@@ -50,20 +61,9 @@ def _topk_similarity_impl(
 
 def _ranks(s: Tensor) -> Tensor:
     """Integers in the order of the similarities, NaN above all, with 32 bits free below them."""
-    # no similarity is infinite, and + 0 makes 0 of -0
+    # no similarity is infinite; adding 0 turns -0 into 0
     bits = s.nan_to_num(nan=torch.inf, neginf=-torch.inf).add_(0).view(torch.int32)
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
-
-
-@torch.library.register_fake("clae_fast::topk_similarity")
-def _topk_similarity_fake(
-    anchor: Tensor, keys: Tensor, k: int, exclude: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor]:
-    shape = (anchor.shape[0], k)
-    return (
-        anchor.new_empty(shape, dtype=torch.float32),
-        anchor.new_empty(shape, dtype=torch.int64),
-    )
 
 
 _topk_similarity = torch.ops.clae_fast.topk_similarity.default
@@ -82,19 +82,19 @@ def topk_similarity(
     .. math:: s_{ij} = \frac{a_i \cdot k_j}{\|a_i\| \|k_j\|}
 
     The largest come first, and of equal ones the lower index: the order is total, and does not
-    depend on the number of threads. Rows are normalised inside, as F.normalize with eps=1e-12
+    depend on the number of threads. Rows are normalized inside, as F.normalize with eps=1e-12
     does; nothing of N x M elements is stored. Not differentiable: gather the keys with the indices
     and take their similarities to differentiate.
 
-    It serves hard negatives of a queue or batch, positives assigned from a bank, and votes of
-    nearest neighbours.
+    It finds hard negatives in a queue or a batch, positives in a bank, and the nearest neighbors
+    that vote for a label.
 
     Args:
-        anchor: Rows that look for keys, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        anchor: Rows that look for keys, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         keys: Rows to choose from, [M, D] with M < 2^32.
         k: How many to return of each row, from 1 to M - E.
-        exclude: int64 [N, E], columns that a row does not return, as its own or its positive's;
-            repeated ones count once. E is meant to be small.
+        exclude: int64 [N, E], columns that a row must not return, such as its own or its
+            positive's. Repeated ones count once. E is meant to be small.
         impl: "auto", "reference", "native" or "torch".
 
     Returns:
@@ -123,7 +123,7 @@ def topk_similarity(
         )
     excluded = 0
     if exclude is not None:
-        _check_exclude(exclude, anchor, M)
+        _check.columns("exclude", exclude, anchor, M, "[N, E]")
         excluded = exclude.shape[1]
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
@@ -135,28 +135,3 @@ def topk_similarity(
     if impl == "reference":
         return reference(anchor, keys, k, exclude=exclude)
     return _topk_similarity(anchor.detach(), keys.detach(), k, exclude, impl)
-
-
-def _check_exclude(exclude: Tensor, anchor: Tensor, M: int) -> None:
-    """Raises unless `exclude` holds columns of M keys for each anchor."""
-    if not isinstance(exclude, Tensor):
-        raise TypeError(f"exclude must be a torch.Tensor, got {type(exclude).__name__}")
-    if exclude.dtype != torch.int64:
-        raise TypeError(f"exclude must be of dtype int64, got {exclude.dtype}")
-    if exclude.ndim != 2 or exclude.shape[0] != anchor.shape[0]:
-        raise ValueError(
-            f"exclude must have shape [N, E] with N = {anchor.shape[0]} as anchor has, "
-            f"got {list(exclude.shape)}"
-        )
-    if exclude.device != anchor.device:
-        raise ValueError(
-            f"exclude must be on the device of anchor, {anchor.device}, got {exclude.device}"
-        )
-    # not where it would wait for a GPU, whose own check follows, or break a compiled graph, and not
-    # in a dry run, whose tensors have no values
-    values = not (torch.compiler.is_compiling() or isinstance(exclude, FakeTensor))
-    if exclude.device.type == "cpu" and exclude.numel() and values:
-        low, high = (int(bound) for bound in exclude.aminmax())
-        if low < 0 or high >= M:
-            wrong = low if low < 0 else high
-            raise ValueError(f"exclude must hold columns from 0 to {M - 1}, got {wrong}")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clae_fast import _check, _impl, _native
-from clae_fast.ops._rows import row_blocks, unit_rows, unit_rows_backward, view_grads
+from clae_fast.ops._loss import fused, uninitialized, wants_grad
+from clae_fast.ops._rows import negative_logits, row_blocks, two_views, unit_rows_backward
 from clae_fast.reference.uel import uel as reference
 
+_impl.declare("uel", native=_impl.ANY, triton=_impl.rows_of_at_most(256), torch=_impl.ANY)
 torch.library.define(
     "clae_fast::uel",
     "(Tensor z0, Tensor z1, float temperature, bool grad, bool exact, str impl)"
     " -> (Tensor loss, Tensor dz)",
 )
+
+
+@torch.library.register_fake("clae_fast::uel")
+def _uel_fake(
+    z0: Tensor, z1: Tensor, temperature: float, grad: bool, *_: object
+) -> tuple[Tensor, ...]:
+    N, D = z0.shape
+    return uninitialized(z0, (), (2 * N, D) if grad else 0)
 
 
 @torch.library.impl("clae_fast::uel", ("cpu", "cuda"))
@@ -29,37 +36,36 @@ def _uel_impl(
     exact: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """A gradient that is not wanted comes back with no elements.
+    """The closed form in torch ops is computed a block of rows at a time.
 
-    With "top" the most similar negative of a row, p its softmax, q the softmax without top and
-    t = sum of p / (1 - p) over the negatives but top, the gradient of a row's loss by its logits is
+    Let top be the most similar negative of a row, p the row's softmax, q its softmax without top,
+    and t the sum of p / (1 - p) over the negatives but top. The gradient of the row's loss is, by
+    the logit of
 
         top            p_top (2 - t)
         the positive   -(1 - p_pos) - p_pos t - p_top q_pos
         a negative k   p_k (2 - t + p_k / (1 - p_k)) - p_top q_k
 
-    in which p_top / (1 - p_top), unbounded, has been multiplied out.
+    where p_top / (1 - p_top), which is unbounded, has been multiplied out.
     """
     if impl == "triton":
         from clae_fast.kernels.uel import uel
 
         return uel(z0, z1, temperature, grad, exact)
     if impl == "native":
-        loss, dz = _native.uel(z0, z1, temperature, grad)
-        return loss, loss.new_empty(0) if dz is None else dz
+        loss, dz = _uel_fake(z0, z1, temperature, grad)
+        operands = (_native.Rows(z0), _native.Rows(z1), *z0.shape)
+        _native.run("uel", *operands, temperature, torch.get_num_threads(), loss, dz)
+        return loss, dz
     with torch.autocast(z0.device.type, enabled=False):
-        u, norm = unit_rows(torch.cat([z0, z1]))
+        u, norm, positive = two_views(z0, z1, temperature)
         n, N = len(u), len(z0)
-        positive_of = torch.arange(n, device=u.device).roll(N)[:, None]
-        positive = (u[:N] * u[N:]).sum(1, keepdim=True).div_(temperature).repeat(2, 1)  # [2N, 1]
         losses, dpositive = torch.empty_like(positive), torch.empty_like(positive)
         du = torch.empty_like(u) if grad else u.new_empty(0)
         for start, stop in row_blocks(n, n):
             rows = slice(start, stop)
             pos = positive[rows]
-            s = (u[rows] @ u.T).div_(temperature)
-            s.diagonal(start).fill_(-torch.inf)
-            s.scatter_(1, positive_of[rows], -torch.inf)
+            s = negative_logits(u, start, stop, temperature)
             s_top, top = s.max(1, keepdim=True)
             s.scatter_(1, top, -torch.inf)
             shift = torch.maximum(s.amax(1, keepdim=True), pos)
@@ -88,34 +94,7 @@ def _uel_impl(
         return losses.mean(), du
 
 
-@torch.library.register_fake("clae_fast::uel")
-def _uel_fake(
-    z0: Tensor, z1: Tensor, temperature: float, grad: bool, exact: bool, impl: str
-) -> tuple[Tensor, Tensor]:
-    N, D = z0.shape
-    loss = z0.new_empty((), dtype=torch.float32)
-    return loss, z0.new_empty((2 * N, D) if grad else (0,), dtype=torch.float32)
-
-
 _uel = torch.ops.clae_fast.uel.default
-
-
-class _UEL(torch.autograd.Function):
-    """Computes the gradient with the loss and keeps nothing else: dz, [2N, D] in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z0: Tensor, z1: Tensor, temperature: float, exact: bool, impl: str
-    ) -> Tensor:
-        loss, dz = _uel(z0, z1, temperature, True, exact, impl)
-        ctx.save_for_backward(dz)
-        ctx.dtype = z0.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *view_grads(ctx, dloss), None, None, None
 
 
 def uel(
@@ -134,10 +113,10 @@ def uel(
 
     over the 2N rows of both views, with s the cosine over the temperature and the positive π(i) of
     a row in the other view. As released, a row's gradient comes from its own term only: the columns
-    are detached. Rows are normalised inside, as F.normalize with eps=1e-12 does.
+    are detached. Rows are normalized inside, as F.normalize with eps=1e-12 does.
 
     Args:
-        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalised.
+        z0: Projections of the first view, [N, D], fp32, fp16, bf16 or fp64; not normalized.
         z1: Projections of the second view, row i belonging to row i of `z0`.
         temperature: T, above 0.
         exact: As in :func:`nt_xent`.
@@ -166,6 +145,5 @@ def uel(
     impl = _impl.resolve("uel", impl, z0, z1)
     if impl == "reference":
         return reference(z0, z1, temperature=temperature)
-    if torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad):
-        return _UEL.apply(z0, z1, temperature, exact, impl)
-    return _uel(z0, z1, temperature, False, exact, impl)[0]
+    settings = (temperature, wants_grad(z0, z1), exact, impl)
+    return fused(_uel, (z0, z1), settings, views=2)

@@ -1,33 +1,20 @@
 """The specification: every op in eager PyTorch, any dtype and device, differentiated by autograd.
 
 Nothing here is fast. Where an implementation differs from it by more than rounding, the
-implementation is wrong.
+implementation is wrong. Each module defines the function that it is named after.
 """
 
-from clae_fast.reference.augment import augment
-from clae_fast.reference.bank_step import bank_step
-from clae_fast.reference.h_scl import h_scl
-from clae_fast.reference.hard_nt_xent import hard_nt_xent
-from clae_fast.reference.info_nce import info_nce
-from clae_fast.reference.linf_step import linf_step
-from clae_fast.reference.nt_xent import nt_xent
-from clae_fast.reference.stem_step import stem_step
-from clae_fast.reference.sup_con import sup_con
-from clae_fast.reference.tied_nt_xent import tied_nt_xent
-from clae_fast.reference.topk_similarity import topk_similarity
-from clae_fast.reference.uel import uel
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "augment",
-    "bank_step",
-    "h_scl",
-    "hard_nt_xent",
-    "info_nce",
-    "linf_step",
-    "nt_xent",
-    "stem_step",
-    "sup_con",
-    "tied_nt_xent",
-    "topk_similarity",
-    "uel",
-]
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., Any]: ...
+
+
+for _module in iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        _function = getattr(import_module(f"{__name__}.{_module.name}"), _module.name)
+        globals()[_module.name] = _function

@@ -1,4 +1,4 @@
-"""Views of images under given parameters: crop, flip, colours, grey, blur and solarization."""
+"""Views of images under given parameters: crop, flip, colors, grey, blur and solarization."""
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ def augment(
 ) -> Tensor:  # [2N, 3, size, size]
     """Both views of each sample, one after another, by the functions of torchvision.transforms.v2.
 
-    Pixels are floats in [0, 1] from the start. They are cut to that range after the crop, since
-    bicubic weights overshoot, and at the end; colours do it at every step. Nothing is rounded
-    before the end, where transforms of 8-bit images round after every step.
+    Pixels are floats in [0, 1] from the start. They are clamped to that range after the crop, since
+    bicubic weights overshoot, after every change of color, and at the end. Nothing is rounded
+    before the end, whereas transforms of 8-bit images round after every step.
 
     Args:
         images: uint8, all of one size or ragged.
@@ -29,9 +29,9 @@ def augment(
         rows: Which of `images` each sample is; None is the first N.
         size: Side of the views.
         interpolation: "bilinear" or "bicubic", both with antialiasing.
-        dtype: Of the result.
+        dtype: The result's dtype.
         mean: Subtracted from each channel at the end.
-        std: What each channel is divided by after that.
+        std: Divides each channel after that.
     """
     N = params.shape[1]
     image = images.image if isinstance(images, RaggedImages) else images.__getitem__
@@ -44,8 +44,8 @@ def augment(
     ]
     out = torch.stack(views) if views else torch.empty(0, 3, size, size, device=params.device)
     if mean is not None and std is not None:
-        centre, scale = (out.new_tensor(numbers).view(3, 1, 1) for numbers in (mean, std))
-        out = (out - centre) / scale
+        center, scale = (out.new_tensor(numbers).view(3, 1, 1) for numbers in (mean, std))
+        out = (out - center) / scale
     return out.to(dtype)
 
 
@@ -77,5 +77,5 @@ def _view(image: Tensor, params: list[float], size: int, interpolation: str) -> 
 
 
 def _blur_taps(size: int) -> int:
-    """Taps of the blur of a view: 23 for one of 224, as SimCLR and BYOL have it."""
+    """Taps of a view's blur: 23 for a view of 224 pixels, as in SimCLR and BYOL."""
     return max(2 * (size // 20) + 1, 3)

@@ -1,4 +1,4 @@
-"""A step of a bank that learns: AdCo's and CaCo's."""
+"""A step of AdCo's or CaCo's bank of learnable keys."""
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ def bank_step(
     """V = momentum V + G + weight_decay W and W = W - lr V, in place.
 
     G is the gradient by W of the anchors' cross-entropy over the bank, whose unit rows are w_k =
-    W_k / |W_k|, with the sign flipped on every entry of the matrix of similarities that is no
-    positive. By the entry s_ik that gradient is p_ik - 1 at a positive and p_ik elsewhere, so with
-    the flipped sign -(1 - p_ik) and -p_ik, over N and T; by w_k it is the sum of these over i,
-    times u_i; by W_k the part of that which is orthogonal to w_k, over |W_k|.
+    W_k / |W_k|, with its sign flipped at every similarity that is no positive. The gradient by s_ik
+    is p_ik - 1 at a positive and p_ik elsewhere, over N and T, and -(1 - p_ik) and -p_ik after the
+    flip. The gradient by w_k is the sum of these over i, times u_i. The gradient by W_k is the part
+    of that which is orthogonal to w_k, over |W_k|.
 
-    The positive of row i is bank entry positive_i; or it is key i, and then the other keys of the
-    row's view are negatives beside the bank.
+    The positive of row i is bank entry positive_i. Or it is key i, and the other keys of the row's
+    view are negatives beside the bank.
     """
     with torch.autocast(anchor.device.type, enabled=False):
         u, w = (unit_rows(z).to(bank.dtype) for z in (anchor, bank))
@@ -49,7 +49,7 @@ def bank_step(
             no_negative = (view[:, None] != view).fill_diagonal_(True)
             others = (u @ v.T / temperature).masked_fill(no_negative, -torch.inf)
             negatives = torch.cat([others, s], 1)
-        # log(neg / pos), of which nothing cancels in 1 - p of a positive
+        # log(neg / pos), from which 1 - p of a positive follows without cancellation
         margin = negatives.logsumexp(1) - (u * v).sum(1) / temperature  # [N]
         log_denominator = (u * v).sum(1) / temperature - F.logsigmoid(-margin)
         p = (s - log_denominator[:, None]).exp()
@@ -57,7 +57,7 @@ def bank_step(
         p = p / len(u) if weight is None else p * weight[:, None]
         r = p.T @ u
         norm = torch.linalg.vector_norm(bank, dim=1, keepdim=True)
-        # a row that was only scaled has no part to lose
+        # rows below 1e-12 are scaled but not normalized, and keep their radial part
         radial = (r * w).sum(1, keepdim=True).masked_fill(norm < 1e-12, 0)
         gradient = -(r - radial * w) / (norm.clamp_min(1e-12) * temperature)
     velocity.mul_(momentum).add_(gradient).add_(bank, alpha=weight_decay)

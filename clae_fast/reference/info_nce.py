@@ -16,10 +16,10 @@ def info_nce(
     reduction: str = "mean",
     symmetric: bool = False,
 ) -> Tensor:
-    """Of each row i -log(exp(s_ip) / sum over all keys j of exp(s_ij)), p = positive_i or i.
+    """The loss of row i is -log(exp(s_ip) / sum over all keys j of exp(s_ij)), p = positive_i or i.
 
-    With `symmetric` the mean of this and of the same with anchors and keys exchanged. The mean over
-    the rows, or [N] where `reduction` is "none".
+    With `symmetric` it is the mean of this and of the same with anchors and keys exchanged. Returns
+    the mean over the rows, or [N] where `reduction` is "none".
     """
     if symmetric:
         there, back = (

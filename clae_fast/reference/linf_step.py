@@ -23,19 +23,19 @@ def linf_step(
     """
     x, grad, x0 = x.detach(), grad.detach(), (x if x0 is None else x0).detach()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y, centre = x.to(dtype), x0.to(dtype)
+    y, center = x.to(dtype), x0.to(dtype)
     alpha = _per_channel(alpha, x).to(dtype)
     zero = torch.zeros((), dtype=dtype, device=x.device)
     y = y + torch.where(grad > 0, alpha, torch.where(grad < 0, -alpha, zero))  # sign(NaN) is 0
-    y = torch.where(centre.isnan(), centre, y)
+    y = torch.where(center.isnan(), center, y)
     if eps is not None:
         exact_eps = _per_channel(eps, x)
         eps = exact_eps.to(dtype)
         eps = torch.where(eps > exact_eps, eps.nextafter(zero), eps)
-        low, error = _two_sum(centre, -eps)
-        low = torch.where(error > 0, low.nextafter(centre), low)
-        high, error = _two_sum(centre, eps)
-        high = torch.where(error < 0, high.nextafter(centre), high)
+        low, error = _two_sum(center, -eps)
+        low = torch.where(error > 0, low.nextafter(center), low)
+        high, error = _two_sum(center, eps)
+        high = torch.where(error < 0, high.nextafter(center), high)
         y = torch.where(y < low, low, y)
         y = torch.where(y > high, high, y)
     if lo is not None:
@@ -44,7 +44,7 @@ def linf_step(
     if hi is not None:
         hi = _per_channel(hi, x).to(dtype)
         y = torch.where(y > hi, hi, y)
-    return _round_towards(y, centre, x.dtype)
+    return _round_towards(y, center, x.dtype)
 
 
 def _per_channel(value: PerChannel, x: Tensor) -> Tensor:
@@ -62,14 +62,14 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return total, (a - (total - b_part)) + (b - b_part)
 
 
-def _round_towards(y: Tensor, centre: Tensor, dtype: torch.dtype) -> Tensor:
-    """`y` in `dtype`, rounded towards `centre`, which `dtype` can represent."""
+def _round_towards(y: Tensor, center: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y` in `dtype`, rounded towards `center`, which `dtype` can represent."""
     rounded = y.to(dtype)
     if rounded.dtype == y.dtype:
         return rounded
-    up = (y < centre) & (rounded < y)
-    down = (y > centre) & (rounded > y)
+    up = (y < center) & (rounded < y)
+    down = (y > center) & (rounded > y)
     bits = rounded.view(torch.int16)
-    # in the sign-magnitude format of floats, one more is one step away from 0
+    # floats are sign and magnitude, so that adding one to the bits steps away from 0
     step = torch.where(up ^ (bits < 0), 1, -1).to(torch.int16)
     return torch.where(up | down, bits + step, bits).view(dtype)

@@ -16,8 +16,8 @@ def sup_con(
 ) -> Tensor:
     """Mean over the rows with a positive of lse over all others - mean of s over the positives.
 
-    The lse is that of the positives plus softplus of how far the negatives' is above it: a single
-    positive cancels exactly, and a small loss keeps its digits.
+    The lse is computed as the positives' lse plus the softplus of the margin of the negatives' lse
+    over it. So a single positive cancels exactly, and a small loss keeps its digits.
     """
     with torch.autocast(z.device.type, enabled=False):
         u = unit_rows(z)

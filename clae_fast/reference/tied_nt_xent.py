@@ -19,7 +19,7 @@ def tied_nt_xent(
 
         du_j = sum over k != j of (p_jk + p_kj) u_k / N T  -  p_j u_j / N T,
 
-    and the tangent projection of the normalisation removes the last term but for rows whose norm
+    and the tangent projection of the normalization removes the last term but for rows whose norm
     is below 1e-12.
     """
     with torch.autocast(z.device.type, enabled=False):

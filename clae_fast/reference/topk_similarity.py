@@ -1,4 +1,4 @@
-"""The keys nearest to each anchor: hard negatives, pseudo-labels, neighbours."""
+"""The keys nearest to each anchor: hard negatives, pseudo-labels, neighbors."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ def uel(
 ) -> Tensor:
     """Mean over the 2N rows i of -log p_i,pos - sum over the negatives j of log(1 - p_ij).
 
-    p_i is the softmax over all j != i, and the columns are detached, as released. log(1 - p) is
-    taken over the negatives only. Of them only the most similar one can have p near 1, where 1 - p
-    cancels; its 1 - p is taken from the sum over the other columns.
+    p_i is the softmax over all j != i, and the columns are detached, as in the released code. The
+    sum of log(1 - p) is over the negatives only. Only the most similar of them can have p near 1,
+    where 1 - p cancels; its 1 - p is computed from the sum over the other columns.
     """
     with torch.autocast(z0.device.type, enabled=False):
         u0, u1 = unit_rows(z0), unit_rows(z1)

@@ -157,8 +157,8 @@ def test_compiles_without_a_graph_break(op, impl, mode):
 def op_samples():
     z0, z1 = projections(48, 64)
     for impl in on_gpu("nt_xent"):
-        yield "nt_xent_fwd", (z0, z1, 0.5, False, impl)
-        yield "nt_xent_fwd_bwd", (z0, z1, 0.5, False, impl)
+        yield "nt_xent", (z0, z1, 0.5, False, False, impl)
+        yield "nt_xent", (z0, z1, 0.5, True, False, impl)
     x, grad = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     for impl in on_gpu("linf_step"):
         yield "linf_step", (x, grad, None, [0.1, 0.1, 0.0, 1.0], None, impl)

@@ -291,7 +291,7 @@ def test_no_samples(augment):
     ("changes", "error", "message"),
     [
         ({"images": [1]}, TypeError, "images must be a torch.Tensor, got list"),
-        ({"images": torch.zeros(10, 3, 18, 25)}, TypeError, "images must be of dtype torch.uint8"),
+        ({"images": torch.zeros(10, 3, 18, 25)}, TypeError, "images must be of dtype uint8"),
         (
             {"images": torch.zeros(10, 18, 25, 3).byte()},
             ValueError,
@@ -300,7 +300,7 @@ def test_no_samples(augment):
         ({"params": torch.zeros(2, 6, 15)}, ValueError, r"params must have shape \[2, N, 16\]"),
         ({"params": torch.zeros(2, 6, 16).double()}, TypeError, "params must be of dtype"),
         ({"rows": torch.zeros(5).long()}, ValueError, r"rows must have shape \[6\], got \[5\]"),
-        ({"rows": torch.zeros(6)}, TypeError, "rows must be of dtype torch.int64"),
+        ({"rows": torch.zeros(6)}, TypeError, "rows must be of dtype int64"),
         ({"rows": None}, ValueError, "without rows, images must be the 6 of params, got 10"),
         ({"rows": torch.full((6,), 10)}, IndexError, "rows must be from 0 to 9, got"),
         (

@@ -10,6 +10,8 @@ from clae_fast import _impl, _native, ops
 OPS = sorted(ops.__all__)
 CPU = torch.ones(4, 3)
 META = torch.ones(4, 3, device="meta")
+# what the limits of an op look at beside its tensors
+OPTIONS = {"stem_step": {"weight": torch.ones(64, 3, 3, 3), "stride": 1, "padding": 1}}
 
 
 class OnGPU:
@@ -41,7 +43,8 @@ def run(code, **environment):
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_an_implementation_everywhere(op):
     for tensor in (CPU, GPU, META):
-        assert _impl.resolve(op, "auto", tensor) in ("reference", *_impl._IMPLS[op])
+        found = _impl.resolve(op, "auto", tensor, tensor, **OPTIONS.get(op, {}))
+        assert found in ("reference", *_impl._OPS[op])
     assert _impl.resolve(op, "reference", CPU) == "reference"
 
 
