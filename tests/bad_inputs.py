@@ -80,7 +80,7 @@ OWN = {
         ({"detach_weights": 1}, TypeError, "detach_weights must be True or False"),
         ({"z1": torch.ones(4, 2)}, ValueError, "z1 must have the shape of z0"),
         ({"extra": torch.ones(4, 2)}, ValueError, r"extra must have shape \[8, k\].*got \[4, 2\]"),
-        ({"impl": "native"}, RuntimeError, "hard_nt_xent with extra has no implementation"),
+        ({"impl": "native"}, ValueError, "impl='native' does not take extra logits"),
     ],
     "sup_con": [
         ({"labels": INDEX[:, None]}, ValueError, r"labels must have shape \[4\], got \[4, 1\]"),

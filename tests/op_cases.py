@@ -31,7 +31,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes that results are compared at with those of the reference in fp64."""
+    """Sizes, temperatures and noises at which results are compared with the reference in fp64."""
 
     sizes: tuple[Size, ...]
     temperatures: tuple[float | None, ...] = (None,)
@@ -51,27 +51,28 @@ class Case:
     # enough for several threads
     large: Size = (203, 33)
     options: dict[str, object] | None = None
-    # projections: [N, D] in any strides and dtype, and NaN and the norm's floor are possible
+    # names of the projections [N, D], which may have any strides, any dtype, NaN and tiny norms
     rows: tuple[str, ...] = ()
-    # images: [N, C, H, W] in any strides
+    # names of the images [N, C, H, W], which may have any strides
     images: tuple[str, ...] = ()
-    # the tensors that the first output, a loss, has gradients by
+    # names of the tensors by which the first output, a loss, is differentiated
     wrt: tuple[str, ...] = ()
-    # how much larger the exponents are than 1 / T
+    # the largest exponent is this number over T
     sharpness: float = 1.0
-    # the number of samples from which on a NaN reaches every result
+    # with this many samples or more, one NaN makes every result NaN
     coupled_from: int | None = None
-    # each gradient is computed apart, and its bits may depend on which others are wanted
+    # the bits of one gradient may depend on which others are wanted
     separate: bool = False
-    # an input without samples has a result without samples, and is no error
+    # an input without samples is no error and gives a result without samples
     empty: bool = False
-    # the reference branches on values, which no graph can hold
+    # the reference branches on values, so that torch.compile cannot trace it
     branches: bool = False
-    # torch.compile is tried on this case and not only on others of its op
+    # False where torch.compile is tried on another case of this op
     compiled: bool = True
-    # the one implementation, besides the reference, that takes these options; "" for all of them
+    # the only implementation besides the reference that takes these options, or "" for all
     only: str = ""
-    # raises unless results are right: (tensors, results, options); None is `assert_close_to_fp64`
+    # raises unless the results for (tensors, results, options) are right; None stands for
+    # `assert_close_to_fp64`
     judge: Callable[[Tensors, list[Tensor], dict[str, object]], None] | None = None
 
     @property
@@ -83,10 +84,10 @@ class Case:
         return self.make(*self.size(N, D), **options)
 
     def implementations(self) -> list[str]:
-        """What runs the op on the CPU, the reference first.
+        """The names of what runs the op on the CPU, the reference first.
 
-        Triton's interpreter is slow and has tests of its own, except for linf_step; impl="cuda" of
-        stem_step is emulated.
+        Triton's interpreter is slow, and tests/kernels have its turn, except for that of linf_step.
+        impl="cuda" of stem_step is emulated where there is no GPU.
         """
         names = [n for n in implementations(self.op) if n != "triton" or self.op == "linf_step"]
         names = [self.only] if self.only else names
@@ -98,16 +99,16 @@ class Case:
         return temperatures if has_one else (None,)
 
     def gradients(self, results: list[Tensor]) -> list[Tensor]:
-        """Those among the results, in the order of `rows`."""
+        """The gradients among the results of `run`, in the order of `rows`."""
         return results[1 : 1 + len(self.rows)] if self.is_loss else results
 
 
 def caller(case: Case, **options: object) -> Callable[[Tensors], list[Tensor]]:
-    """The op as a function of its tensors alone, which returns what it writes, too."""
+    """The op as a function of its tensors alone; it returns copies of what the op changes."""
     function = getattr(clae_fast, case.op)
     options = {**(case.options or {}), **options}
     in_place = ("bank", "velocity") if case.op == "bank_step" else ()
-    # what is not emulated
+    # where the kernel is not emulated, it takes tensors on the GPU
     on_gpu = options.get("impl") == "cuda" and torch.cuda.is_available() and _native.has_cuda()
 
     def call(tensors: Tensors) -> list[Tensor]:
@@ -135,10 +136,10 @@ def run(
     function: Callable[[Tensors], list[Tensor]] | None = None,
     **options: object,
 ) -> list[Tensor]:
-    """The outputs, and the gradients of the first by `wrt`, by all that have one for None.
+    """The outputs or, with `wrt`, the first output and its gradients by these tensors.
 
-    Losses of rows count in the gradients as much as random numbers say, of both signs and many
-    magnitudes.
+    None stands for all that the case has in `wrt`. Losses of rows are weighted by random numbers
+    of both signs and many magnitudes.
     """
     wrt = case.wrt if wrt is None else wrt
     leaves = {name: tensors[name].detach().requires_grad_() for name in wrt}
@@ -159,7 +160,7 @@ def in_fp64(tensors: Tensors) -> Tensors:
 
 
 def of_temperature(temperature: float | None) -> dict[str, object]:
-    """The option, if there is one."""
+    """The option that sets the temperature; no option for None."""
     return {} if temperature is None else {"temperature": temperature}
 
 
@@ -621,5 +622,5 @@ class Recorder(TorchDispatchMode):
 
 
 def leaves(tensors: Tensors) -> list[Tensor]:
-    """All tensors, in the order of their names."""
+    """All tensors, also those inside of RaggedImages."""
     return pytree.tree_leaves(tensors)
