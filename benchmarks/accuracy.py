@@ -155,7 +155,7 @@ def _train(flags: Sequence[str]) -> str:
 
 def _probe(trainer: Trainer, transform: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Both accuracies of what `transform` makes of the training and of the test images."""
-    splits = (trainer.labelled, trainer.test)
+    splits = (trainer.labeled, trainer.test)
     sets = [part for split in splits for part in transform(trainer, split)]
     seed = trainer.config.run.seed
     return {"knn": knn_accuracy(*sets), "linear": linear_accuracy(*sets, seed=seed)}

@@ -98,7 +98,7 @@ def _trained(settings: dict[str, Any], folder: Path) -> Trainer:
 
 
 def _knn(trainer: Trainer) -> float:
-    splits = (trainer.labelled, trainer.test)
+    splits = (trainer.labeled, trainer.test)
     return knn_accuracy(*(part for split in splits for part in features(trainer, split)))
 
 

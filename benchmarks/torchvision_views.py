@@ -12,7 +12,7 @@ from clae_fast.data import Recipe
 
 
 def augmentation(image_size: int, recipe: Recipe, view: int) -> v2.Compose:
-    """The random view 0 or 1 of an image: crop, flip, color jitter, grey, blur, solarization.
+    """The random view 0 or 1 of an image: crop, flip, color jitter, gray, blur, solarization.
 
     Args:
         image_size: The side of the view in pixels.

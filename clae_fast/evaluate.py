@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_fast import cli, data
-from clae_fast.evaluation.summary import repeated_seeds, report, summarise, table
+from clae_fast.evaluation.summary import repeated_seeds, report, summarize, table
 from clae_fast.training import provenance
 from clae_fast.training.build import load_data
 from clae_fast.training.results import evaluate
@@ -52,11 +52,11 @@ def _main(argv: Sequence[str] | None) -> None:
         cli.warn(f"{first} and {second} have the same seed: they are not two samples")
     if as_json:
         listed = [{"run": name} | results for name, _, results in runs]
-        print(json.dumps({"runs": listed, "groups": summarise(runs)}, indent=2))
+        print(json.dumps({"runs": listed, "groups": summarize(runs)}, indent=2))
     elif len(runs) == 1:
         print(report(runs[0][2]))
     else:
-        print("\n" + table(summarise(runs)))
+        print("\n" + table(summarize(runs)))
 
 
 main = cli.command(_main)

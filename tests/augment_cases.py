@@ -6,7 +6,7 @@ import clae_fast
 
 
 def photos(count, height, width, *, seed=0):
-    """Smooth images in strong colours, with some noise and with saturated and equal pixels."""
+    """Smooth images in strong colors, with some noise and with saturated and equal pixels."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
@@ -50,7 +50,7 @@ def every_step(height, width, N=8):
 def check_native(height, width, size, **options):
     """Raises unless the C++ agrees with the reference to the rounding of fp32."""
     images, params = photos(8, height, width), every_step(height, width)
-    # grey, black and white pixels, which have no hue, and saturated ones
+    # gray, black and white pixels, which have no hue, and saturated ones
     images[0], images[1], images[2, :, ::2] = images[0, :1], 0, 255
     images[3, 0], images[4, 2] = 0, 255
     expected = torch.cat(clae_fast.augment(images, params, size=size, impl="reference", **options))

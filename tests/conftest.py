@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def nan_empty():
-    """Uninitialised memory holds NaN, so that an element nobody wrote shows."""
+    """Uninitialized memory holds NaN, so that an element nobody wrote shows."""
     with nan_filled_empty():
         yield
 

@@ -13,7 +13,7 @@ def assert_learns(least: float, **settings) -> Trainer:
     def accuracy() -> float:
         sets = (
             extract_features(trainer.method.encoder, split, config, trainer.device)
-            for split in (trainer.labelled, trainer.test)
+            for split in (trainer.labeled, trainer.test)
         )
         features = [part for found in sets for part in found]
         trainer.method.train()

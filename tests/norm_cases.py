@@ -1,7 +1,7 @@
 """What tests of normalization layers share."""
 
 import torch
-from step_cases import randomise_norms
+from step_cases import randomize_norms
 from torch import Tensor, nn
 
 
@@ -12,7 +12,7 @@ def encoder(norm: nn.Module) -> nn.Sequential:
     for layer in (module[1], module[-1]):
         layer.reset_running_stats()
     if norm.affine:
-        randomise_norms(norm, torch.Generator().manual_seed(1))
+        randomize_norms(norm, torch.Generator().manual_seed(1))
     return module
 
 

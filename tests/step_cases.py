@@ -25,7 +25,7 @@ def resnet(build: Callable[..., tuple[nn.Module, int]], *arguments, **options):
     return build(*arguments, **options)
 
 
-def randomise_norms(module: nn.Module, generator: torch.Generator) -> None:
+def randomize_norms(module: nn.Module, generator: torch.Generator) -> None:
     """Fresh BatchNorm layers are equal, and would hide a pass through the wrong one."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -41,8 +41,8 @@ def encoders(dtype: torch.dtype = torch.float64) -> nn.ModuleList:
         backbone, features = resnet(narrow_resnet, width=8)
         encoder = Encoder(backbone, ProjectionHead(features, 12, 8)).to(dtype)
     twin = adversarial_twin(encoder)
-    randomise_norms(encoder, generator)
-    randomise_norms(twin, generator)
+    randomize_norms(encoder, generator)
+    randomize_norms(twin, generator)
     return nn.ModuleList([encoder, twin])
 
 

@@ -66,11 +66,11 @@ def load(
         splits = hub.hub(name.removeprefix("hf/"), Path(data_dir) if data_dir else None)
     corrupt = CorruptImages(on_corrupt)
     train = _limited(splits.train, limit, corrupt)
-    same = splits.labelled is splits.train
-    labelled = train if same else _limited(splits.labelled, limit, corrupt)
-    if len(labelled.labels.unique()) < 2:
-        raise DataError(f"{name}: all labelled images are of one class, evaluation needs two")
-    return Splits(train, labelled, _limited(splits.test, limit, corrupt))
+    same = splits.labeled is splits.train
+    labeled = train if same else _limited(splits.labeled, limit, corrupt)
+    if len(labeled.labels.unique()) < 2:
+        raise DataError(f"{name}: all labeled images are of one class, evaluation needs two")
+    return Splits(train, labeled, _limited(splits.test, limit, corrupt))
 
 
 def require_dataset(name: str, data_dir: str | Path | None) -> None:

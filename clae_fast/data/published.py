@@ -29,9 +29,9 @@ def digits() -> Splits:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    grey = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
-    grey = nn.functional.interpolate(grey, size=(16, 16), mode="bilinear")
-    images = grey.expand(-1, 3, -1, -1).contiguous()  # [N, 3, 16, 16]
+    gray = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
+    gray = nn.functional.interpolate(gray, size=(16, 16), mode="bilinear")
+    images = gray.expand(-1, 3, -1, -1).contiguous()  # [N, 3, 16, 16]
     whole = Split.whole(Arrays(images), digits.target, [str(name) for name in digits.target_names])
     rows = train_test_split(
         range(len(whole)), test_size=0.2, stratify=digits.target, random_state=0

@@ -98,13 +98,13 @@ class Splits(NamedTuple):
 
     Attributes:
         train: The images that contrastive training reads.
-        labelled: The training images with labels, which evaluation uses. In most sets, all have
+        labeled: The training images with labels, which evaluation uses. In most sets, all have
             labels.
         test: The test images, which no training touches.
     """
 
     train: Split
-    labelled: Split
+    labeled: Split
     test: Split
 
 

@@ -24,7 +24,7 @@ _LR = 0.05
 def finetune_accuracies(
     encoder: Encoder, splits: data.Splits, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """Accuracies after fine-tuning on each of `FRACTIONS` of the labelled images.
+    """Accuracies after fine-tuning on each of `FRACTIONS` of the labeled images.
 
     The recipe is that of Chen et al., "A simple framework for contrastive learning of visual
     representations", ICML 2020, appendix B.5: Nesterov momentum 0.9, a learning rate of 0.05 for a
@@ -40,14 +40,14 @@ def finetune_accuracies(
         device: The device to compute on.
 
     Returns:
-        Accuracy in per cent of all test images, by fraction.
+        Accuracy in percent of all test images, by fraction.
     """
     found = {}
-    labels = splits.labelled.labels
+    labels = splits.labeled.labels
     for name, (fraction, epochs) in FRACTIONS.items():
         # each class keeps one image at least
         size = max(round(fraction * len(labels)), int(labels.max()) + 1)
-        part = splits.labelled
+        part = splits.labeled
         if size < len(labels):
             part = part.select(data.stratified(labels, size, config.run.seed))
         classifier = _finetuned(encoder, part, epochs, config, device)

@@ -38,7 +38,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summarise(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[dict[str, Any]]:
+def summarize(runs: Sequence[tuple[str, Config, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Means over runs that differ in nothing but their seed.
 
     Args:

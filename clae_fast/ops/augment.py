@@ -112,7 +112,7 @@ def augment(
     r"""Makes both augmented views of a batch of 8-bit images.
 
     Each view of each sample is, in this order and as its row of `params` says: a crop, resized with
-    antialiasing; its mirror image; brightness, contrast, saturation and hue in some order; grey;
+    antialiasing; its mirror image; brightness, contrast, saturation and hue in some order; gray;
     Gaussian blur with max(2 floor(size / 20) + 1, 3) taps a direction, reflected at the edges;
     solarized from 1/2 on. The formulas are those of torchvision.transforms.v2.functional on floats
     in [0, 1], cut to that range after the resizing; implementations agree within 1/255 before

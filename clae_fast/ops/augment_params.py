@@ -55,7 +55,7 @@ def augment_params(
     5 to 8                 the order of 0 brightness, 1 contrast, 2 saturation, 3 hue
     9 to 11                factors of brightness, contrast and saturation, 1 for none
     12                     shift of the hue, 1 is a full turn, 0 for none
-    13                     1 to turn grey
+    13                     1 to turn gray
     14                     standard deviation of the blur in pixels, 0 for none
     15                     1 to solarize
     =====================  ==========================================================
@@ -76,7 +76,7 @@ def augment_params(
         flip: Whether to mirror one half of the views.
         color_jitter: Strengths of brightness, contrast, saturation and hue.
         color_jitter_prob: Probability of the jitter.
-        grey_prob: Probability of turning grey.
+        grey_prob: Probability of turning gray.
         blur_prob: Probability of Gaussian blur, one for each view.
         solarize_prob: Probability of solarization, one for each view.
         crop_max_scale: Largest part of the image's area that a crop takes.
@@ -132,7 +132,7 @@ def augment_params(
     u = _uniform(ids, seed, epoch, first_view)  # [2, N, words]
     box = _crops(u[..., :_CROP], height, width, crop_min_scale, crop_max_scale)
     order, factors = u[..., _CROP : _CROP + _JITTER].split(4, dim=-1)
-    turn, jitter, grey, blur, sigma, solarize = u[..., _CROP + _JITTER :].unbind(-1)
+    turn, jitter, gray, blur, sigma, solarize = u[..., _CROP + _JITTER :].unbind(-1)
     amounts = []
     for factor, strength, none in zip(
         factors.unbind(-1), color_jitter, (1.0, 1.0, 1.0, 0.0), strict=True
@@ -146,7 +146,7 @@ def augment_params(
         turn < (0.5 if flip else 0.0),
         *order.argsort(dim=-1).unbind(-1),
         *amounts,
-        grey < grey_prob,
+        gray < grey_prob,
         torch.where(_chosen(blur, blur_prob), blurred, 0.0),
         _chosen(solarize, solarize_prob),
     ]

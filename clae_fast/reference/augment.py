@@ -1,4 +1,4 @@
-"""Views of images under given parameters: crop, flip, colors, grey, blur and solarization."""
+"""Views of images under given parameters: crop, flip, colors, gray, blur and solarization."""
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ def _view(image: Tensor, params: list[float], size: int, interpolation: str) -> 
         factor = params[9 + which]
         if factor != none[which]:
             x = adjust[which](x, factor)
-    grey, sigma, solarize = params[13:]
-    if grey:
+    gray, sigma, solarize = params[13:]
+    if gray:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
     if sigma:
         x = F.gaussian_blur(x, [_blur_taps(size)] * 2, [sigma] * 2)

@@ -1,6 +1,6 @@
 """The figures of a report, drawn by plotly. Their colors come from the page.
 
-`meta["colour"]` is the number of a trace's color in the page's palette. `layout.meta` has whatever
+`meta["color"]` is the number of a trace's color in the page's palette. `layout.meta` has whatever
 else page.js needs. plotly reads the texts of a figure as HTML, so names are escaped.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image
 from clae_fast.reporting.images import Pictures, Twins
 from clae_fast.reporting.runs import Run
 
-COLOURS = 8
+COLORS = 8
 # the most points that a curve has; if there are more, neighbors are averaged
 _POINTS = 500
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
@@ -32,7 +32,7 @@ _TILE, _GAP = 96, 8
 def losses(runs: Sequence[Run]) -> go.Figure | None:
     """Clean and adversarial losses over epochs."""
     figure = go.Figure()
-    for colour, run in enumerate(runs):
+    for color, run in enumerate(runs):
         for name, label, dash in (("loss", "clean", "solid"), ("adv_loss", "adversarial", "dot")):
             _, epochs, values = run.curve(name)
             if len(values):
@@ -41,7 +41,7 @@ def losses(runs: Sequence[Run]) -> go.Figure | None:
                     figure,
                     *_thinned(epochs, values),
                     name=label if alone else f"{run.name}, {label}",
-                    colour=colour + (alone and name == "adv_loss"),
+                    color=color + (alone and name == "adv_loss"),
                     line={"dash": dash},
                     hovertemplate="%{y:.4f}",
                 )
@@ -52,7 +52,7 @@ def accuracy(runs: Sequence[Run], *, over_time: bool) -> go.Figure | None:
     """Accuracy during training, over epochs or over the time that its steps took."""
     figure = go.Figure()
     unit, seconds = _time_unit(max((run.duration for run in runs), default=0.0))
-    for colour, run in enumerate(runs):
+    for color, run in enumerate(runs):
         name = run.accuracy
         if name is None or (over_time and not run.duration):
             continue
@@ -62,7 +62,7 @@ def accuracy(runs: Sequence[Run], *, over_time: bool) -> go.Figure | None:
             run.seconds(steps) / seconds if over_time else epochs,
             values,
             name=run.name,
-            colour=colour,
+            color=color,
             mode="lines+markers",
             showlegend=len(runs) > 1,
             hovertemplate="%{y:.1f} %",
@@ -73,7 +73,7 @@ def accuracy(runs: Sequence[Run], *, over_time: bool) -> go.Figure | None:
 def throughput(runs: Sequence[Run]) -> go.Figure | None:
     """Images per second over epochs."""
     figure = go.Figure()
-    for colour, run in enumerate(runs):
+    for color, run in enumerate(runs):
         if len(run.rates) and len(run.log):
             steps, epochs, _ = run.curve("epoch")
             epochs = np.interp(run.rate_steps, steps, epochs)
@@ -81,7 +81,7 @@ def throughput(runs: Sequence[Run]) -> go.Figure | None:
                 figure,
                 *_thinned(epochs, run.rates),
                 name=run.name,
-                colour=colour,
+                color=color,
                 showlegend=len(runs) > 1,
                 hovertemplate="%{y:,.0f} images/s",
             )
@@ -98,7 +98,7 @@ def similarities(pictures: Pictures) -> go.Figure:
     low = math.floor(10 * min(float(values.min()) for _, values, _, _ in sets)) / 10
     edges = np.linspace(min(low, 0.9), 1.0, 41)
     figure = go.Figure()
-    for name, values, colour, dash in sets:
+    for name, values, color, dash in sets:
         # rounding can bring a cosine above 1
         counts, _ = np.histogram(values.clip(max=1.0), edges)
         _line(
@@ -106,7 +106,7 @@ def similarities(pictures: Pictures) -> go.Figure:
             (edges[:-1] + edges[1:]) / 2,
             100 * counts / len(values),
             name=name,
-            colour=colour,
+            color=color,
             line={"dash": dash, "shape": "hvh"},
             fill="tozeroy",
             hovertemplate="%{y:.1f} %",
@@ -129,13 +129,13 @@ def embedding(pictures: Pictures) -> go.Figure | None:
             pictures,
             np.flatnonzero(labels == label),
             name=_name(pictures, label),
-            colour=at % COLOURS,
-            symbol=_SYMBOLS[at // COLOURS],
+            color=at % COLORS,
+            symbol=_SYMBOLS[at // COLORS],
         )
     if len(present) > _CLASSES:
         rest = np.flatnonzero(~np.isin(labels, present[:_CLASSES]))
         others = f"{len(present) - _CLASSES} other classes"
-        _cloud(figure, pictures, rest, name=others, colour=COLOURS, symbol=_SYMBOLS[0])
+        _cloud(figure, pictures, rest, name=others, color=COLORS, symbol=_SYMBOLS[0])
     # the numbers of a t-SNE map mean nothing
     bare = {"showticklabels": False, "showgrid": False, "zeroline": False}
     figure.update_xaxes(**bare).update_yaxes(**bare)
@@ -151,9 +151,9 @@ def twins(found: Twins) -> go.Figure:
     return _grid(rows, names=("view", "adversarial", "difference"))
 
 
-def neighbours(pictures: Pictures) -> go.Figure:
+def neighbors(pictures: Pictures) -> go.Figure:
     """A row for each query: the test image, then the training images nearest to it."""
-    found = pictures.neighbours
+    found = pictures.neighbors
     figure = _grid(
         found.pictures,
         names=[_name(pictures, label) for label in found.labels[:, 0]],
@@ -188,10 +188,10 @@ def neighbours(pictures: Pictures) -> go.Figure:
 
 
 def _line(
-    figure: go.Figure, x: np.ndarray, y: np.ndarray, *, name: str, colour: int, **more: Any
+    figure: go.Figure, x: np.ndarray, y: np.ndarray, *, name: str, color: int, **more: Any
 ) -> None:
     more = {"mode": "lines", "showlegend": True} | more
-    figure.add_scatter(x=x, y=y, name=escape(name), meta={"colour": colour % COLOURS}, **more)
+    figure.add_scatter(x=x, y=y, name=escape(name), meta={"color": color % COLORS}, **more)
 
 
 def _axes(figure: go.Figure, x: str, y: str) -> go.Figure | None:
@@ -230,7 +230,7 @@ def _cloud(
     at: np.ndarray,
     *,
     name: str,
-    colour: int,
+    color: int,
     symbol: str,
 ) -> None:
     assert pictures.places is not None
@@ -242,7 +242,7 @@ def _cloud(
         # the place in the sprite, and the class
         customdata=[[int(index), pictures.classes[pictures.labels[index]]] for index in at],
         marker={"size": 6, "symbol": symbol, "opacity": 0.85},
-        meta={"colour": colour},
+        meta={"color": color},
         hoverinfo="none",
         showlegend=True,
     )

@@ -28,7 +28,7 @@ from clae_fast.training.build import build_method, hold_out, load_data, step_opt
 _MAPPED = 1000
 _SEARCHED = 2000
 _QUERIES = 6
-_NEIGHBOURS = 8
+_NEIGHBORS = 8
 _TWINS = 8
 # how many views the attacked batch has, and how many if they are larger than _LARGE pixels
 _BATCH = 128
@@ -43,7 +43,7 @@ _SIDE = 96
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """The training images nearest to a few test images.
 
     Attributes:
@@ -89,7 +89,7 @@ class Pictures:
         labels: Classes of the test images on the map, [N].
         images: Pictures of these test images, [N, H, H, 3].
         places: Their places on the map by t-SNE, [N, 2]; None if they are few or all alike.
-        neighbours: The nearest neighbors of some of them.
+        neighbors: The nearest neighbors of some of them.
         positives: Cosine between the projections of an image's two views, [B].
         negatives: The largest cosine between each first view and a view of another image, [B].
         twins: Attacked views; or, if the attack cannot run, a text that says why; None without an
@@ -102,7 +102,7 @@ class Pictures:
     labels: np.ndarray
     images: np.ndarray
     places: np.ndarray | None
-    neighbours: Neighbours
+    neighbors: Neighbors
     positives: np.ndarray
     negatives: np.ndarray
     twins: Twins | str | None
@@ -137,9 +137,9 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
         if splits is None:
             # a report fetches nothing
             splits = load_data(replace(config.data, download=False))
-        (train, labelled, test), _ = hold_out(config.run, splits)
+        (train, labeled, test), _ = hold_out(config.run, splits)
         mapped = _encoded(encoder, test.evenly(_MAPPED), config, device)
-        searched = _encoded(encoder, labelled.evenly(_SEARCHED), config, device)
+        searched = _encoded(encoder, labeled.evenly(_SEARCHED), config, device)
         batch = _views(config, train, device)
         z_p, z_q = (_projections(encoder, view) for view in batch.views)
         attacked = config.adversary.attack != "none"
@@ -150,7 +150,7 @@ def look(run: Run, splits: data.Splits | None = None) -> Pictures:
             labels=mapped.labels.numpy(),
             images=mapped.pictures,
             places=_places(mapped.features),
-            neighbours=_neighbours(mapped, searched),
+            neighbors=_neighbors(mapped, searched),
             positives=F.cosine_similarity(z_p, z_q).cpu().numpy(),
             negatives=_hardest(z_p, z_q).cpu().numpy(),
             twins=_twins(run, encoder, batch, (z_p, z_q)) if attacked else None,
@@ -217,16 +217,16 @@ def _places(features: Tensor) -> np.ndarray | None:  # [N, F] -> [N, 2]
         return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(u)
 
 
-def _neighbours(mapped: _Encoded, searched: _Encoded) -> Neighbours:
+def _neighbors(mapped: _Encoded, searched: _Encoded) -> Neighbors:
     """The nearest neighbors of one test image of each of the first classes."""
     first = [int((mapped.labels == label).nonzero()[0]) for label in mapped.labels.unique()]
     queries = torch.tensor(first[:_QUERIES])
-    count = min(_NEIGHBOURS, len(searched.labels))
+    count = min(_NEIGHBORS, len(searched.labels))
     similarity, rows = topk_similarity(mapped.features[queries], searched.features, count)
     rows = rows.cpu()
     labels = torch.cat((mapped.labels[queries, None], searched.labels[rows]), dim=1)
     found = mapped.pictures[queries.numpy(), None], searched.pictures[rows.numpy()]
-    return Neighbours(
+    return Neighbors(
         pictures=np.concatenate(found, axis=1),
         labels=labels.numpy(),
         similarity=similarity.cpu().numpy(),

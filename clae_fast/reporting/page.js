@@ -5,9 +5,9 @@
   const tip = document.getElementById("tip");
   const themeButton = document.getElementById("theme");
 
-  const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+  const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
 
-  // a plot in the colours of the theme, and as high as its place is wide where it has an aspect
+  // a plot in the colors of the theme, and as high as its place is wide where it has an aspect
   function themed(id) {
     const { data, layout } = structuredClone(plots[id]);
     const place = document.getElementById(id);
@@ -15,14 +15,14 @@
     const narrow = place.clientWidth < 480;
     for (const trace of data) {
       if (trace.meta) {
-        const own = colour(`c${trace.meta.colour}`);
+        const own = color(`c${trace.meta.color}`);
         trace.marker = { ...trace.marker, color: own };
         trace.line = { ...trace.line, color: own, width: 2 };
         if (trace.fill) trace.fillcolor = `${own}22`;
       }
     }
     const axis = {
-      gridcolor: colour("rule"), linecolor: colour("rule"), zerolinecolor: colour("rule"),
+      gridcolor: color("rule"), linecolor: color("rule"), zerolinecolor: color("rule"),
       automargin: true, title: { font: { size: 13 }, standoff: 8 },
     };
     const axes = { xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis } };
@@ -39,7 +39,7 @@
       height = Math.max(360, place.clientWidth * meta.aspect);
     }
     const shapes = (layout.shapes || []).map((shape) => ({
-      ...shape, line: { ...shape.line, color: colour("c1") },
+      ...shape, line: { ...shape.line, color: color("c1") },
     }));
     return {
       data,
@@ -52,11 +52,11 @@
         height,
         margin,
         autosize: true,
-        paper_bgcolor: colour("surface"),
-        plot_bgcolor: colour("surface"),
-        font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
+        paper_bgcolor: color("surface"),
+        plot_bgcolor: color("surface"),
+        font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("ink") },
         hoverlabel: {
-          bgcolor: colour("surface"), bordercolor: colour("rule"), font: { color: colour("ink") },
+          bgcolor: color("surface"), bordercolor: color("rule"), font: { color: color("ink") },
         },
         legend: {
           orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)",

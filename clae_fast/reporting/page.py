@@ -191,7 +191,7 @@ def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any
             f"attack-{at}",
             "Adversarial views",
             "Training views by the run's own recipe, attacked in a step of its own. Differences "
-            f"are grey where there is none, black and white where it is {change} down and up.",
+            f"are gray where there is none, black and white where it is {change} down and up.",
             wide=True,
         )
     elif seen.twins is not None:
@@ -214,10 +214,10 @@ def _part(page: _Page, at: int, run: Run, seen: Pictures | str) -> dict[str, Any
         "hardest negative is the most similar view of another image among these.",
     )
     shown += page.figure(
-        figures.neighbours(seen),
-        f"neighbours-{at}",
-        "Nearest neighbours",
-        f"Test images and the nearest of {seen.neighbours.among:,} training images by the cosine "
+        figures.neighbors(seen),
+        f"neighbors-{at}",
+        "Nearest neighbors",
+        f"Test images and the nearest of {seen.neighbors.among:,} training images by the cosine "
         "of features; those of another class are framed.",
     )
     source = f"Checkpoint {seen.checkpoint}, step {seen.step:,}."

@@ -44,12 +44,12 @@ def hold_out(run: Run, splits: data.Splits) -> tuple[data.Splits, data.Split | N
     """
     if not run.val_size:
         return splits, None
-    labelled = splits.labelled
-    if run.val_size >= len(labelled):
+    labeled = splits.labeled
+    if run.val_size >= len(labeled):
         raise ValueError(
-            f"val_size must be below the {len(labelled)} labeled images, got {run.val_size}"
+            f"val_size must be below the {len(labeled)} labeled images, got {run.val_size}"
         )
-    rest, held = data.hold_out(labelled, run.val_size, run.seed)
+    rest, held = data.hold_out(labeled, run.val_size, run.seed)
     # in some data sets only a part of the training images has labels
     train = splits.train.select(~torch.isin(splits.train.rows, held.rows))
     return data.Splits(train, rest, splits.test), held

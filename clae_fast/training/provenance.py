@@ -55,8 +55,8 @@ def fingerprints(splits: data.Splits) -> dict[str, str]:
     """What identifies the images and labels of each split."""
     # in most sets the labeled images are the training images, which need no second reading
     parts = splits._asdict()
-    if splits.labelled is splits.train:
-        del parts["labelled"]
+    if splits.labeled is splits.train:
+        del parts["labeled"]
     return {name: split.fingerprint()[:16] for name, split in parts.items()}
 
 

@@ -5,7 +5,7 @@ labeled training images and of the whole test set once, and the probes use these
 that were held out for validation are in neither set. What a probe has to choose, such as the
 penalty of the linear one, it chooses on training images. results.json has
 
-"knn" "linear"             accuracies in per cent: a weighted vote, and logistic regression
+"knn" "linear"             accuracies in percent: a weighted vote, and logistic regression
 "alignment" "uniformity"   of projections of the run's own views of the test images
 "protocol"                 "clean": the numbers came about as described here
 "step" "checkpoint"        the checkpoint that the numbers belong to
@@ -111,7 +111,7 @@ def _measure(
     device: torch.device,
     extras: Collection[str],
 ) -> dict[str, Any]:
-    train = extract_features(encoder, splits.labelled, config, device)
+    train = extract_features(encoder, splits.labeled, config, device)
     test = extract_features(encoder, splits.test, config, device)
     probe = fit_linear(*train, seed=config.run.seed)
     results: dict[str, Any] = {

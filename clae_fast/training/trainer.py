@@ -41,7 +41,7 @@ class Trainer:
         device: Where it trains.
         splits: The data set.
         train: The training images.
-        labelled: The training images that have labels, to evaluate with.
+        labeled: The training images that have labels, to evaluate with.
         held: Labeled images for validation, which are in neither of these two; None without.
         test: The test images, which training never reads.
         method: Encoders and loss.
@@ -64,7 +64,7 @@ class Trainer:
         self.device = self.world.device
         with self.world.one_at_first():
             self.splits = build.load_data(config.data)
-        (self.train, self.labelled, self.test), self.held = build.hold_out(config.run, self.splits)
+        (self.train, self.labeled, self.test), self.held = build.hold_out(config.run, self.splits)
         torch.manual_seed(config.run.seed)
         self.method = build.build_method(config, self.device)
         # the same seed gives the same weights only on machines that are alike
@@ -79,7 +79,7 @@ class Trainer:
         self._lr_factor = lr_factor(config.optimization, self._steps_per_epoch)
         self._metrics_size = 0
         self._window = LossWindow()
-        self._watch = Watch(config, self.labelled, self.held, self.device)
+        self._watch = Watch(config, self.labeled, self.held, self.device)
         # the step and the validation accuracy of the best checkpoint
         self._best: dict[str, float] | None = None
 

@@ -19,15 +19,15 @@ class Watch:
     """Measures an encoder on held out images or, without any, on a few training images."""
 
     def __init__(
-        self, config: Config, labelled: data.Split, held: data.Split | None, device: torch.device
+        self, config: Config, labeled: data.Split, held: data.Split | None, device: torch.device
     ) -> None:
-        self._labelled = labelled
+        self._labeled = labeled
         self._held = held
         self._config = config
         self._device = device
 
     def measure(self, encoder: Encoder) -> dict[str, float]:
-        """An accuracy in per cent by its name in metrics.jsonl; leaves `encoder` in eval mode.
+        """An accuracy in percent by its name in metrics.jsonl; leaves `encoder` in eval mode.
 
         "val_knn" is that of the held out images, which the images that are trained on vote for.
         "train_knn" is that of the watched images, which vote for each other; it chooses nothing.
@@ -36,14 +36,14 @@ class Watch:
             return {"train_knn": self._watch(encoder)}
         voters, held = (
             extract_features(encoder, split, self._config, self._device)
-            for split in (self._labelled, self._held)
+            for split in (self._labeled, self._held)
         )
         return {"val_knn": knn_accuracy(*voters, *held)}
 
     @functools.cached_property
     def _watched(self) -> list[tuple[Tensor, Tensor]]:
         """The watched images in bytes, and their labels, on the device."""
-        found = batches(self._labelled.evenly(_WATCHED), self._config, self._device)
+        found = batches(self._labeled.evenly(_WATCHED), self._config, self._device)
         return [((255 * x).round().byte(), labels) for x, labels in found]
 
     @torch.no_grad()

@@ -247,8 +247,8 @@ class TestCifar:
         return tmp_path
 
     def test_both_splits_are_read(self, root):
-        train, labelled, test = data.load("cifar10", data_dir=root, limit=3)
-        assert labelled is train
+        train, labeled, test = data.load("cifar10", data_dir=root, limit=3)
+        assert labeled is train
         assert train.labels.tolist() == [9, 0, 8]
         assert test.labels.tolist() == [4, 5]
         assert train.classes[9] == "class 9"
@@ -273,7 +273,7 @@ class TestCifar:
 class TestStl10:
     @pytest.fixture
     def root(self, tmp_path, monkeypatch):
-        """STL-10's files: 4 labelled, 6 other and 2 test images, whose pixels count up."""
+        """STL-10's files: 4 labeled, 6 other and 2 test images, whose pixels count up."""
         folder = tmp_path / datasets.STL10.base_folder
         folder.mkdir()
         first = 0
@@ -291,15 +291,15 @@ class TestStl10:
         return tmp_path
 
     def test_training_has_the_images_without_labels_too(self, root):
-        train, labelled, test = data.load("stl10", data_dir=root)
+        train, labeled, test = data.load("stl10", data_dir=root)
         assert train.labels.tolist() == [0, 9, 1, 0] + [-1] * 6
-        assert labelled.labels.tolist() == [0, 9, 1, 0]
+        assert labeled.labels.tolist() == [0, 9, 1, 0]
         assert test.labels.tolist() == [2, 9]
         assert [np.asarray(train[i])[9, 9, 0] for i in range(10)] == list(range(10))
-        assert [np.asarray(labelled[i])[9, 9, 0] for i in range(4)] == list(range(4))
+        assert [np.asarray(labeled[i])[9, 9, 0] for i in range(4)] == list(range(4))
         assert [np.asarray(test[i])[9, 9, 0] for i in range(2)] == [10, 11]
         assert train[0].getpixel((5, 0)) == (200, 0, 0)
-        assert labelled.classes[9] == "class 9"
+        assert labeled.classes[9] == "class 9"
 
     def test_missing_files_say_what_to_do(self, tmp_path):
         with pytest.raises(DataError, match=r"stl10 is not in .*: unpack http.* --download"):
@@ -332,8 +332,8 @@ class TestTinyImagenet:
 
     @pytest.mark.parametrize("inside", ["", "tiny-imagenet-200"])
     def test_val_is_the_test_set(self, root, inside):
-        train, labelled, test = data.load("tiny_imagenet", data_dir=root / inside)
-        assert labelled is train
+        train, labeled, test = data.load("tiny_imagenet", data_dir=root / inside)
+        assert labeled is train
         assert train.labels.tolist() == [0, 0, 1, 1]
         assert test.labels.tolist() == [1, 0, 1]
         assert train.classes == test.classes == ("goldfish, Carassius", "bullfrog")
@@ -401,8 +401,8 @@ class TestFolder:
     @pytest.mark.parametrize("name", ["val", "test"])
     def test_folders_are_classes(self, root, name):
         (root / "val").rename(root / name)
-        train, labelled, test = data.load("folder", data_dir=root)
-        assert labelled is train
+        train, labeled, test = data.load("folder", data_dir=root)
+        assert labeled is train
         assert train.labels.tolist() == [0, 0, 1, 1]
         assert test.labels.tolist() == [1, 1]
         assert train.classes == test.classes == ("cat", "dog")
@@ -463,7 +463,7 @@ class TestFolder:
             ("rm -r val/dog/*", r"ROOT/val holds no image \(.jpg, .jpeg"),
             ("rm -r val/*", r"ROOT has no folder test or val, .* with a folder for each class"),
             ("mv val/dog val/bird", "ROOT/val/bird: ROOT/train has no such class"),
-            ("rm -r train/cat", "folder: all labelled images are of one class"),
+            ("rm -r train/cat", "folder: all labeled images are of one class"),
         ],
     )
     def test_bad_layouts_are_named(self, root, damage, message):
@@ -502,8 +502,8 @@ class TestImagenet100:
     def test_a_hundred_folders_are_taken_as_they_are(self, tmp_path):
         names = [f"n{i:03}" for i in range(100)]
         self.write(tmp_path, names, names)
-        train, labelled, test = data.load("imagenet100", data_dir=tmp_path)
-        assert labelled is train
+        train, labeled, test = data.load("imagenet100", data_dir=tmp_path)
+        assert labeled is train
         assert train.labels.tolist() == test.labels.tolist() == list(range(100))
         assert train.classes == tuple(names)
 
@@ -551,8 +551,8 @@ class TestHub:
         return data.load(f"hf/{root}/set", data_dir=root / "cache")
 
     def test_columns_are_found_by_their_kind(self, root):
-        train, labelled, test = self.load(root)
-        assert labelled is train
+        train, labeled, test = self.load(root)
+        assert labeled is train
         assert train.labels.tolist() == [0, 1, 1]
         # the test split has no labels
         assert test.labels.tolist() == [1, 0, 0]
@@ -568,9 +568,9 @@ class TestHub:
         table = parquet.read_table(file)
         table = table.set_column(1, table.field(1), [pa.array([1, -1, 0])])
         parquet.write_table(table, file)
-        train, labelled, _ = self.load(root)
+        train, labeled, _ = self.load(root)
         assert train.labels.tolist() == [1, -1, 0]
-        assert labelled.labels.tolist() == [1, 0]
+        assert labeled.labels.tolist() == [1, 0]
 
     def test_fingerprint(self, root):
         train, _, test = self.load(root)
@@ -621,15 +621,15 @@ def test_unknown_names_and_missing_folder_argument(name, message):
 
 def encoded(mode):
     """A ramp of brightness in one of PIL's modes, as a PNG or where that lacks it a TIFF."""
-    grey = np.linspace(0, 255, 16, dtype=np.uint8).reshape(4, 4)
+    gray = np.linspace(0, 255, 16, dtype=np.uint8).reshape(4, 4)
     if mode.startswith("I"):
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
+        image = Image.fromarray(gray.astype(np.uint16) * 257)
     elif mode.startswith("P"):
-        image = Image.fromarray(grey).convert("P")
+        image = Image.fromarray(gray).convert("P")
         if mode == "P+transparency":
             image.info["transparency"] = bytes(range(256))
     else:
-        image = Image.fromarray(grey).convert("RGB").convert(mode)
+        image = Image.fromarray(gray).convert("RGB").convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
     return buffer.getvalue()

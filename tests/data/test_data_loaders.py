@@ -221,8 +221,8 @@ def test_on_corrupt_is_fail_or_skip():
 
 
 def test_parts_share_what_was_found():
-    train, labelled, test = data.load("digits", on_corrupt="skip")
-    assert train.corrupt is labelled.corrupt is test.corrupt
+    train, labeled, test = data.load("digits", on_corrupt="skip")
+    assert train.corrupt is labeled.corrupt is test.corrupt
     rest, held = data.hold_out(train, 10, seed=0)
     assert rest.corrupt is held.corrupt is train.corrupt
     assert dataclasses.replace(train).corrupt is train.corrupt

@@ -225,7 +225,7 @@ class TestSmallCrops:
         settings = {"image_size": 16, "batch_size": 60, "epochs": 1, "recipe": recipe}
         (batch,) = source(split, **settings, small_crops=6, **scale)
         views = torch.cat(batch.views[2:])
-        # 13/16 of the width lie between the centres of pixels whose neighbours are in the crop
+        # 13/16 of the width lie between the centers of pixels whose neighbors are in the crop
         width = (views[:, 0, 0, 14] - views[:, 0, 0, 1]) * 255 / 13 * 16
         low, high = (
             (part * 256**2 * ratio) ** 0.5 for part, ratio in ((0.05, 3 / 4), (0.14, 4 / 3))

@@ -9,7 +9,7 @@ import clae_fast
 from clae_fast.config import hints
 from clae_fast.data import RECIPES, Recipe
 
-# the crop's area and resizing, jitter and its probability, grey, blur and solarization of each view
+# the crop's area and resizing, jitter and its probability, gray, blur and solarization of each view
 PUBLISHED = {
     # Chen et al., ICML 2020, appendix A: strength 1; data_util.py of the released code: bicubic
     "simclr": (0.08, "bicubic", (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
@@ -61,7 +61,7 @@ def assert_share(chosen, probability):
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("view", [0, 1])
 def test_tables_have_the_published_laws(name, view):
-    crop, _, strengths, jitter_prob, grey, blur, solarize = PUBLISHED[name]
+    crop, _, strengths, jitter_prob, gray, blur, solarize = PUBLISHED[name]
     table = drawn(RECIPES[name])[view].double()
     top, left, height, width, flip = table[:, :5].T
     area = height * width / 300**2
@@ -78,7 +78,7 @@ def test_tables_have_the_published_laws(name, view):
     for factor, none, strength in zip(table[:, 9:13].T, (1, 1, 1, 0), strengths, strict=True):
         spread = (factor[jittered] - none).abs()
         assert 0.95 * strength < spread.max() <= strength * (1 + 1e-6)
-    assert_share(table[:, 13], grey)
+    assert_share(table[:, 13], gray)
     sigma = table[:, 14]
     assert_share(sigma > 0, blur[view])
     if blur[view]:

@@ -37,7 +37,7 @@ def trainer():
 class TestStratified:
     @pytest.mark.parametrize("size", [14, 100, 719])
     def test_has_the_same_share_of_each_class(self, size):
-        labels = data.load("digits").labelled.labels
+        labels = data.load("digits").labeled.labels
         counts = labels[data.stratified(labels, size, 0)].bincount()
         assert counts.sum() == size
         share = labels.bincount() * size / len(labels)
@@ -70,23 +70,23 @@ class TestFinetune:
         assert all(0 <= accuracy <= 100 for accuracy in found.values())
         # one of each class at least
         assert [(len(part), epochs) for part, epochs in parts] == [(10, 60), (10, 30)]
-        assert set(parts[0][0].rows.tolist()) <= set(trainer.labelled.rows.tolist())
+        assert set(parts[0][0].rows.tolist()) <= set(trainer.labeled.rows.tolist())
         assert all(torch.equal(before[n], t) for n, t in encoder.state_dict().items())
 
     def test_moves_the_whole_encoder_and_learns(self, trainer):
         encoder, config = trainer.method.encoder, trainer.config
-        classifier = finetune._finetuned(encoder, trainer.labelled, 12, config, trainer.device)
+        classifier = finetune._finetuned(encoder, trainer.labeled, 12, config, trainer.device)
         assert not classifier.training
         pairs = zip(classifier[0].parameters(), encoder.backbone.parameters(), strict=True)
         assert all(not torch.equal(tuned, weight) for tuned, weight in pairs)
-        x = torch.stack([data.eval_transform(8)(image) for image in trainer.labelled])
-        labels = trainer.labelled.labels
+        x = torch.stack([data.eval_transform(8)(image) for image in trainer.labeled])
+        labels = trainer.labeled.labels
         assert accuracy(classifier, x, labels) > 80
 
     def test_repeats(self, trainer):
         encoder, config = trainer.method.encoder, trainer.config
         first, again = (
-            finetune._finetuned(encoder, trainer.labelled, 1, config, trainer.device)[1].weight
+            finetune._finetuned(encoder, trainer.labeled, 1, config, trainer.device)[1].weight
             for _ in range(2)
         )
         assert torch.equal(first, again)

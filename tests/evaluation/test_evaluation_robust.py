@@ -31,7 +31,7 @@ def digits():
             break
     trainer.method.zero_grad()
     encoder, device = trainer.method.encoder, trainer.device
-    probe = fit_linear(*extract_features(encoder, trainer.labelled, config, device))
+    probe = fit_linear(*extract_features(encoder, trainer.labeled, config, device))
     images = list(batches(trainer.test, config, device))
     x, labels = (torch.cat(parts) for parts in zip(*images, strict=True))
     return nn.Sequential(encoder.backbone, probe), images, x, labels

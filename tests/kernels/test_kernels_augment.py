@@ -23,7 +23,7 @@ NORM = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.5, 1.0)}
 
 
 def images(count=3, height=HEIGHT, width=WIDTH):
-    """Noise with saturated, black, white and grey pixels, on which hues are undefined."""
+    """Noise with saturated, black, white and gray pixels, on which hues are undefined."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(count, 3, height, width, generator=generator) * 1.6 - 0.3
     noise[..., :2] = noise[:, :1, :, :2]
@@ -36,11 +36,11 @@ def row(
     flip=0,
     order=(0, 1, 2, 3),
     factors=(1, 1, 1, 0),
-    grey=0,
+    gray=0,
     sigma=0,
     solarize=0,
 ):
-    return [*box, flip, *order, *factors, grey, sigma, solarize]
+    return [*box, flip, *order, *factors, gray, sigma, solarize]
 
 
 def table(*rows):
@@ -95,7 +95,7 @@ def test_crop_and_flip(first, second, interpolation):
         ({"factors": (1, 1.8, 1, 0)}, {"factors": (1, 0, 1, 0)}),
         ({"factors": (1, 1, 1.8, 0)}, {"factors": (1, 1, 0.1, 0)}),
         ({"factors": (1, 1, 1, 0.31)}, {"factors": (1, 1, 1, -0.5)}),
-        ({"grey": 1}, {"solarize": 1}),
+        ({"gray": 1}, {"solarize": 1}),
         ({"sigma": 0.1}, {"sigma": 2.0}),
     ],
     ids=str,
@@ -118,7 +118,7 @@ def test_contrast_anywhere_in_the_order(orders):
 EVERYTHING = table(
     row((1, 2, 10, 12), flip=1, order=(3, 1, 0, 2), factors=(1.2, 1.4, 0.6, 0.1), sigma=1.1),
     row((0, 0, 7, 9), order=(2, 0, 3, 1), factors=(0.7, 0.6, 1.3, -0.1), solarize=1),
-    row((5, 1, 8, 6), factors=(1, 1.2, 1, 0), grey=1, sigma=0.4, solarize=1),
+    row((5, 1, 8, 6), factors=(1, 1.2, 1, 0), gray=1, sigma=0.4, solarize=1),
     row((0, 9, 14, 10), flip=1),
 )
 

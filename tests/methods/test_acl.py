@@ -17,7 +17,7 @@ from robust import (
     warm_encoder,
     without_norms,
 )
-from step_cases import randomise_norms, views
+from step_cases import randomize_norms, views
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,7 +40,7 @@ def ntx(z):
 def dual():
     """The method over an encoder whose twin differs from it."""
     built = ACL(warm_encoder(), adversarial=True)
-    randomise_norms(built.adv_encoder, torch.Generator().manual_seed(9))
+    randomize_norms(built.adv_encoder, torch.Generator().manual_seed(9))
     return built
 
 

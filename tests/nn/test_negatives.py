@@ -13,7 +13,7 @@ def rows(n, dim=6, seed=0):
 
 
 def tangent(gradient, u):
-    """What normalisation lets through of a gradient at unit rows."""
+    """What normalization lets through of a gradient at unit rows."""
     return gradient - (gradient * u).sum(1, keepdim=True) * u
 
 

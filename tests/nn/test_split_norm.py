@@ -1,4 +1,4 @@
-"""Keys normalised by other parts of a batch than their queries."""
+"""Keys normalized by other parts of a batch than their queries."""
 
 import copy
 
@@ -13,7 +13,7 @@ from clae_fast.nn.split_norm import dealt
 
 
 class Parts(nn.BatchNorm1d):
-    """Records which rows are normalised together: rows that hold their numbers."""
+    """Records which rows are normalized together: rows that hold their numbers."""
 
     def __init__(self):
         super().__init__(1, affine=False)

@@ -1,4 +1,4 @@
-"""Synchronised BatchNorm: W processes normalise as one with the whole batch does."""
+"""Synchronized BatchNorm: W processes normalize as one with the whole batch does."""
 
 import copy
 

@@ -105,7 +105,7 @@ class TestOneRun:
     def test_has_every_figure(self, one):
         assert set(one.plots) == {
             "losses", "accuracy", "accuracy-time", "throughput",
-            "attack-0", "embedding-0", "similarities-0", "neighbours-0",
+            "attack-0", "embedding-0", "similarities-0", "neighbors-0",
         }  # fmt: skip
         drawn = [attrs["id"] for _, attrs in one.tags if attrs.get("class") == "plot"]
         exported = [attrs["data-png"] for _, attrs in one.tags if "data-png" in attrs]
@@ -115,7 +115,7 @@ class TestOneRun:
         axes = {
             name: [plot["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
             for name, plot in one.plots.items()
-            if name not in ("attack-0", "neighbours-0")
+            if name not in ("attack-0", "neighbors-0")
         }
         assert axes == {
             "losses": ["epoch", "loss"],

@@ -115,7 +115,7 @@ def test_every_figure_is_drawn(page, tmp_path):
     ]
     assert drawn == [
         "losses", "accuracy", "accuracy-time", "throughput",
-        "attack-0", "embedding-0", "similarities-0", "neighbours-0",
+        "attack-0", "embedding-0", "similarities-0", "neighbors-0",
     ]  # fmt: skip
     pixels = screenshot(page, tmp_path / "page.png")
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
@@ -185,8 +185,8 @@ def test_png_of_a_figure(page, downloads, name):
     )
     with Image.open(path) as image:
         assert image.size == (2 * width, 2 * height)
-        colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
-    assert len(colours) > 20
+        colors = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+    assert len(colors) > 20
 
 
 def test_fits_a_narrow_window(page, tmp_path):

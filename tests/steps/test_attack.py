@@ -8,7 +8,7 @@ from torch import nn
 
 from clae_fast.attack import LinfAttack, linf_twin
 
-# per channel, as a view normalised by a standard deviation of each channel's own needs
+# per channel, as a view normalized by a standard deviation of each channel's own needs
 EPS = (0.1, 0.2, 0.05)
 CHANNELS = torch.tensor(EPS, dtype=torch.float64).view(3, 1, 1)
 
@@ -174,7 +174,7 @@ def test_bad_lengths(lengths, error, message):
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 1.0}, TypeError, "steps must be an integer, got float"),
         ({"steps": True}, TypeError, "steps must be an integer, got bool"),
-        ({"start": "centre"}, ValueError, "start must be view or random, got 'centre'"),
+        ({"start": "center"}, ValueError, "start must be view or random, got 'center'"),
         ({"norm": None}, ValueError, "norm must be train or eval, got None"),
     ],
 )

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from step_cases import assert_same, attack, norm_buffers, randomise_norms, views
+from step_cases import assert_same, attack, norm_buffers, randomize_norms, views
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +51,7 @@ def pair_of(*layers: nn.Module, C: int = 8, dtype: torch.dtype = torch.float64) 
     encoder = nn.Sequential(*layers, Rest(C)).to(dtype)
     twin = adversarial_twin(encoder)
     for module in (encoder, twin):
-        randomise_norms(module, torch.Generator().manual_seed(1))
+        randomize_norms(module, torch.Generator().manual_seed(1))
     return nn.ModuleList([encoder, twin])
 
 
@@ -198,14 +198,14 @@ def test_between_the_projections_and_x_adv_nothing_else_has_an_images_size(
 
 
 class Scaled(nn.Module):
-    """Normalises, but by what may be negative."""
+    """Normalizes, but by what may be negative."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - 0.5) / torch.tensor([-0.2, 0.3, 0.4], dtype=x.dtype).view(3, 1, 1)
 
 
 class Mirrored(Normalize):
-    """Normalises, and turns signs over."""
+    """Normalizes, and turns signs over."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.mean - x) / self.std

@@ -89,7 +89,7 @@ def test_memory_is_that_of_a_real_step(method, attack):
     [("simclr", "adam"), ("rocl", "lars"), ("sscl", "sgd"), ("adco", "sgd"), ("mochi", "adamw")],
 )
 def test_a_gpu_that_is_not_there(method, optimizer):
-    """Views and activations in fp16, weights and the optimiser's state in fp32."""
+    """Views and activations in fp16, weights and the optimizer's state in fp32."""
     config = resolve({"method": method, "attack": "pair", "optimizer": optimizer, "image_size": 8})
     built = build_method(config)
     found = cost.step_memory(config, built, torch.device("cuda"))

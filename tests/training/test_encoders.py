@@ -32,7 +32,7 @@ def images(size=8):
 
 
 def scrambled(network: nn.Module, seed: int = 2) -> dict[str, torch.Tensor]:
-    """Moves weights and statistics to where no initialisation leaves them."""
+    """Moves weights and statistics to where no initialization leaves them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in network.state_dict().values():
@@ -88,12 +88,12 @@ def test_the_package_has_it():
 def test_its_transform_takes_images_of_any_kind(folder, mode):
     transform = pickle.loads(pickle.dumps(load_encoder(folder.path).transform))
     pixels = np.arange(10 * 12, dtype=np.uint8).reshape(10, 12)
-    grey = Image.fromarray(pixels)
-    image = Image.fromarray(pixels.astype(np.uint16) << 8) if mode == "I;16" else grey.convert(mode)
+    gray = Image.fromarray(pixels)
+    image = Image.fromarray(pixels.astype(np.uint16) << 8) if mode == "I;16" else gray.convert(mode)
     x = transform(image)
     assert x.shape == (3, 8, 8)
     assert x.dtype == torch.float32
-    torch.testing.assert_close(x, transform(grey), rtol=0, atol=1 / 255)
+    torch.testing.assert_close(x, transform(gray), rtol=0, atol=1 / 255)
 
 
 def test_its_transform_takes_tensors(folder):

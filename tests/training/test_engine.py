@@ -35,7 +35,7 @@ def assert_close(a, b, **tolerance):
 
 
 @pytest.mark.parametrize("attack", ["none", "pair", "self"])
-def test_a_step_is_the_schedule_and_the_optimisers(attack):
+def test_a_step_is_the_schedule_and_the_optimizers(attack):
     ours, method, config = engine(attack=attack, lr=1.0)
     by_hand = copy.deepcopy(method)
     for number, lr in enumerate((0.01, 0.002)):

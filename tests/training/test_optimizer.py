@@ -1,4 +1,4 @@
-"""Settings become an optimiser and its learning rates."""
+"""Settings become an optimizer and its learning rates."""
 
 import math
 
@@ -56,7 +56,7 @@ class TestOptimizer:
             found.append(weight.detach())
         torch.testing.assert_close(*found, rtol=0, atol=0)
 
-    def test_shared_weights_are_optimised_once(self):
+    def test_shared_weights_are_optimized_once(self):
         method = build_method(tiny())
         (group,) = build_optimizer(tiny().optimization, method).param_groups
         assert len({id(p) for p in group["params"]}) == len(group["params"])

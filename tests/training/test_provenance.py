@@ -76,12 +76,12 @@ class TestDescription:
         monkeypatch.setattr(_native, "files", lambda: [other])
         assert provenance.describe(CPU, splits)["native"] != changed["native"]
 
-    def test_labelled_images_are_told_apart_where_they_are_others(self, splits):
+    def test_labeled_images_are_told_apart_where_they_are_others(self, splits):
         assert set(provenance.fingerprints(splits)) == {"train", "test"}
-        other = splits._replace(labelled=splits.train.select(slice(8)))
+        other = splits._replace(labeled=splits.train.select(slice(8)))
         found = provenance.fingerprints(other)
-        assert set(found) == {"train", "labelled", "test"}
-        assert found["labelled"] != found["train"]
+        assert set(found) == {"train", "labeled", "test"}
+        assert found["labeled"] != found["train"]
 
 
 class TestRecord:

@@ -72,7 +72,7 @@ def fit(path, config, stops=()):
 
 
 def assert_same_run(a, b):
-    """Weights, optimiser, schedule, generators and metrics, to the last bit."""
+    """Weights, optimizer, schedule, generators and metrics, to the last bit."""
     states = [checkpoint.load(folder.checkpoint) for folder in (a, b)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     assert (a.path / "metrics.jsonl").read_bytes() == (b.path / "metrics.jsonl").read_bytes()
@@ -104,7 +104,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("schedule", "optimizer", "attack", "method", "stops"), CASES)
-def test_schedules_optimisers_attacks_methods(tmp_path, schedule, optimizer, attack, method, stops):
+def test_schedules_optimizers_attacks_methods(tmp_path, schedule, optimizer, attack, method, stops):
     config = resolve(
         {
             **TINY,

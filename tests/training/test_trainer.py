@@ -46,7 +46,7 @@ def metrics(folder):
 
 
 def assert_same_run(a, b):
-    """Weights, optimiser, schedule, generators and metrics, to the last bit."""
+    """Weights, optimizer, schedule, generators and metrics, to the last bit."""
     states = [checkpoint.load(folder.checkpoint) for folder in (a, b)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     assert (a.path / "metrics.jsonl").read_bytes() == (b.path / "metrics.jsonl").read_bytes()
@@ -224,7 +224,7 @@ class TestAttack:
         longer = build_attack(resolve({"step_size": 0.06}, "clae-plain-cifar10"))
         assert longer.step_size == tuple(0.06 * std for std in config.views.std)
 
-    def test_the_encoder_normalises_first(self):
+    def test_the_encoder_normalizes_first(self):
         config = tiny(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
         x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         encoder = build_method(config).encoder.eval()
@@ -322,20 +322,20 @@ class TestKeptCheckpoints:
 class TestHeldOut:
     def test_held_images_are_trained_on_nowhere(self):
         trainer = Trainer(tiny(val_size=10))
-        assert (len(trainer.held), len(trainer.train), len(trainer.labelled)) == (10, 22, 22)
+        assert (len(trainer.held), len(trainer.train), len(trainer.labeled)) == (10, 22, 22)
         held = set(trainer.held.rows.tolist())
-        for split in (trainer.train, trainer.labelled):
+        for split in (trainer.train, trainer.labeled):
             assert not held & set(split.rows.tolist())
         assert len(trainer.splits.train) == 32
         assert len(trainer.test) == 32
         again = Trainer(tiny(val_size=10, lr=1.0))
         assert held == set(again.held.rows.tolist())
 
-    def test_they_are_taken_out_of_unlabelled_training_images_too(self):
+    def test_they_are_taken_out_of_unlabeled_training_images_too(self):
         splits = data.load("digits", limit=32)
-        few = splits._replace(labelled=splits.train.select(slice(0, 20)))
+        few = splits._replace(labeled=splits.train.select(slice(0, 20)))
         parts, held = hold_out(tiny(val_size=5).run, few)
-        assert [len(part) for part in (parts.train, parts.labelled, held)] == [27, 15, 5]
+        assert [len(part) for part in (parts.train, parts.labeled, held)] == [27, 15, 5]
         assert not set(held.rows.tolist()) & set(parts.train.rows.tolist())
 
     def test_none_by_default(self):
