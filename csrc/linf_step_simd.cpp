@@ -107,7 +107,8 @@ void step_run(const typename X::Storage* __restrict__ x,
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const float center = X::load(x0[i]);
-    const Bounds bounds = each ? Bounds{table[i], eps[i], lo[i], hi[i]} : same;
+    const Bounds bounds{each ? table[i] : same.alpha, each ? eps[i] : same.eps,
+                        each ? lo[i] : same.lo, each ? hi[i] : same.hi};
     out[i] = X::store(stepped(X::load(x[i]), G::load(grad[i]), center, bounds), center);
   }
 }
