@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_cases import in_fp64
 
 import clae_fast
 from clae_fast import reference
@@ -33,11 +34,6 @@ def step(bank, velocity, anchor, function=clae_fast.bank_step, **options):
     return bank, velocity
 
 
-def in_fp64(value):
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if floating else value
-
-
 def assert_stepped(found, bank, velocity, anchor, *, temperature, **options):
     """Raises unless a step's result is within the error budget.
 
@@ -52,7 +48,7 @@ def assert_stepped(found, bank, velocity, anchor, *, temperature, **options):
         velocity.double(),
         anchor.double(),
         reference.bank_step,
-        **{name: in_fp64(value) for name, value in options.items()},
+        **in_fp64(options),
     )
     count = 1 if options.get("weight") is None else options["weight"].abs().sum()
     norm = bank.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -152,7 +152,7 @@ def has_kernel(impl: str, device: torch.device) -> bool:
 
 def _check_convolution(dy: Tensor, weight: Tensor, x: Tensor, stride: int, padding: int) -> None:
     """Raises unless a convolution of `x` by `weight` has an output like `dy`."""
-    for name, value in (("dy", dy), ("weight", weight), ("x", x)):
+    for name, value in (("x", x), ("dy", dy), ("weight", weight)):
         _check.tensor(name, value)
         _check.same_place(name, value, "x", x, dtype=False)
         if value.ndim != 4:

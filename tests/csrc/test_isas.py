@@ -5,7 +5,7 @@ import native_driver
 import pytest
 import topk_cases as topk
 import torch
-from op_cases import ON_ROWS, check, run
+from op_cases import check, run, searched_cases
 
 import clae_fast
 from clae_fast import _impl, _native, reference
@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
     pytest.mark.skipif(not _native.has_cpu(), reason="built with CLAE_FAST_BUILD=none"),
 ]
-every_op = pytest.mark.parametrize("case", ON_ROWS.values(), ids=ON_ROWS)
+CASES = searched_cases()
+every_op = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bank_step_cases import assert_stepped, both_methods, in_fp64, problem, step
+from bank_step_cases import assert_stepped, both_methods, problem, step
+from op_cases import in_fp64
 
 from clae_fast import reference
 from clae_fast.kernels import _launch
@@ -55,7 +56,7 @@ def run(bank, velocity, anchor, *, temperature=0.1, exact=False, tiles=SMALL, **
 
 def expected(bank, velocity, anchor, **options):
     options = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, **options}
-    options = {name: in_fp64(value) for name, value in options.items()}
+    options = in_fp64(options)
     return step(bank.double(), velocity.double(), anchor.double(), reference.bank_step, **options)
 
 

@@ -18,6 +18,7 @@ from clae_fast.data import RECIPES
 sys.path.append(str(Path(__file__).parents[2]))
 
 from augment_cases import check_native, photos, ragged
+from op_cases import Case, Grid
 
 from benchmarks.torchvision_views import augmentation
 
@@ -36,6 +37,57 @@ COLUMNS = {
     "grey": 13,
     "sigma": 14,
     "solarize": 15,
+}
+
+
+def photos_and_table(mixed, whole_batch, N, side, *, seed=0, noise=None, dtype=None):
+    """8-bit images, of one size or of any, and the table of some of them."""
+    rows = torch.arange(N) * 7 % 5
+    picked = {} if whole_batch else {"rows": rows}
+    sides = [(18, 25), (7, 60), (31, 12), (16, 16), (1, 1)] if mixed else [(18, 25)] * 5
+    whole = [photos(1, *s, seed=seed + i)[0] for i, s in enumerate(sides)]
+    height, width = torch.tensor(sides)[rows].unbind(1)
+    fields = dataclasses.asdict(RECIPES["byol"])
+    fields.pop("interpolation")
+    params = clae_fast.augment_params(
+        torch.arange(N), seed=seed, epoch=0, height=height, width=width, **fields
+    )
+    data = ragged(whole, gap=5) if mixed else torch.stack(whole)
+    return {"images": data[rows] if whole_batch else data, "params": params, **picked}
+
+
+def as_augment(tensors, results, options):
+    """To the rounding of fp32, which three factors amplify up to 2.5 times each, or of fp16."""
+    tolerance = 2**-10 if options.get("dtype") == torch.float16 else 2e-5
+    for result, expected in zip(
+        results, clae_fast.augment(**tensors, **options, impl="reference"), strict=True
+    ):
+        assert result.numel() == 0 or (result - expected).abs().max() < tolerance
+
+
+def _augment(mixed, *, whole_batch=False, **options):
+    return Case(
+        "augment",
+        partial(photos_and_table, mixed, whole_batch),
+        grids=(Grid(((1, 1), (7, 9))),),
+        large=(5, 9),
+        options=options,
+        images=() if mixed else ("images",),
+        empty=True,
+        judge=as_augment,
+    )
+
+
+CASES = {
+    "augment": _augment(False, size=16, interpolation="bicubic"),
+    "augment-half": _augment(
+        False,
+        whole_batch=True,
+        size=8,
+        dtype=torch.float16,
+        memory_format=torch.channels_last,
+    ),
+    "augment-ragged": _augment(True, size=9, mean=(0.5, 0.4, 0.3), std=[0.2, 0.25, 0.3]),
 }
 
 

@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 from bank_step_cases import assert_stepped, both_methods, problem, step
-from op_cases import Recorder
+from op_cases import BadInputs, Case, Grid, Recorder
 from torch.nn import functional as F
 
 import clae_fast
@@ -17,6 +19,81 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 # the interpreter's turn is in tests/kernels
 IMPLEMENTATIONS = [name for name in implementations("bank_step") if name != "triton"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def bank(method, moving, N, K, D, *, noise=0.5, dtype=torch.float32, seed=0):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        noise = 0.5 if noise is None else noise
+        W, V, anchor, options = problem(method, N, K, D, noise=noise, dtype=dtype)
+    options.pop("views")
+    return {"bank": W, "velocity": V if moving else 0 * V, "anchor": anchor, **options}
+
+
+def as_bank_step(tensors, results, options):
+    tensors, options = dict(tensors), {**options}
+    operands = (tensors.pop(name) for name in ("bank", "velocity", "anchor"))
+    options.setdefault("temperature", 0.1)
+    assert_stepped(results, *operands, **tensors, **options)
+
+
+def _bank_step(method, moving, **fields):
+    grid = Grid(((1, 1, 2), (2, 3, 3), (7, 97, 5), (33, 130, 17)), (0.5, 0.1, 0.02, 0.005), (0.5,))
+    return Case(
+        "bank_step",
+        partial(bank, method, moving),
+        size=lambda N, D: (N, 2 * N, D),
+        grids=(grid,),
+        large=(210, 1000, 9),
+        options={"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01 if moving else 0.0},
+        rows=("anchor", "keys") if method == "adco" else ("anchor",),
+        in_place=("bank", "velocity"),
+        coupled_from=1,
+        judge=as_bank_step,
+        **fields,
+    )
+
+
+CASES = {
+    "bank_step-adco": _bank_step("adco", True),
+    "bank_step-caco": _bank_step("caco", True),
+    "bank_step-adco-first": _bank_step("adco", False, compiled=False),
+    "bank_step-caco-first": _bank_step("caco", False, compiled=False),
+}
+INDEX = torch.zeros(4, dtype=torch.int64)
+BAD_INPUTS = BadInputs(
+    {
+        "bank": torch.ones(6, 3),
+        "velocity": torch.ones(6, 3),
+        "anchor": torch.ones(4, 3),
+        "positive": INDEX,
+        "lr": 0.1,
+    },
+    own=[
+        ({"bank": torch.ones(6)}, ValueError, r"bank must have shape .* got \[6\]"),
+        ({"bank": torch.ones(6, 3).half()}, TypeError, "bank must be of dtype fp32 or fp64"),
+        ({"bank": torch.ones(3, 6).T}, ValueError, "bank must be contiguous, got strides"),
+        ({"velocity": torch.ones(5, 3)}, ValueError, "velocity must have the shape of bank"),
+        ({"velocity": torch.ones(3, 6).T}, ValueError, "velocity must be contiguous"),
+        ({"anchor": torch.ones(4, 2)}, ValueError, r"anchor must have shape \[N, 3\] as bank has"),
+        ({"positive": None}, ValueError, "one of keys and positive must be given, not both"),
+        ({"keys": torch.ones(4, 3)}, ValueError, "one of keys and positive must be given"),
+        (
+            {"positive": None, "keys": torch.ones(5, 3)},
+            ValueError,
+            "keys must have the shape of anchor",
+        ),
+        ({"positive": INDEX + 6}, ValueError, "positive must hold columns from 0 to 5, got 6"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \[4\], got \[3\]"),
+        ({"losses": INDEX}, TypeError, "losses must be of dtype"),
+        ({"views": 3}, ValueError, "views must divide 4 anchors, got 3"),
+        ({"views": 1.0}, TypeError, "views must be an int, got float"),
+        ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1}, ValueError, r"weight_decay must be in \[0, inf\), got -1"),
+        ({"lr": torch.ones(1)}, ValueError, r"lr must have shape \[\], got \[1\]"),
+    ],
+    any_dtype=("anchor",),
+)
 
 
 def check(implementation, bank, velocity, anchor, temperature=0.1, **options):

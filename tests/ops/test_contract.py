@@ -1,7 +1,7 @@
 """The contract of the ops: each test is one promise, checked on every op and implementation.
 
-What is true of one op alone is tested in that op's file. `op_cases.py` says how each op is called,
-at which sizes, and how its results are judged; `bad_inputs.py` says what each op refuses.
+What is true of one op alone is tested in that op's file. There, `CASES` says how the op is called,
+at which sizes, and how its results are judged; `BAD_INPUTS` says what it refuses.
 """
 
 import math
@@ -11,15 +11,15 @@ from itertools import product
 
 import pytest
 import torch
-from bad_inputs import every_bad_input
 from linf_cases import LAYOUTS
 from op_cases import (
-    CASES,
     Case,
     Recorder,
     assert_close_to_fp64,
     assert_right,
     caller,
+    every_bad_input,
+    every_case,
     in_fp64,
     leaves,
     of_temperature,
@@ -38,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
 ]
 
+CASES = every_case()
 ROWS = {
     "transposed": lambda z: z.T.contiguous().T,
     "sliced": lambda z: torch.cat([z, torch.full_like(z, math.nan)], 1)[:, : z.shape[1]],

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from op_cases import labelled
+from op_cases import LABELS, NEAR, BadInputs, Case, Grid, labelled
 from torch.nn import functional as F
 
 import clae_fast
@@ -19,6 +19,28 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 IMPLEMENTATIONS = implementations("h_scl")
 every_weight = pytest.mark.parametrize(
     ("beta", "detach"), [(0, False), (1, False), (5, True)], ids=["easy", "trained", "constant"]
+)
+
+
+def _h_scl(beta, detach, **fields):
+    grid = Grid(((3, 1, 1), (9, 5, 2), (67, 17, 30), (131, 7, 4)), (0.5, 0.07, 0.005), NEAR)
+    options = {"beta": beta, "detach_weights": detach}
+    fields = {"sharpness": 1 + beta, **LABELS, **fields}
+    return Case("h_scl", grids=(grid,), options=options, **fields)
+
+
+CASES = {
+    "h_scl": _h_scl(1.0, False),
+    "h_scl-easy": _h_scl(0.0, False, compiled=False),
+    "h_scl-constant": _h_scl(5.0, True, compiled=False),
+}
+BAD_INPUTS = BadInputs(
+    {"z": torch.ones(4, 3), "labels": torch.arange(4)},
+    own=[
+        ({"labels": torch.arange(3)}, ValueError, r"labels must have shape \[4\], got \[3\]"),
+        ({"beta": -2}, ValueError, r"beta must be in \[0, inf\), got -2"),
+        ({"detach_weights": 0}, TypeError, "detach_weights must be True or False"),
+    ],
 )
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import CASES, assert_right, run
+from op_cases import NEAR, VIEWS, BadInputs, Case, Grid, assert_right, run, seeded, views
 from torch.nn import functional as F
 
 import clae_fast
@@ -26,6 +26,59 @@ SETTINGS = [
     {"beta": beta, "tau_plus": tau_plus, "detach_weights": detach}
     for beta, tau_plus, detach in ((0, 0, False), (0, 0.1, False), (1, 0.1, False), (2.5, 0, True))
 ]
+
+
+def views_and_extra(N, D, *, dtype=torch.float32, **options):
+    extra = torch.randn(2 * N, 3, generator=seeded())
+    return {**views(N, D, dtype=dtype, **options), "extra": extra.to(dtype)}
+
+
+def _hard(beta, tau_plus, detach=False, make=views, **fields):
+    options = {"beta": beta, "tau_plus": tau_plus, "detach_weights": detach}
+    # 0.04 is above the temperature where exponents leave fp32's range with beta = 0 alone
+    sizes = ((2, 3), (7, 5), (131, 17)) if make is views else ((1, 5), (6, 5))
+    grid = Grid(sizes, (0.5, 0.1, 0.04, 0.005), NEAR)
+    return Case(
+        "hard_nt_xent",
+        make,
+        grids=(grid,),
+        options=options,
+        sharpness=1 + beta,
+        **{**VIEWS, **fields},
+    )
+
+
+def _with_extra(beta, tau_plus, detach=False):
+    return _hard(beta, tau_plus, detach, views_and_extra, wrt=("z0", "z1", "extra"), only="torch")
+
+
+CASES = {
+    # HCL; plain, DCL, and harder ones with constant weights
+    "hard_nt_xent": _hard(1.0, 0.1, searched=True),
+    "hard_nt_xent-constant": _hard(2.5, 0.0, True, compiled=False, searched=True),
+    "hard_nt_xent-debiased": _hard(0.0, 0.1, compiled=False),
+    "hard_nt_xent-plain": _hard(0.0, 0.0, compiled=False),
+    "hard_nt_xent-extra": _with_extra(1.0, 0.1),
+}
+BAD_INPUTS = BadInputs(
+    {"z0": torch.ones(4, 3), "z1": torch.ones(4, 3), "extra": torch.ones(8, 2)},
+    own=[
+        ({"beta": -1}, ValueError, r"beta must be in \[0, "),
+        ({"beta": math.inf}, ValueError, r"beta must be in \[0, "),
+        ({"beta": "1"}, TypeError, "beta must be a number, got str"),
+        ({"tau_plus": 1.0}, ValueError, r"tau_plus must be in \[0, "),
+        ({"tau_plus": -0.1}, ValueError, r"tau_plus must be in \[0, "),
+        ({"detach_weights": 1}, TypeError, "detach_weights must be True or False"),
+        ({"z1": torch.ones(4, 2)}, ValueError, "z1 must have the shape of z0"),
+        ({"extra": torch.ones(4, 2)}, ValueError, r"extra must have shape \[8, k\].*got \[4, 2\]"),
+        (
+            {"impl": "native"},
+            ValueError,
+            "impl='native' does not take extra logits: impl='torch' does",
+        ),
+    ],
+    any_dtype=("extra",),
+)
 
 
 def by_loops(z0, z1, temperature, beta, tau_plus, extra=None):

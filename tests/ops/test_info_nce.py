@@ -1,5 +1,6 @@
 import pytest
 import torch
+from op_cases import NEAR, TEMPERATURES, BadInputs, Case, Grid, seeded
 
 import clae_fast
 from clae_fast.testing import (
@@ -14,6 +15,112 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 # the interpreter's turn is in tests/kernels
 IMPLEMENTATIONS = [name for name in implementations("info_nce") if name != "triton"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def queue(N, M, D, **options):
+    anchor, keys = projections(max(N, M), D, **options)
+    return {"anchor": anchor[:N], "keys": keys[:M]}
+
+
+def named(N, M, D, **options):
+    """Several anchors may share a positive."""
+    return {**queue(N, M, D, **options), "positive": torch.randint(M, (N,), generator=seeded())}
+
+
+def _half_as_many(N, D):
+    return (N + 1) // 2, N, D
+
+
+_KEYS = {"rows": ("anchor", "keys"), "wrt": ("anchor", "keys"), "separate": True}
+
+CASES = {
+    "info_nce": Case(
+        "info_nce",
+        queue,
+        size=_half_as_many,
+        grids=(
+            Grid(
+                ((2, 2, 17), (1, 4, 17), (33, 33, 17), (20, 61, 17)),
+                TEMPERATURES,
+                (*NEAR, 1e-3),
+            ),
+            # several blocks of anchors, groups of them, and more tiles of keys than chunks
+            Grid(((7, 3500, 10), (200, 203, 10), (401, 790, 10)), (0.2, 0.02), (0.5,)),
+        ),
+        large=(100, 500, 13),
+        searched=True,
+        **_KEYS,
+    ),
+    # more keys than anchors, and fewer
+    "info_nce-named": Case(
+        "info_nce",
+        named,
+        size=_half_as_many,
+        grids=(
+            Grid(((3, 1, 17), (20, 61, 17), (61, 20, 17), (200, 203, 17)), (0.5, 0.07, 0.02), NEAR),
+        ),
+        large=(100, 500, 13),
+        searched=True,
+        compiled=False,
+        **_KEYS,
+    ),
+    "info_nce-symmetric": Case(
+        "info_nce",
+        queue,
+        size=lambda N, D: (N, N, D),
+        grids=(Grid(((20, 20, 17), (131, 131, 9)), (0.5, 0.05, 0.01), (0.1,)),),
+        large=(203, 203, 33),
+        options={"symmetric": True},
+        searched=True,
+        compiled=False,
+        **_KEYS,
+    ),
+    **{
+        f"info_nce-rows{kind}": Case(
+            "info_nce",
+            named if kind == "-named" else queue,
+            size=_half_as_many if kind != "-symmetric" else lambda N, D: (N, N, D),
+            grids=(
+                Grid(
+                    ((33, 40, 17),) if kind != "-symmetric" else ((40, 40, 17),),
+                    (0.5, 0.07, 0.02),
+                    (0.3,),
+                ),
+            ),
+            options={"reduction": "none", "symmetric": kind == "-symmetric"},
+            compiled=kind == "-named",
+            large=(100, 500, 13) if kind != "-symmetric" else (203, 203, 33),
+            **_KEYS,
+        )
+        for kind in ("", "-named", "-symmetric")
+    },
+}
+INDEX = torch.zeros(4, dtype=torch.int64)
+BAD_INPUTS = BadInputs(
+    {"anchor": torch.ones(4, 2), "keys": torch.ones(5, 2)},
+    own=[
+        ({"keys": torch.ones(3, 2)}, ValueError, r"keys must have shape \[M, D\] with M >= N"),
+        (
+            {"keys": torch.ones(4, 3)},
+            ValueError,
+            r"keys must have shape \[M, D\] .*got \[4, 3\] for \[4, 2\]",
+        ),
+        ({"symmetric": True}, ValueError, r"keys must have the shape of anchor, \[4, 2\], where"),
+        ({"symmetric": "yes"}, TypeError, "symmetric must be True or False, got str"),
+        ({"positive": [0, 0, 0, 0]}, TypeError, "positive must be a torch.Tensor, got list"),
+        ({"positive": INDEX.int()}, TypeError, "positive must be of dtype int64, got torch.int32"),
+        ({"positive": INDEX[:2]}, ValueError, r"positive must have shape .* N = 4 .* got \[2\]"),
+        ({"positive": INDEX.to("meta")}, ValueError, "positive must be on the device of anchor"),
+        ({"positive": INDEX + 5}, ValueError, "positive must hold columns from 0 to 4, got 5"),
+        ({"positive": INDEX - 1}, ValueError, "positive must hold columns from 0 to 4, got -1"),
+        (
+            {"positive": INDEX, "keys": torch.ones(4, 2), "symmetric": True},
+            ValueError,
+            "positive must be None where symmetric",
+        ),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'mean' or 'none', got 'sum'"),
+    ],
+)
 
 
 @every_implementation

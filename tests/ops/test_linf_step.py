@@ -1,8 +1,10 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from linf_cases import DTYPES, SPECIAL, bounds, images
+from op_cases import BadInputs, Case, Grid
 
 import clae_fast
 from clae_fast import reference
@@ -17,6 +19,64 @@ pytestmark = [
 every_implementation = pytest.mark.parametrize("implementation", implementations("linf_step"))
 
 SPECIAL += (6.1e-5, 6.0e-5, 6e-8, -6e-8, 1e-9, -1e-9, 1e-38, 1e-45)
+
+
+def operands(N, side, *, centered=False, dtype=torch.float32, seed=0, noise=None):
+    shape = (N, 3, side, side + 1)
+    x = images(shape, dtype, seed=seed)
+    others = {"grad": images(shape, seed=seed + 1)}
+    if centered:
+        others["x0"] = (x + 0.02 * images(shape, seed=seed + 2)).to(dtype)
+    return {"x": x, **others}
+
+
+def as_linf_step(tensors, results, options):
+    assert_bitwise_equal(*results, clae_fast.linf_step(**tensors, **options, impl="reference"))
+
+
+def _linf_step(centered=False, compiled=True, **options):
+    return Case(
+        "linf_step",
+        partial(operands, centered=centered),
+        grids=(Grid(((2, 3), (3, 9))),),
+        large=(7, 60),
+        options=options,
+        images=("x", "grad", "x0") if centered else ("x", "grad"),
+        empty=True,
+        interpreted=True,
+        compiled=compiled,
+        judge=as_linf_step,
+    )
+
+
+CASES = {
+    "linf_step": _linf_step(True, alpha=0.03, eps=0.02, lo=0.0, hi=1.0),
+    "linf_step-channels": _linf_step(
+        True, alpha=0.02, eps=[0.01, 0.02, 0.03], lo=(-1.0, -1.1, -1.2), hi=1.1
+    ),
+    "linf_step-tensors": _linf_step(
+        compiled=False,
+        alpha=torch.tensor([0.01, 0.02, 0.03]),
+        eps=torch.tensor([0.02, 0.03, 0.04]).double(),
+    ),
+}
+BAD_INPUTS = BadInputs(
+    {"x": torch.ones(2, 3), "grad": torch.ones(2, 3), "alpha": 0.1},
+    own=[
+        ({"grad": torch.ones(2, 4)}, ValueError, "grad must have the shape of x"),
+        ({"x0": torch.ones(2, 3).half()}, TypeError, "x0 must have the dtype of x"),
+        ({"alpha": None}, TypeError, "alpha must be a number, a list"),
+        ({"alpha": math.nan}, ValueError, "alpha must be a number"),
+        ({"alpha": "0.1"}, TypeError, "alpha must be a number, a list"),
+        ({"eps": -0.1}, ValueError, "eps must be a number >= 0.0, got -0.1"),
+        ({"eps": [0.1, -0.1, 0.1]}, ValueError, "eps must be a number >= 0.0"),
+        ({"eps": [0.1, 0.1]}, ValueError, r"eps must be .* of shape \[2, 3\], got shape \[2\]"),
+        ({"hi": torch.ones(())}, ValueError, r"hi must be .* got shape \[\]"),
+        ({"lo": 1.0, "hi": 0.0}, ValueError, "lo must be at most hi, got 1.0 and 0.0"),
+    ],
+    any_dtype=("grad",),
+    any_shape=("x",),
+)
 
 
 @every_implementation

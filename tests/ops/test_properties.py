@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from op_cases import ON_ROWS, check, run
+from op_cases import check, run, searched_cases
 
 import clae_fast
 from clae_fast.testing import assert_bitwise_equal, implementations, running
@@ -29,9 +29,10 @@ def on_the_cpu(op):
     return ["reference", *(name for name in implementations(op) if name != "triton")]
 
 
+CASES = searched_cases()
 CALLS = [
     pytest.param(case, implementation, id=f"{name}-{implementation}")
-    for name, case in ON_ROWS.items()
+    for name, case in CASES.items()
     for implementation in on_the_cpu(case.op)
 ]
 every_op = pytest.mark.parametrize(("case", "implementation"), CALLS)

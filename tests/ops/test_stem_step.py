@@ -1,19 +1,136 @@
 """The sign step behind a convolution: its reference, and the kernel, emulated without a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
-from stem_cases import RANGE, STEMS, assert_stepped, operands
+from op_cases import BadInputs, Case, Grid
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 import clae_fast
 from clae_fast import _impl, reference
 from clae_fast.ops.stem_step import has_kernel, kernel_takes
+from clae_fast.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
+# kernel size to stride and padding
+STEMS = {3: {"stride": 1, "padding": 1}, 7: {"stride": 2, "padding": 3}}
+RANGE = {"alpha": 8 / 255, "eps": 8 / 255, "lo": 0.0, "hi": 1.0}
 every_size = pytest.mark.parametrize("size", STEMS)
 every_order = pytest.mark.parametrize("order", ["up", "down"])
+
+
+def operands(
+    size: int,
+    shape: tuple[int, int, int],  # N, H, W
+    C: int = 64,
+    *,
+    dtype: torch.dtype = torch.float16,
+    x_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, weight and x, in channels_last; some of x near the ends of its range."""
+    N, H, W = shape
+    stride = STEMS[size]["stride"]
+    generator = torch.Generator().manual_seed(seed)
+    dy = torch.randn(N, C, (H - 1) // stride + 1, (W - 1) // stride + 1, generator=generator)
+    weight = torch.randn(C, 3, size, size, generator=generator)
+    x = torch.rand(N, 3, H, W, generator=generator)
+    layout = torch.channels_last
+    return (
+        dy.to(dtype, memory_format=layout),
+        weight.contiguous(memory_format=layout),
+        x.to(x_dtype, memory_format=layout),
+    )
+
+
+def assert_stepped(
+    x_adv: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    **bounds: object,
+) -> None:
+    """Raises unless x_adv is the step along the gradient in fp64 of the same rounded numbers."""
+    stem = (stride, padding)
+    exact_dy, exact_weight = dy.double(), weight.to(dy.dtype).double()
+    dx = conv2d_input(list(x.shape), exact_weight, exact_dy, *stem)
+    # of a sum in fp32, in any order
+    terms = dy.shape[1] * weight.shape[2:].numel()
+    error = conv2d_input(list(x.shape), exact_weight.abs(), exact_dy.abs(), *stem)
+    sure = dx.abs() > error * terms * torch.finfo(torch.float32).eps
+    expected = reference.linf_step(x, dx, **bounds)
+    assert x_adv.stride() == torch.empty_like(x).stride()
+    assert_bitwise_equal(x_adv[sure], expected[sure])
+    # the gradient rounded to 16 bits
+    rounded = conv2d_input(list(x.shape), weight.to(dy.dtype), dy, *stem)
+    for other in (expected, reference.linf_step(x, rounded, **bounds)):
+        assert dx.abs()[x_adv == other].sum() >= 0.999 * dx.abs().sum()
+    eps = torch.as_tensor(bounds["eps"], dtype=torch.float64).reshape(-1, 1, 1)
+    assert ((x_adv.double() - x.double()).abs() <= eps).all()
+
+
+def stem(kernel, N, side, *, dtype=torch.float32, seed=0, noise=None):
+    """The gradient at a convolution's output, its weight and its input."""
+    half = dtype if dtype == torch.float64 else torch.float16
+    shape = (N, side, side + 3)
+    x_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+    dy, weight, x = operands(kernel, shape, dtype=half, x_dtype=x_dtype, seed=seed)
+    return {"dy": dy, "weight": weight, "x": x}
+
+
+def as_stem_step(tensors, results, options):
+    assert_stepped(*results, **tensors, **options)
+
+
+def _stem_step(kernel, **bounds):
+    return Case(
+        "stem_step",
+        partial(stem, kernel),
+        grids=(Grid(((1, 1), (2, 6))),),
+        options={**STEMS[kernel], **RANGE, **bounds},
+        images=("x", "dy", "weight"),
+        empty=True,
+        emulated=True,
+        compiled=kernel == 3 and not bounds,
+        judge=as_stem_step,
+    )
+
+
+CASES = {
+    "stem_step-3": _stem_step(3),
+    "stem_step-3-tensors": _stem_step(3, alpha=torch.tensor([0.01, 0.02, 0.03])),
+    "stem_step-7": _stem_step(7),
+}
+_DY, _WEIGHT, _X = operands(3, (2, 4, 4))
+BAD_INPUTS = BadInputs(
+    {"x": _X, "dy": _DY, "weight": _WEIGHT, **STEMS[3], **RANGE},
+    own=[
+        (
+            {"x": torch.ones(2, 3, 4)},
+            ValueError,
+            r"x must have 4 dimensions, got shape \[2, 3, 4\]",
+        ),
+        ({"x": torch.ones(2, 4, 4, 4)}, ValueError, "weight must have the 4 channels of x"),
+        (
+            {"x": torch.ones(2, 3, 5, 4)},
+            ValueError,
+            r"dy must have .* \[2, 64, 5, 4\], got \[2, 64",
+        ),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
+        ({"stride": (1, 1)}, TypeError, "stride must be an integer, got tuple"),
+        ({"eps": -0.1}, ValueError, r"eps must be a number >= 0.0, got -0.1"),
+        ({"lo": 2.0}, ValueError, "lo must be at most hi"),
+    ],
+    any_dtype=("dy", "weight"),
+)
 
 
 def check(device, dy, weight, x, *, size, **bounds) -> Tensor:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from op_cases import labelled
+from op_cases import LABELS, NEAR, BadInputs, Case, Grid, labelled
 from torch.nn import functional as F
 
 import clae_fast
@@ -17,6 +17,28 @@ from clae_fast.testing import (
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 IMPLEMENTATIONS = implementations("sup_con")
+
+
+def _sup_con(compiled=True, **options):
+    grid = Grid(((2, 1, 1), (9, 5, 2), (67, 17, 30), (131, 7, 4)), (0.5, 0.07, 0.005), NEAR)
+    return Case("sup_con", grids=(grid,), options=options, compiled=compiled, **LABELS)
+
+
+CASES = {
+    "sup_con": _sup_con(detach_columns=False),
+    "sup_con-constant": _sup_con(detach_columns=True, compiled=False),
+}
+BAD_INPUTS = BadInputs(
+    {"z": torch.ones(4, 3), "labels": torch.arange(4)},
+    own=[
+        (
+            {"labels": torch.arange(4)[:, None]},
+            ValueError,
+            r"labels must have shape \[4\], got \[4, 1\]",
+        ),
+        ({"detach_columns": 0}, TypeError, "detach_columns must be True or False"),
+    ],
+)
 
 
 def by_loops(z, labels, temperature):

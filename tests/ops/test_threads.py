@@ -10,14 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from op_cases import ON_ROWS, run
+from op_cases import run, searched_cases
 from torch.utils.data import DataLoader
 
 import clae_fast
 from clae_fast import _native
 from clae_fast.testing import assert_bitwise_equal, projections
 
-NATIVE = [*ON_ROWS, "augment", "linf_step", "topk_similarity"]
+CASES = searched_cases()
+NATIVE = [*CASES, "augment", "linf_step", "topk_similarity"]
 SECONDS = 60
 
 pytestmark = [
@@ -52,7 +53,7 @@ def compute(name="tied_nt_xent", threads=None):
         return [clae_fast.linf_step(x, grad, alpha=0.1, eps=0.05, impl="native")]
     if name == "topk_similarity":
         return list(clae_fast.topk_similarity(*projections(203, 33), 5, impl="native"))
-    case = ON_ROWS[name]
+    case = CASES[name]
     return run(case, case.tensors(203, 33, noise=0.5), impl="native")
 
 

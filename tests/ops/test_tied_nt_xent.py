@@ -1,9 +1,26 @@
 import pytest
 import torch
-from op_cases import TEMPERATURES
+from op_cases import TEMPERATURES, BadInputs, Case, Grid
 
 from clae_fast import reference
 from clae_fast.testing import projections
+
+
+def one_view(N, D, **options):
+    return {"z": projections(N, D, **options)[0]}
+
+
+CASES = {
+    "tied_nt_xent": Case(
+        "tied_nt_xent",
+        one_view,
+        grids=(Grid(((2, 3), (7, 5), (40, 17)), TEMPERATURES),),
+        rows=("z",),
+        coupled_from=2,
+        searched=True,
+    ),
+}
+BAD_INPUTS = BadInputs({"z": torch.ones(4, 3)})
 
 
 def by_autograd(z, temperature):

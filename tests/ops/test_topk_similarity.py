@@ -1,8 +1,10 @@
 import math
+from functools import partial
 
 import pytest
 import torch
-from topk_cases import check, rows, topk
+from op_cases import BadInputs, Case, Grid
+from topk_cases import assert_nearest, check, rows, topk
 from torch.nn import functional as F
 
 from clae_fast import reference
@@ -13,6 +15,57 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 IMPLEMENTATIONS = implementations("topk_similarity")
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_one = pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+
+
+def nearest(excluding, N, M, D, *, noise=None, dtype=torch.float32, seed=0):
+    anchor, keys = rows(N, M, D, dtype)
+    exclude = {"exclude": (torch.arange(N)[:, None] + 1) % M} if excluding else {}
+    return {"anchor": anchor, "keys": keys, **exclude}
+
+
+def as_topk(tensors, results, options):
+    assert_nearest(*results, k=options["k"], **tensors)
+
+
+def _topk_similarity(excluding, **fields):
+    return Case(
+        "topk_similarity",
+        partial(nearest, excluding),
+        size=lambda N, D: (N, 2 * N + 2, D),
+        grids=(Grid(((1, 4, 1), (7, 97, 5), (33, 131, 70))),),
+        large=(41, 8203, 3),
+        options={"k": 3},
+        rows=("anchor", "keys"),
+        judge=as_topk,
+        **fields,
+    )
+
+
+CASES = {
+    "topk_similarity": _topk_similarity(True),
+    "topk_similarity-all": _topk_similarity(False, compiled=False),
+}
+INDEX = torch.zeros(4, dtype=torch.int64)
+BAD_INPUTS = BadInputs(
+    {"anchor": torch.ones(4, 3), "keys": torch.ones(6, 3), "k": 2},
+    own=[
+        ({"keys": torch.ones(0, 3)}, ValueError, r"keys must have shape .* got \[0, 3\]"),
+        ({"keys": torch.ones(6, 2)}, ValueError, r"keys must .* got \[6, 2\] for \[4, 3\]"),
+        ({"keys": torch.ones(1, 3).expand(2**32, 3)}, ValueError, r"keys must .* M < 2\^32"),
+        ({"k": 0}, ValueError, "k must be from 1 to 6, .* got 0"),
+        ({"k": 7}, ValueError, "k must be from 1 to 6, .* got 7"),
+        ({"k": 5, "exclude": INDEX.view(4, 1).expand(4, 2)}, ValueError, "k must be from 1 to 4"),
+        ({"k": 2.0}, TypeError, "k must be an int, got float"),
+        ({"k": True}, TypeError, "k must be an int, got bool"),
+        ({"exclude": [0]}, TypeError, "exclude must be a torch.Tensor, got list"),
+        ({"exclude": INDEX[:, None].int()}, TypeError, "exclude must be of dtype int64, got"),
+        ({"exclude": INDEX[:2]}, ValueError, r"exclude must have shape .* N = 4 .* got \[2\]"),
+        ({"exclude": INDEX[:3, None]}, ValueError, r"exclude must have shape .* got \[3, 1\]"),
+        ({"exclude": INDEX[:, None].to("meta")}, ValueError, "exclude must be on the device of"),
+        ({"exclude": INDEX[:, None] + 6}, ValueError, "exclude must hold columns from 0 to 5"),
+        ({"exclude": INDEX[:, None] - 1}, ValueError, "exclude must .* from 0 to 5, got -1"),
+    ],
+)
 
 
 def grid(N, D, seed):

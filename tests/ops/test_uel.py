@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from op_cases import CASES, assert_right, run
+from op_cases import NEAR, TEMPERATURES, VIEWS, BadInputs, Case, Grid, assert_right, run, views
 
 import clae_fast
 from clae_fast import _native, reference
@@ -18,6 +18,17 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 # the interpreter's turn is in tests/kernels
 IMPLEMENTATIONS = [name for name in implementations("uel") if name != "triton"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+CASES = {
+    "uel": Case(
+        "uel",
+        views,
+        grids=(Grid(((2, 1), (7, 5), (33, 70), (131, 17)), TEMPERATURES, (*NEAR, 1e-3)),),
+        searched=True,
+        **VIEWS,
+    ),
+}
+BAD_INPUTS = BadInputs({"z0": torch.ones(4, 3), "z1": torch.ones(4, 3)})
 
 
 def check(implementation, z0, z1, temperature):
