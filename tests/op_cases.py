@@ -258,7 +258,7 @@ def views(N, D, **options):
     return {"z0": z0, "z1": z1}
 
 
-def labelled(n, D, classes, *, noise=None, dtype=torch.float32, **options):
+def labeled(n, D, classes, *, noise=None, dtype=torch.float32, **options):
     """With `noise`, the rows of a class are near one another."""
     labels = torch.randint(classes, (n,), generator=seeded())
     centers, z = projections(max(n, classes), D, **options)
@@ -269,7 +269,7 @@ def labelled(n, D, classes, *, noise=None, dtype=torch.float32, **options):
 NEAR = (None, 0.1)
 VIEWS = {"rows": ("z0", "z1"), "wrt": ("z0", "z1"), "coupled_from": 1}
 LABELS = {
-    "make": labelled,
+    "make": labeled,
     "size": lambda N, D: (N, D, 2 + N // 8 if N > 3 else 1),
     "rows": ("z",),
     "wrt": ("z",),

@@ -34,7 +34,7 @@ COLUMNS = {
     "contrast": 10,
     "saturation": 11,
     "hue": 12,
-    "grey": 13,
+    "gray": 13,
     "sigma": 14,
     "solarize": 15,
 }
@@ -122,14 +122,14 @@ def force(step, **drawn):
 def forced(transform, numbers):
     """`transform` of a recipe, which draws what a row of the table says."""
     top, left, height, width, flip, *order = (int(number) for number in numbers[:9])
-    brightness, contrast, saturation, hue, grey, sigma, solarize = numbers[9:]
+    brightness, contrast, saturation, hue, gray, sigma, solarize = numbers[9:]
     for step in transform.transforms:
         if isinstance(step, v2.RandomResizedCrop):
             force(step, top=top, left=left, height=height, width=width)
         elif isinstance(step, v2.RandomHorizontalFlip):
             step.p = float(flip)
         elif isinstance(step, v2.RandomGrayscale):
-            step.p = grey
+            step.p = gray
         elif isinstance(step, v2.RandomSolarize):
             step.p = solarize
         elif isinstance(step, v2.RandomApply) and isinstance(step.transforms[0], v2.GaussianBlur):
@@ -197,7 +197,7 @@ def test_crop(box, flip, interpolation, augment):
         (lambda x: F.adjust_saturation(x, 0.1), {"saturation": 0.1}),
         (lambda x: F.adjust_hue(x, 0.31), {"hue": 0.31}),
         (lambda x: F.adjust_hue(x, -0.5), {"hue": -0.5}),
-        (lambda x: F.rgb_to_grayscale(x, 3), {"grey": 1}),
+        (lambda x: F.rgb_to_grayscale(x, 3), {"gray": 1}),
         (lambda x: F.gaussian_blur(x, [3, 3], [0.1, 0.1]), {"sigma": 0.1}),
         (lambda x: F.gaussian_blur(x, [3, 3], [2.0, 2.0]), {"sigma": 2.0}),
         (lambda x: F.solarize(x, 0.5 if x.is_floating_point() else 128), {"solarize": 1}),
@@ -211,13 +211,13 @@ def test_each_step(function, setting, augment):
     images[0], images[1, :, :7] = images[0, :1], 0
     params = table(*[row(21, 21, **setting)] * 3)
     view, _ = augment(images, params, size=21)
-    # 8 bits lose up to a level of the grey image, and another of the result
+    # 8 bits lose up to a level of the gray image, and another of the result
     for x, unit, tolerance in ((images.float() / 255, 1, LEVEL / 16), (images, 255, 2)):
         assert (view * unit - function(x)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)])
-def test_order_of_the_colours(order, augment):
+def test_order_of_the_colors(order, augment):
     images = photos(2, 12, 15)
     factors = {"brightness": 1.5, "contrast": 0.6, "saturation": 1.7, "hue": -0.2}
     view, _ = augment(images, table(*[row(12, 15, order=order, **factors)] * 2), size=13)

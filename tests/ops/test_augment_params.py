@@ -159,7 +159,7 @@ def test_crops_are_torchvisions(height, width, scale):
     ("height", "width", "box"),
     [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10)), (1, 1, (0, 0, 1, 1))],
 )
-def test_the_centre_where_no_try_fits(height, width, box):
+def test_the_center_where_no_try_fits(height, width, box):
     params = draw(100, height=height, width=width, crop_min_scale=1.0)
     assert (params[..., :4] == torch.tensor(box)).all()
 
@@ -191,10 +191,10 @@ def test_jitter(drawn):
     jittered = (factors != none).any(1)
     assert stats.binomtest(int(jittered.sum()), N, 0.8).pvalue > LEAST_P
     assert (factors[~jittered] == none).all()
-    for values, strength, centre in zip(
+    for values, strength, center in zip(
         factors[jittered].unbind(1), (0.4, 0.4, 0.2, 0.1), none, strict=True
     ):
-        law = stats.uniform(float(centre) - strength, 2 * strength)
+        law = stats.uniform(float(center) - strength, 2 * strength)
         assert stats.kstest(values, law.cdf).pvalue > LEAST_P
     # a factor says nothing of another, nor the first view's of the second's
     both = torch.cat((factors, drawn[1, :, FACTORS].double()), dim=1)[jittered]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from op_cases import LABELS, NEAR, BadInputs, Case, Grid, labelled
+from op_cases import LABELS, NEAR, BadInputs, Case, Grid, labeled
 from torch.nn import functional as F
 
 import clae_fast
@@ -63,7 +63,7 @@ def by_loops(z, labels, temperature, beta):
 @pytest.mark.parametrize("beta", [0, 0.5, 3])
 @pytest.mark.parametrize(("n", "classes"), [(3, 1), (7, 2), (9, 12)])
 def test_reference_is_the_definition(n, classes, beta):
-    z, labels = labelled(n, 4, classes, dtype=torch.float64).values()
+    z, labels = labeled(n, 4, classes, dtype=torch.float64).values()
     value = reference.h_scl(z, labels, temperature=0.3, beta=beta)
     assert value.item() == pytest.approx(by_loops(z, labels, 0.3, beta), rel=1e-12)
 
@@ -71,14 +71,14 @@ def test_reference_is_the_definition(n, classes, beta):
 @pytest.mark.parametrize("classes", [1, 2, 12])
 @pytest.mark.parametrize("beta", [0, 2])
 def test_gradient_of_the_reference(classes, beta):
-    z, labels = labelled(7, 3, classes, dtype=torch.float64).values()
+    z, labels = labeled(7, 3, classes, dtype=torch.float64).values()
     assert torch.autograd.gradcheck(
         lambda z: reference.h_scl(z, labels, temperature=0.3, beta=beta), z.requires_grad_()
     )
 
 
 def test_gradient_with_constant_weights():
-    z, labels = labelled(7, 3, 2, dtype=torch.float64).values()
+    z, labels = labeled(7, 3, 2, dtype=torch.float64).values()
     same = labels[:, None] == labels
     positive = same & ~torch.eye(7, dtype=torch.bool)
 

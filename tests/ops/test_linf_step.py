@@ -88,8 +88,8 @@ def test_bitwise_equal_to_the_reference(implementation, dtype, grad_dtype, kind)
     x = images((3, 5, 7, 3), dtype, special=True)
     x0 = (x.float() + 0.02 * images(x.shape, seed=1)).to(dtype)
     grad = images(x.shape, grad_dtype, special=True, seed=2)
-    for centre in (None, x0):
-        options = {"x0": centre, **bounds(kind, 5)}
+    for center in (None, x0):
+        options = {"x0": center, **bounds(kind, 5)}
         expected = reference.linf_step(x, grad, **options)
         with running(implementation) as impl:
             actual = clae_fast.linf_step(x, grad, impl=impl, **options)

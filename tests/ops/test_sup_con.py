@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from op_cases import LABELS, NEAR, BadInputs, Case, Grid, labelled
+from op_cases import LABELS, NEAR, BadInputs, Case, Grid, labeled
 from torch.nn import functional as F
 
 import clae_fast
@@ -56,21 +56,21 @@ def by_loops(z, labels, temperature):
 
 @pytest.mark.parametrize(("n", "classes"), [(2, 1), (7, 2), (9, 20), (8, 1)])
 def test_reference_is_the_definition(n, classes):
-    z, labels = labelled(n, 4, classes, dtype=torch.float64).values()
+    z, labels = labeled(n, 4, classes, dtype=torch.float64).values()
     value = reference.sup_con(z, labels, temperature=0.2)
     assert value.item() == pytest.approx(by_loops(z, labels, 0.2), rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("classes", [1, 3, 20])
 def test_gradient_of_the_reference(classes):
-    z, labels = labelled(7, 3, classes, dtype=torch.float64).values()
+    z, labels = labeled(7, 3, classes, dtype=torch.float64).values()
     assert torch.autograd.gradcheck(
         lambda z: reference.sup_con(z, labels, temperature=0.3), z.requires_grad_()
     )
 
 
 def test_gradient_with_constant_columns():
-    z, labels = labelled(7, 3, 2, dtype=torch.float64).values()
+    z, labels = labeled(7, 3, 2, dtype=torch.float64).values()
     columns = F.normalize(z)
     others = ~torch.eye(7, dtype=torch.bool)
     positive = (labels[:, None] == labels) & others
