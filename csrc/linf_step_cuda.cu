@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "cuda_check.h"
+#include "cuda_check.cuh"
 #include "linf_step.cuh"
 
 namespace clae_fast {

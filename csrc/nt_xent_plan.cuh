@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda_check.h"
+#include "cuda_check.cuh"
 #include "nt_xent.h"
 
 namespace clae_fast {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda_check.h"
+#include "cuda_check.cuh"
 #include "linf_step.cuh"
 #include "mma.cuh"
 #include "stem_step.h"
