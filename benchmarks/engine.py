@@ -156,12 +156,9 @@ def _batches(setting: Setting, dtype: torch.dtype) -> Iterator[Batch]:
     return iter(
         data.view_source(
             split,
+            data.BatchSchedule(len(split), setting.batch_size, epochs=10**6, seed=0),
             data.RECIPES["simclr_cifar" if setting.image_size <= 64 else "simclr"],
             image_size=setting.image_size,
-            batch_size=setting.batch_size,
-            epochs=10**6,
-            seed=0,
-            start=0,
             device=setting.device,
             dtype=dtype,
             workers=0,

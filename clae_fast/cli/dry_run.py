@@ -11,7 +11,7 @@ from clae_fast.config import Config, groups
 from clae_fast.data.memory import readable
 from clae_fast.distributed.device import pick_device
 from clae_fast.training import cost
-from clae_fast.training.build import build_method, hold_out, load_data, steps_per_epoch
+from clae_fast.training.build import build_method, build_schedule, hold_out, load_data
 
 
 def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def plan(config: Config, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     images = steps = resident = None
     split = _training_images(config)
     if split is not None:
-        images, steps = len(split), steps_per_epoch(config, len(split))
+        images = len(split)
+        steps = build_schedule(config, images).steps_per_epoch
         resident = data.resident_bytes(split, config.data.resident, device=device)
     memory = cost.step_memory(config, method, device)
     if resident is not None:

@@ -72,13 +72,10 @@ class ViewSource:
 
 def view_source(
     split: Split,
+    schedule: BatchSchedule,
     recipe: Recipe,
     *,
     image_size: int,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    start: int,
     device: torch.device,
     dtype: torch.dtype,
     workers: int,
@@ -87,8 +84,6 @@ def view_source(
     small_crops: int = 0,
     small_crop_size: int = 96,
     small_crop_scale: tuple[float, float] = (0.05, 0.14),
-    rank: int = 0,
-    world: int = 1,
     progress: bool = True,
 ) -> ViewSource:
     """Makes the views of a run from images that stay on the device, or from a loader.
@@ -99,12 +94,9 @@ def view_source(
 
     Args:
         split: The training images.
+        schedule: Which images make up each batch; its seed is also that of the views.
         recipe: How views are drawn.
         image_size: Side of the large views in pixels.
-        batch_size: How many images a batch has, over all processes together.
-        epochs: How many passes over the images the whole run makes.
-        seed: The run's seed.
-        start: How many steps are done already.
         device: The device that makes the views.
         dtype: Type of the views, fp32 or fp16.
         workers: How many processes decode, at most one for each core; 0 decodes in this one.
@@ -116,8 +108,6 @@ def view_source(
             dropped.
         small_crop_size: Side of the small crops in pixels.
         small_crop_scale: The smallest and the largest part of the image's area that they take.
-        rank: The process that gets these views.
-        world: How many processes share a batch.
         progress: Whether the first process shows how far decoding is, if it takes a while.
 
     Raises:
@@ -127,9 +117,6 @@ def view_source(
     """
     if resident not in RESIDENT:
         raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, got {resident!r}")
-    schedule = BatchSchedule(
-        len(split), batch_size, epochs=epochs, seed=seed, start=start, rank=rank, world=world
-    )
     if small_crops < 0:
         raise ValueError(f"small_crops must be 0 or more, got {small_crops}")
     if labels and (missing := int((split.labels < 0).sum())):
@@ -142,9 +129,9 @@ def view_source(
     pairs = [settings]
     for pair in range(1, 1 + small_crops // VIEWS):
         pairs.append({**settings, **scale, "first_view": VIEWS * pair})
-    draw = partial(_tables, [partial(augment_params, seed=seed, **pair) for pair in pairs])
-    stays = resident_bytes(split, resident, device=device, world=world) is not None
-    source = partial(Resident, bar=progress and rank == 0) if stays else Streamed
+    draw = partial(_tables, [partial(augment_params, seed=schedule.seed, **pair) for pair in pairs])
+    stays = resident_bytes(split, resident, device=device, world=schedule.world) is not None
+    source = partial(Resident, bar=progress and schedule.rank == 0) if stays else Streamed
     return ViewSource(
         source(split, schedule, draw, device=device, workers=workers, labels=labels),
         schedule,

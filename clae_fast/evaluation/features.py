@@ -61,14 +61,12 @@ def views(
     than there are batches.
     """
     count = -(-len(split) // config.optimization.batch_size)
+    size, seed = len(split) // count, config.run.seed
     return data.view_source(
         split,
+        data.BatchSchedule(len(split), size, epochs=epochs, seed=seed),
         recipe,
         image_size=config.views.image_size,
-        batch_size=len(split) // count,
-        epochs=epochs,
-        seed=config.run.seed,
-        start=0,
         device=device,
         dtype=torch.float32,
         workers=config.data.workers,

@@ -55,15 +55,14 @@ def hold_out(run: Run, splits: data.Splits) -> tuple[data.Splits, data.Split | N
     return data.Splits(train, rest, splits.test), held
 
 
-def steps_per_epoch(config: Config, images: int) -> int:
-    """Full batches in a pass over this many training images.
+def build_schedule(config: Config, images: int, **part: int) -> data.BatchSchedule:
+    """The batches of a run over this many images, or the `part` that `BatchSchedule` names.
 
     Raises:
         ValueError: There are fewer images than a batch takes.
     """
     batch_size, epochs = config.optimization.batch_size, config.optimization.epochs
-    schedule = data.BatchSchedule(images, batch_size, epochs=epochs, seed=config.run.seed)
-    return schedule.steps_per_epoch
+    return data.BatchSchedule(images, batch_size, epochs=epochs, seed=config.run.seed, **part)
 
 
 def build_views(
@@ -76,15 +75,12 @@ def build_views(
     progress: bool,
 ) -> data.ViewSource:
     """The views of all steps from `start` on; arguments and errors are those of `view_source`."""
-    views, optimization = config.views, config.optimization
+    views = config.views
     return data.view_source(
         train,
+        build_schedule(config, len(train), start=start, rank=world.rank, world=world.size),
         data.Recipe.of(views),
         image_size=views.image_size,
-        batch_size=optimization.batch_size,
-        epochs=optimization.epochs,
-        seed=config.run.seed,
-        start=start,
         device=world.device,
         dtype=dtype,
         workers=config.data.workers,
@@ -93,8 +89,6 @@ def build_views(
         small_crops=views.small_crops,
         small_crop_size=views.small_crop_size,
         small_crop_scale=views.small_crop_scale,
-        rank=world.rank,
-        world=world.size,
         progress=progress,
     )
 

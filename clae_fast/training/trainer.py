@@ -75,7 +75,7 @@ class Trainer:
         self.engine = Engine(config, self.method, options, self.device, self.world)
         self.global_step = 0
         self.saved: int | None = None
-        self._steps_per_epoch = build.steps_per_epoch(config, len(self.train))
+        self._steps_per_epoch = build.build_schedule(config, len(self.train)).steps_per_epoch
         self._lr_factor = lr_factor(config.optimization, self._steps_per_epoch)
         self._metrics_size = 0
         self._window = LossWindow()

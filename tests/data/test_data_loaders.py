@@ -27,12 +27,9 @@ def three_cores(monkeypatch):
 def load_views(split, workers, resident="yes", epochs=2, batch_size=3):
     source = data.view_source(
         split,
+        data.BatchSchedule(len(split), batch_size, epochs=epochs, seed=0),
         RECIPES["byol"],
         image_size=8,
-        batch_size=batch_size,
-        epochs=epochs,
-        seed=0,
-        start=0,
         device=torch.device("cpu"),
         dtype=torch.float32,
         workers=workers,

@@ -62,20 +62,23 @@ CROPS = dataclasses.replace(
 )
 
 
-def source(split, *, recipe=RECIPES["byol"], **settings):
+def source(split, *, recipe=RECIPES["byol"], batch_size=BATCH, **settings):
+    part = {"epochs": 2, "seed": 5}
+    part |= {
+        name: settings.pop(name)
+        for name in ("epochs", "seed", "start", "rank", "world")
+        if name in settings
+    }
     settings = {
         "image_size": SIZE,
-        "batch_size": BATCH,
-        "epochs": 2,
-        "seed": 5,
-        "start": 0,
         "device": CPU,
         "dtype": torch.float32,
         "workers": 0,
         "resident": "yes",
         **settings,
     }
-    return data.view_source(split, recipe, **settings)
+    schedule = data.BatchSchedule(len(split), batch_size, **part)
+    return data.view_source(split, schedule, recipe, **settings)
 
 
 def assert_same(batches, expected):
