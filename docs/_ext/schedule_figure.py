@@ -135,7 +135,7 @@ def draw(names: Mapping[str, str] = _NAMES, ink: str = "") -> str:
     own = f'color="{ink}" font-family="system-ui, sans-serif"' if ink else 'font-family="inherit"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-labeledby="schedules-title" font-size="13" fill="currentColor" {own}>',
+        f'aria-labelledby="schedules-title" font-size="13" fill="currentColor" {own}>',
         '<title id="schedules-title">Passes of the encoder in a step: '
         + ", ".join(f"{name} {units(kind)}" for kind, name in names.items())
         + " units</title>",

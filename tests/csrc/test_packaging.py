@@ -14,7 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-VERSION = re.search(r'"(.+)"$', (ROOT / "clae_fast" / "_version.py").read_text(), re.M).group(1)
+SOURCE = (ROOT / "clae_fast" / "_version.py").read_text()
+VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.M).group(1)
 # the C and C++ run-time libraries: no torch, no CUDA, and no OpenMP, which is torch's
 LINKED = r"(libstdc\+\+|libm|libmvec|libgcc_s|libc|libpthread|ld-linux-[\w-]+)\.so\.\d+"
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from clae_fast import distributed, nt_xent, tied_nt_xent, uel
 from clae_fast.attack import LinfAttack
-from clae_fast.distributed import World
+from clae_fast.distributed import World, world
 from clae_fast.distributed.reducer import GradientReducer
 from clae_fast.errors import LostWorkerError
 from clae_fast.methods import SimCLR
@@ -304,7 +304,7 @@ class TestInit:
         ],
     )
     def test_wrong_variables(self, monkeypatch, variables, device, message):
-        for name in distributed._VARIABLES:
+        for name in world._VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -317,10 +317,10 @@ class TestInit:
         chosen = []
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        assert distributed._own_device("auto", 1) == torch.device("cuda", 1)
+        assert world._own_device("auto", 1) == torch.device("cuda", 1)
         assert chosen == [torch.device("cuda", 1)]
         with pytest.raises(ValueError, match="cpu, cuda or auto for several processes"):
-            distributed._own_device("cuda:0", 0)
+            world._own_device("cuda:0", 0)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
         with pytest.raises(ValueError, match=r"3 processes on this machine need a GPU each.* 2"):
-            distributed._own_device("cuda", 0)
+            world._own_device("cuda", 0)
