@@ -8,7 +8,7 @@ cache.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -367,9 +367,8 @@ def augment(
         bicubic: Whether crops are resized bicubically; if not, they are resized bilinearly.
     """
     size = out.shape[-1]
-    offsets, sizes, params, rows = (
-        None if t is None else t.contiguous() for t in (offsets, sizes, params, rows)
-    )
+    offsets, sizes, rows = (None if t is None else t.contiguous() for t in (offsets, sizes, rows))
+    params = params.contiguous()
     strides = images.stride() if offsets is None else (0, 0, 0, 0)
     view = View(size, max(size // 20, 1), bicubic, out.stride(1), out.stride(3), BLOCK)
     with on_device_of(images):
@@ -397,6 +396,6 @@ def compilations() -> Compilations:
         last = out.half().contiguous(memory_format=torch.channels_last)
         plain = (images, None, None, params, None, out, out, None, False)
         yield f"{size}", partial(augment, *plain)
-        rest = (params, ids, last, last, (0.5,) * 6, True)
+        rest: tuple[Any, ...] = (params, ids, last, last, (0.5,) * 6, True)
         yield f"{size} bicubic fp16 rows norm", partial(augment, images, None, None, *rest)
         yield f"{size} the same, ragged", partial(augment, images.flatten(), *table, *rest)

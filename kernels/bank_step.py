@@ -22,7 +22,7 @@ scaled rows. A step takes four launches and O((N + K) D) memory, with the same b
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -289,8 +289,8 @@ def bank_step(
     rows = scaled_memory(size, D, temperature, exact=exact, device=bank.device)
 
     def part(first: int, end: int) -> ScaledRows:
-        tensors = (None if t is None else t[first:end] for t in rows[:3])
-        return ScaledRows(*tensors, rows.scale2)
+        low = None if rows.low_ptr is None else rows.low_ptr[first:end]
+        return ScaledRows(rows.u_ptr[first:end], low, rows.scale_ptr[first:end], rows.scale2)
 
     with on_device_of(bank):
         pairs = None if keys is None else pos2
@@ -342,10 +342,12 @@ def compilations() -> Compilations:
     ):
         bank, z = empty(4096, D), meta_rows(D, exact=exact, N=256)
         numbers = (empty(()), 1, 0.02, 0.9, 1e-4, exact)
-        for case, *given in (
-            ("keys", z, None, None, None),
-            ("named", None, names, rows, None),
-            ("losses", None, names, None, rows),
+        operands: tuple[Any, ...]
+        for case, operands in (
+            ("keys", (z, None, None, None)),
+            ("named", (None, names, rows, None)),
+            ("losses", (None, names, None, rows)),
         ):
-            call = partial(bank_step, bank, bank, z, *given, *numbers)
+            operands += numbers
+            call = partial(bank_step, bank, bank, z, *operands)
             yield f"D={D}{exact * ' exact'} {case}", call

@@ -289,6 +289,6 @@ def compilations() -> Compilations:
     """Calls that compile every kernel of this file at every default tiling."""
     for D, exact in ((64, False), (128, False), (128, True), (256, False)):
         z = meta_rows(D, exact=exact)
-        for case, *setting in (("", 0.5, 1.0), (" T=0.01", 0.01, 1.0), (" beta=0", 0.5, 0.0)):
-            call = partial(hard_nt_xent, z, z, *setting, 0.1, False, True, exact)
+        for case, T, beta in (("", 0.5, 1.0), (" T=0.01", 0.01, 1.0), (" beta=0", 0.5, 0.0)):
+            call = partial(hard_nt_xent, z, z, T, beta, 0.1, False, True, exact)
             yield f"D={D}{exact * ' exact'}{case}", call

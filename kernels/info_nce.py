@@ -1,6 +1,7 @@
 """InfoNCE of anchors against keys in Triton: one direction or both, in three launches."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,10 @@ def compilations() -> Compilations:
         ("two-way", True, (True, True)),
     ):
         yield f"D=128 {case}", partial(info_nce, z, z, 0.5, symmetric, grads)
-    named = {"positive": torch.empty(2048, dtype=torch.int64, device="meta"), "mean": False}
+    named: dict[str, Any] = {
+        "positive": torch.empty(2048, dtype=torch.int64, device="meta"),
+        "mean": False,
+    }
     weight = torch.empty(2048, device="meta")
     for D, T in ((128, 0.5), (128, 0.01), (256, 0.5)):
         z = meta_rows(D, exact=False)

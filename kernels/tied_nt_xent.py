@@ -25,8 +25,9 @@ def tied_nt_xent(
     Returns:
         dz, fp32 [N, D].
     """
-    options = {"stacked": True, "grads": (True, False), "exact": exact, "config": config}
-    return softmax_loss(z, None, temperature, **options)[1]
+    return softmax_loss(
+        z, None, temperature, stacked=True, grads=(True, False), exact=exact, config=config
+    )[1]
 
 
 def compilations() -> Compilations:

@@ -23,15 +23,15 @@ torch.library.define(
 
 @torch.library.impl("clae_fast::bank_step", ("cpu", "cuda"))
 def _bank_step_impl(*arguments: Any) -> None:
-    *given, exact, impl = arguments
+    *given, impl = arguments
     if impl == "triton":
         from clae_fast.kernels.bank_step import bank_step
 
-        bank_step(*given, exact)
+        bank_step(*given)
     elif impl == "native":
-        _native_step(*given)
+        _native_step(*given[:-1])
     else:
-        _in_blocks(*given)
+        _in_blocks(*given[:-1])
 
 
 def _native_step(

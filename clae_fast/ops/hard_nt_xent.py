@@ -61,13 +61,13 @@ def _hard_nt_xent_impl(
     extra: Tensor | None,  # [2N, k]
     *settings: Any,
 ) -> tuple[Tensor, ...]:
-    *numbers, grad, exact, impl = settings
+    *numbers, grad, _, impl = settings
     if impl == "torch":
         return _blocks(z0, z1, extra, *numbers, grad=grad)
     if impl == "triton":
         from clae_fast.kernels.hard_nt_xent import hard_nt_xent
 
-        loss, dz = hard_nt_xent(z0, z1, *numbers, grad, exact)
+        loss, dz = hard_nt_xent(z0, z1, *settings[:-1])
         return loss, dz, loss.new_empty(0)
     loss, dz, dextra = _hard_nt_xent_fake(z0, z1, extra, *numbers, grad)
     operands = (_native.Rows(z0), _native.Rows(z1), *z0.shape)

@@ -66,8 +66,8 @@ def _info_nce_impl(
     if impl == "triton":
         from clae_fast.kernels.info_nce import info_nce
 
-        named = {"positive": positive, "weight": weight, "mean": mean}
-        return info_nce(anchor, keys, temperature, symmetric, wanted, exact, **named)
+        given = (anchor, keys, temperature, symmetric, wanted, exact)
+        return info_nce(*given, positive=positive, weight=weight, mean=mean)
     if impl == "native":
         numbers = (temperature, symmetric, mean)
         outputs = _info_nce_fake(anchor, keys, positive, weight, *numbers, *wanted)

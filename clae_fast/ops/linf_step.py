@@ -51,9 +51,11 @@ def _linf_step_impl(
         return out
     from clae_fast.kernels.linf_step import linf_step
 
-    rows: tuple[tuple[float, ...], ...] | Tensor | list[float] = numbers
+    rows: tuple[tuple[float, ...], ...] | Tensor
     if isinstance(numbers, list):
         rows = tuple(tuple(numbers[k * C : (k + 1) * C]) for k in range(4))
+    else:
+        rows = numbers
     # without an x0 the kernel reads x once
     linf_step(x, grad, None if x0 is None else center, out, rows, layout)
     return out
