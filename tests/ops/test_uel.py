@@ -70,9 +70,11 @@ def test_well_separated_pairs_keep_their_digits(implementation):
 
 @pytest.mark.skipif(not _native.has_cpu(), reason="built with CLAE_FAST_BUILD=none")
 def test_memory_is_linear_in_the_rows():
+    memory = torch.empty(1)
+
     def size(N):
-        # without a workspace nothing is read, and any address stands for a gradient that is wanted
-        rows, wanted = (0, 0, 128), 1
+        # without a workspace nothing is read or written, and an address says what is wanted
+        rows, wanted = (0, 0, 128), memory.data_ptr()
         return _native._C.uel(_native.isa(), rows, rows, N, 128, 0.5, 2, wanted, wanted, 0)
 
     assert size(1 << 16) < 1.2 * size(1 << 15) * 2
