@@ -69,6 +69,8 @@ class Case:
     wrt: tuple[str, ...] = ()
     # the largest exponent is this number over T
     sharpness: float = 1.0
+    # whether a sample is compared with other samples alone, so that one sample has no loss
+    negatives: bool = True
     # with this many samples or more, one NaN makes every result NaN
     coupled_from: int | None = None
     # the bits of one gradient may depend on which others are wanted

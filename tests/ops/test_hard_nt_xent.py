@@ -49,7 +49,8 @@ def _hard(beta, tau_plus, detach=False, make=views, **fields):
 
 
 def _with_extra(beta, tau_plus, detach=False):
-    return _hard(beta, tau_plus, detach, views_and_extra, wrt=("z0", "z1", "extra"), only="torch")
+    operands = {"make": views_and_extra, "wrt": ("z0", "z1", "extra")}
+    return _hard(beta, tau_plus, detach, **operands, only="torch", negatives=False)
 
 
 CASES = {
