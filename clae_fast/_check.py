@@ -68,8 +68,8 @@ def shape(name: str, value: Tensor, *sizes: int | str) -> None:
         raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
 
 
-def columns(name: str, value: Tensor, anchor: Tensor, M: int, wanted: str = "[N]") -> None:
-    """Raises unless `value` holds columns of M for the rows of `anchor`: int64, [N] or [N, E]."""
+def columns(name: str, value: Tensor, anchor: Tensor, wanted: str = "[N]") -> None:
+    """Raises unless `value` can hold columns for the rows of `anchor`: int64, [N] or [N, E]."""
     of_dtype(name, value, torch.int64)
     if value.ndim != 1 + wanted.count(",") or len(value) != len(anchor):
         raise ValueError(
@@ -77,6 +77,15 @@ def columns(name: str, value: Tensor, anchor: Tensor, M: int, wanted: str = "[N]
             f"got {list(value.shape)}"
         )
     same_place(name, value, "anchor", anchor, dtype=False)
+
+
+def in_columns(name: str, value: Tensor | None, M: int) -> None:
+    """Raises unless all of `value` are from 0 to M - 1.
+
+    An op calls it from inside, so that compiled and exported graphs keep the check.
+    """
+    if value is None:
+        return
     # looking would wait for a GPU or break a graph, and the tensors of a dry run have no values
     known = value.device.type == "cpu" and not isinstance(value, FakeTensor)
     if known and value.numel() and not torch.compiler.is_compiling():

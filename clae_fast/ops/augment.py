@@ -218,8 +218,11 @@ def _check_values(
     if not bool(inside.all()) or not bool(((order >= 0) & (order <= 3)).all()):
         raise ValueError("params must be of the images' heights and widths, got a crop outside")
     if offsets is not None:
-        begin = offsets[rows]
-        if not bool(((begin >= 0) & (begin + 3 * sides.prod(-1) <= len(images))).all()):
+        # compared by division, since products and sums of such numbers can overflow
+        begin, (height, width) = offsets[rows], sides.unbind(-1)
+        room = (len(images) - begin.clamp(0, len(images))) // 3
+        inside = (begin >= 0) & (begin <= len(images)) & (width <= room // height)
+        if not bool(inside.all()):
             raise ValueError("images.offsets and images.sizes must lie inside of images.pixels")
 
 

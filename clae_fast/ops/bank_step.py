@@ -24,6 +24,8 @@ torch.library.define(
 @torch.library.impl("clae_fast::bank_step", ("cpu", "cuda"))
 def _bank_step_impl(*arguments: Any) -> None:
     *given, impl = arguments
+    bank, positive = given[0], given[4]
+    _check.in_columns("positive", positive, len(bank))
     if impl == "triton":
         from clae_fast.kernels.bank_step import bank_step
 
@@ -216,7 +218,7 @@ def bank_step(
     if keys is not None:
         _check.like("keys", keys, "anchor", anchor)
     if positive is not None:
-        _check.columns("positive", positive, anchor, bank.shape[0])
+        _check.columns("positive", positive, anchor)
     for name, numbers in (("weight", weight), ("losses", losses)):
         if numbers is not None:
             _check.tensor(name, numbers)
@@ -243,6 +245,7 @@ def bank_step(
         "weight_decay": weight_decay,
     }
     if impl == "reference":
+        _check.in_columns("positive", positive, len(bank))
         named: dict[str, Any] = {"keys": keys, "positive": positive, "weight": weight}
         return reference(bank, velocity, anchor, lr=lr, **named, **settings)
     _bank_step(

@@ -62,6 +62,7 @@ def _info_nce_impl(
 
     The weight, where there is one, says how much each row counts in the gradients.
     """
+    _check.in_columns("positive", positive, len(keys))
     wanted = (grad_anchor, grad_keys)
     if impl == "triton":
         from clae_fast.kernels.info_nce import info_nce
@@ -270,7 +271,7 @@ def info_nce(
     if positive is not None:
         if symmetric:
             raise ValueError("positive must be None where symmetric")
-        _check.columns("positive", positive, anchor, keys.shape[0])
+        _check.columns("positive", positive, anchor)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     if symmetric and keys.shape != anchor.shape:
@@ -282,6 +283,7 @@ def info_nce(
     _check.flag("exact", exact)
     impl = _impl.resolve("info_nce", impl, anchor, keys)
     if impl == "reference":
+        _check.in_columns("positive", positive, len(keys))
         return reference(
             anchor,
             keys,

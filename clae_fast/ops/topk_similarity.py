@@ -36,6 +36,7 @@ def _topk_similarity_impl(
     exclude: Tensor | None,  # [N, E]
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    _check.in_columns("exclude", exclude, len(keys))
     values, indices = _topk_similarity_fake(anchor, keys, k)
     if impl == "native":
         (exclude,) = _native.in_one_piece(exclude)
@@ -123,7 +124,7 @@ def topk_similarity(
         )
     excluded = 0
     if exclude is not None:
-        _check.columns("exclude", exclude, anchor, M, "[N, E]")
+        _check.columns("exclude", exclude, anchor, "[N, E]")
         excluded = exclude.shape[1]
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
@@ -133,5 +134,6 @@ def topk_similarity(
         )
     impl = _impl.resolve("topk_similarity", impl, anchor, keys)
     if impl == "reference":
+        _check.in_columns("exclude", exclude, len(keys))
         return reference(anchor, keys, k, exclude=exclude)
     return _topk_similarity(anchor.detach(), keys.detach(), k, exclude, impl)

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 import clae_fast
 from clae_fast import _native
 from clae_fast.data import RECIPES
+from clae_fast.testing import implementations, running
 
 # behind everything else, so that clae_fast stays the installed one
 sys.path.append(str(Path(__file__).parents[2]))
@@ -413,3 +414,28 @@ def test_refuses_ragged_images(changes, error, message):
     _, data, params, rows = mixed_batch()
     with pytest.raises(error, match=message):
         clae_fast.augment(data._replace(**changes), params, rows=rows, size=8)
+
+
+@pytest.mark.parametrize(
+    ("offset", "sides"),
+    [
+        (0, (2**31, 2**31)),
+        (0, (2**32, 2**31)),
+        (0, (2**62, 2**62)),
+        (2**63 - 1, (8, 8)),
+        (2**63 - 200, (8, 8)),
+    ],
+)
+def test_refuses_ragged_images_whose_ends_overflow(offset, sides):
+    images = clae_fast.RaggedImages(
+        torch.zeros(192, dtype=torch.uint8), torch.tensor([offset]), torch.tensor([sides])
+    )
+    params = torch.zeros(2, 1, 16)
+    params[..., 2:4] = 1
+    params[..., 5:9] = torch.arange(4.0)
+    for impl in implementations("augment"):
+        with (
+            pytest.raises(ValueError, match=r"must lie inside of images\.pixels"),
+            running(impl) as on,
+        ):
+            clae_fast.augment(images, params, size=8, impl=on)

@@ -23,3 +23,23 @@ def test_default_backend():
     x = torch.rand(6, 4)
     expected = value_and_grads(lambda a, b: step(a, b, x), z0, z1)
     torch.testing.assert_close(value_and_grads(lambda a, b: compiled(a, b, x), z0, z1), expected)
+
+
+@pytest.mark.parametrize("index", [-1, 6, 1_000_000, 2**62])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda z, bank, at: clae_fast.info_nce(z, bank, positive=at),
+        lambda z, bank, at: clae_fast.topk_similarity(z, bank, 2, exclude=at[:, None])[0],
+        lambda z, bank, at: clae_fast.bank_step(bank, bank + 1, z, positive=at, lr=0.1),
+    ],
+    ids=["info_nce", "topk_similarity", "bank_step"],
+)
+def test_a_compiled_graph_refuses_columns_that_do_not_exist(call, index):
+    z, bank = torch.rand(4, 3), torch.rand(6, 3)
+    before = bank.clone()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled(z, bank.clone(), torch.arange(4))
+    with pytest.raises(ValueError, match=f"must hold columns from 0 to 5, got {index}"):
+        compiled(z, bank, torch.tensor([0, 1, index, 2]))
+    assert torch.equal(bank, before)
