@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
 
 from clae_fast.attack import LinfAttack
 
@@ -26,6 +27,16 @@ def check_pair(x_p: Tensor, x_q: Tensor) -> None:
         raise ValueError(
             f"x_p and x_q must be views of one batch, got {x_p.shape[0]} and {x_q.shape[0]} rows"
         )
+
+
+def check_encoders(*encoders: nn.Module) -> None:
+    """Raises if one is wrapped in DistributedDataParallel, which needs one backward pass a step."""
+    for encoder in encoders:
+        if isinstance(encoder, DistributedDataParallel):
+            raise TypeError(
+                "encoder must not be wrapped in DistributedDataParallel: the step takes several "
+                "backward passes, so sum gradients by clae_fast.distributed.reducer.GradientReducer"
+            )
 
 
 def check_attack(attack: LinfAttack, x: Tensor, name: str, adv_weight: float) -> None:

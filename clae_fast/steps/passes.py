@@ -38,6 +38,10 @@ class Pass:
 
     def _stop(self, output: Tensor) -> None:
         """Cuts the graph at the encoder's output."""
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"encoder must return projections, a tensor [N, D], got {type(output).__name__}"
+            )
         self._output = output
         self.z = output.detach().requires_grad_()
         self._x_adv: Tensor | None = None

@@ -59,6 +59,7 @@ from clae_fast.steps.checks import (
     attacked_rows,
     check_attack,
     check_deterministic,
+    check_encoders,
     check_pair,
     check_scale,
     scalar,
@@ -102,6 +103,7 @@ def plain_step(
         ValueError: The views' batch sizes differ, an option is out of range or excludes another, or
             the loss is not a scalar.
     """
+    check_encoders(encoder)
     check_pair(x_p, x_q)
     runner = PassRunner(scale, micro_batch)
     if batched:
@@ -188,6 +190,7 @@ def pair_step(
         >>> pair_step(encoder, adv_encoder, x_p, x_q, clae_fast.nt_xent, attack=attack)
         >>> optimizer.step()
     """
+    check_encoders(encoder, adv_encoder)
     check_pair(x_p, x_q)
     check_attack(attack, x_q, "x_q", adv_weight)
     m = attacked_rows(adv_fraction, len(x_q))
@@ -266,6 +269,7 @@ def self_step(
             serve in place of two; the views' batch sizes differ; a number is out of range; or the
             loss is not a scalar.
     """
+    check_encoders(encoder, adv_encoder)
     check_pair(x_p, x_q)
     check_attack(attack, x_p, "x_p", adv_weight)
     if attack.begins_in_training:
@@ -341,6 +345,7 @@ def query_step(
     """
     if not x:
         raise ValueError("x must have at least one view, got none")
+    check_encoders(encoder, *([] if adv_encoder is None else [adv_encoder]))
     runner = PassRunner(scale, micro_batch)
     if attack is None:
         losses = []
@@ -407,6 +412,7 @@ def released_step(
             is not a scalar, or the attack makes several moves or does not start at the view in
             train mode.
     """
+    check_encoders(encoder, adv_encoder)
     check_pair(x_p, x_q)
     check_attack(attack, x_p, "x_p", adv_weight)
     if attack.steps > 1 or not attack.begins_in_training:

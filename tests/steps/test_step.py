@@ -19,7 +19,9 @@ from step_cases import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from clae_fast import nt_xent
 from clae_fast.attack import LinfAttack, linf_twin
 from clae_fast.methods import METHODS, SimCLR
 from clae_fast.nn import Encoder, ProjectionHead, adversarial_twin, build_encoder
@@ -350,6 +352,29 @@ def test_bad_arguments(step):
         run(loss=lambda a, b: a * b)
     with pytest.raises(ValueError, match="loss must return a scalar tensor, got float"):
         run(loss=lambda a, b: 1.0)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(tuple, "tuple"), (dict, "dict")])
+def test_an_encoder_that_returns_no_tensor_is_refused(kind, name):
+    class Pair(nn.Linear):
+        def forward(self, x):
+            z = super().forward(x.flatten(1))
+            return kind([("z", z)])
+
+    encoder = Pair(192, 8).double()
+    with pytest.raises(TypeError, match=f"encoder must return projections.*got {name}"):
+        pair_step(encoder, adversarial_twin(encoder), *views(), nt_xent, attack=attack())
+
+
+def test_an_encoder_in_distributed_data_parallel_is_refused():
+    # made without its processes, which are not needed to tell what it is
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    pair, (x_p, x_q) = encoders(), views()
+    for encoder, adv_encoder in ((wrapped, pair[1]), (pair[0], wrapped)):
+        with pytest.raises(TypeError, match="must not be wrapped in DistributedDataParallel"):
+            pair_step(encoder, adv_encoder, x_p, x_q, nt_xent, attack=attack())
+    with pytest.raises(TypeError, match="must not be wrapped in DistributedDataParallel"):
+        plain_step(wrapped, x_p, x_q, nt_xent)
 
 
 def test_a_loss_that_never_reaches_the_attacked_view():
