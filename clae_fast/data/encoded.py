@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clae_fast.errors import DataError
 
+# PIL looks at contents, not at names: without a list, PostScript would start Ghostscript
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# EXIF's number of the orientation; from 5 on it exchanges height and width
+_ORIENTATION = 0x0112
 # the longest side of an image that `augment_params` can draw crops of
 _LARGEST = 2**15
 
@@ -41,14 +46,17 @@ def dimensions(file: IO[bytes] | Path, name: str) -> tuple[int, int]:
         DataError: It cannot be read, or is no image.
     """
     with _opened(file, name) as image:
-        return image.height, image.width
+        upright = image.getexif().get(_ORIENTATION, 1) < 5
+        return (image.height, image.width) if upright else (image.width, image.height)
 
 
 @contextmanager
 def _opened(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
     """Opens an image and reads its header; every failure becomes a DataError that names it."""
     try:
-        with Image.open(file) as image:
+        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{name}: not a regular file")
+        with Image.open(file, formats=_FORMATS) as image:
             yield image
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: damaged image (of no known format)") from error
@@ -57,7 +65,7 @@ def _opened(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
         if error.errno is None:
             raise DataError(f"{name}: damaged image ({error})") from error
         raise DataError(f"{name}: {error.strerror}") from error
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception as error:
         # decoders can raise anything on damaged bytes
@@ -65,7 +73,12 @@ def _opened(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB bytes: transparency is dropped, 16-bit gray is scaled to 8 bits."""
+    """Converts an image to RGB bytes, turned upright as its EXIF data says.
+
+    Transparency is dropped, and 16-bit gray is scaled to 8 bits.
+    """
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # PIL would clip 16-bit values at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pyarrow import parquet
 from torchvision import datasets
 
@@ -407,6 +407,32 @@ class TestFolder:
         assert test.labels.tolist() == [1, 1]
         assert train.classes == test.classes == ("cat", "dog")
         assert np.array_equal(np.asarray(train[0]), PIXELS)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_photos_are_upright(self, root, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = root / "train" / "cat" / "b.png"
+        Image.fromarray(PIXELS).save(file, exif=exif)
+        train, *_ = data.load("folder", data_dir=root)
+        upright = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+        assert np.array_equal(np.asarray(train[0]), upright)
+        assert train.size(0) == upright.shape[:2]
+
+    def test_only_regular_files_are_read(self, root):
+        file = root / "train" / "cat" / "b.png"
+        file.unlink()
+        os.mkfifo(file)
+        train, *_ = data.load("folder", data_dir=root)
+        with pytest.raises(DataError, match=r"cat/b\.png: not a regular file"):
+            train[0]
+
+    def test_only_formats_of_images_are_decoded(self, root):
+        # PIL would start Ghostscript for it
+        (root / "train" / "cat" / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n")
+        train, *_ = data.load("folder", data_dir=root)
+        with pytest.raises(DataError, match=r"cat/b\.png: damaged image"):
+            train[0]
 
     def test_test_goes_before_val(self, root):
         write_png(root / "test" / "cat" / "a.png")
